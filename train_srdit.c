@@ -1,0 +1,2255 @@
+// SR-DiT, the Speedrun Diffusion Transformer (arXiv 2512.12386), trained on the CPU in one file of plain C.
+//
+// What this file is: the whole training program, to be read from top to bottom: configuration, random numbers,
+// safetensors, matrix product, every layer forward and backward with its derivation, the model, the loss, AdamW,
+// the sampler, data, checkpoints, the training loop. It is also the reference that train_srdit.cu (the same on a
+// GPU), sample.c and test_srdit.c include. What it refuses to become: a framework. There is no tape and no graph:
+// each backward is written by hand beside its forward.
+//
+//   make && ./train_srdit            train the nano model on the bundled digits (about a minute on two cores)
+//   ./train_srdit --help             every flag with its default
+//
+// The language is the one that C and C++ share, so that nvcc can compile it too. It needs libc and libm; OpenMP
+// is used where there is one. `real` is float, or double in the build that checks gradients (-DUSE_DOUBLE).
+//
+// Letters, as in the paper and in dev/reference.py:
+//   B batch            C, S latent channels, side    p patch size          P = (S/p)^2 patches
+//   T = P + 1 tokens, CLS first                      Tk tokens kept in the sparse middle
+//   D width            H heads      Dh = D/H         L = Lf + Lg + Lh blocks: encoder f, sparse g, decoder h
+//   Z width of the alignment features and of CLS     M hidden width of the projector       K classes
+// In signatures outputs come first, then inputs, then sizes; dX is the gradient of the loss by X.
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <ctype.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <math.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_max_threads(void) { return 1; }
+static int omp_get_thread_num(void) { return 0; }
+static void omp_set_num_threads(int n) { (void)n; }
+#endif
+
+#ifdef USE_DOUBLE
+typedef double real;
+#define REAL_EPS 2.220446049250313e-16
+#else
+typedef float real;
+#define REAL_EPS 1.1920928955078125e-07
+#endif
+#ifndef HOST_DEVICE    // train_srdit.cu defines it, so that its kernels draw the same random numbers
+#define HOST_DEVICE
+#endif
+
+// ----------------------------------------------------------------------------------------------------------
+// Errors and memory
+
+// One sentence on stderr and the end: for mistakes of the user's, and for a machine that cannot go on.
+__attribute__((noreturn, format(printf, 1, 2)))
+static void die(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    fflush(stdout);
+    fputs("error: ", stderr);
+    vfprintf(stderr, format, args);
+    fputc('\n', stderr);
+    va_end(args);
+    exit(1);
+}
+
+static void *alloc_zero(size_t count, size_t size) {
+    void *p = calloc(count ? count : 1, size);
+    if (!p)
+        die("out of memory: %.1f MB could not be allocated; a smaller --batch or a larger --accum needs less",
+            (double)count * (double)size / 1e6);
+    return p;
+}
+
+// A block of memory handed out from the front. With base NULL it only counts: the same walk is made twice,
+// first to learn the size, then to set the pointers. Every piece starts at a multiple of 64 elements.
+typedef struct { real *base; size_t used; } Arena;
+static real *take(Arena *a, size_t count) {
+    real *p = a->base ? a->base + a->used : NULL;
+    a->used += (count + 63) / 64 * 64;
+    return p;
+}
+
+static double now_seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static int imin(int a, int b) { return a < b ? a : b; }
+static int imax(int a, int b) { return a > b ? a : b; }
+
+// ----------------------------------------------------------------------------------------------------------
+// Random numbers are addressed, not drawn: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as
+// 1, 2, 3", SC 2011) turns a key and a counter into 128 random bits. The key is the seed; the counter says what
+// the number is for: (block of four, sample, step, stream). No state: any thread, any GPU and a resumed run see
+// the same numbers at the same place.
+
+enum Stream { STREAM_INIT = 1, STREAM_ORDER, STREAM_TIME, STREAM_LABEL_DROP, STREAM_ROUTE, STREAM_PATH_DROP,
+              STREAM_NOISE, STREAM_NOISE_CLS, STREAM_SAMPLE_X, STREAM_SAMPLE_CLS, STREAM_SAMPLE_LABEL };
+
+typedef struct { uint32_t v[4]; } Philox;
+
+HOST_DEVICE static Philox philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
+    uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
+    for (int round = 0; round < 10; round++) {
+        uint64_t a = (uint64_t)0xD2511F53u * c0, b = (uint64_t)0xCD9E8D57u * c2;
+        c0 = (uint32_t)(b >> 32) ^ c1 ^ k0;
+        c2 = (uint32_t)(a >> 32) ^ c3 ^ k1;
+        c1 = (uint32_t)b;
+        c3 = (uint32_t)a;
+        k0 += 0x9E3779B9u;   // the golden ratio and sqrt(3) - 1, as in the paper
+        k1 += 0xBB67AE85u;
+    }
+    Philox out = {{c0, c1, c2, c3}};
+    return out;
+}
+
+HOST_DEVICE static Philox draw4(uint64_t seed, uint32_t stream, uint32_t step, uint32_t sample, uint32_t block) {
+    return philox(seed, block, sample, step, stream);
+}
+
+// 24 random bits as a float in [0, 1), exact in float and so the same everywhere
+HOST_DEVICE static float uniform_of(uint32_t bits) { return (float)(bits >> 8) * (1.0f / 16777216.0f); }
+
+static float uniform(uint64_t seed, uint32_t stream, uint32_t step, uint32_t sample) {
+    return uniform_of(draw4(seed, stream, step, sample, 0).v[0]);
+}
+
+// Box-Muller: two uniforms make two independent normals; u in (0, 1] keeps the logarithm finite.
+HOST_DEVICE static void normal2(float *z, uint32_t a, uint32_t b) {
+    float r = sqrtf(-2.0f * logf((float)((a >> 8) + 1) * (1.0f / 16777216.0f)));
+    float angle = 6.28318530718f * uniform_of(b);
+    z[0] = r * cosf(angle);
+    z[1] = r * sinf(angle);
+}
+
+// The n standard normals at (seed, stream, step, sample)
+static void fill_normal(real *out, size_t n, uint64_t seed, uint32_t stream, uint32_t step, uint32_t sample) {
+    for (size_t i = 0; i < n; i += 4) {
+        Philox r = draw4(seed, stream, step, sample, (uint32_t)(i / 4));
+        float z[4];
+        normal2(z, r.v[0], r.v[1]);
+        normal2(z + 2, r.v[2], r.v[3]);
+        for (size_t j = i; j < n && j < i + 4; j++) out[j] = z[j - i];
+    }
+}
+
+// Position i of a random permutation of 0 ... n-1, without storing it: a Feistel network permutes the smallest
+// power of four that holds n; what falls outside is sent through again until it falls inside (cycle walking).
+static uint32_t permuted(uint32_t i, uint32_t n, uint64_t seed, uint32_t epoch) {
+    int half = 1;
+    while (((uint64_t)1 << (2 * half)) < n) half++;
+    uint32_t mask = (1u << half) - 1;
+    do {
+        uint32_t left = i >> half, right = i & mask;
+        for (uint32_t round = 0; round < 6; round++) {
+            uint32_t f = draw4(seed, STREAM_ORDER, epoch, right, round).v[0] & mask, old = right;
+            right = left ^ f;
+            left = old;
+        }
+        i = left << half | right;
+    } while (i >= n);
+    return i;
+}
+
+// ----------------------------------------------------------------------------------------------------------
+// Configuration: one table gives each setting its name in files, its flag, its range and its help
+
+typedef struct {
+    int depth, hidden_size, num_heads, patch_size, in_channels, input_size, num_classes, z_dim, projector_dim;
+    int num_f, num_h;
+    double mlp_ratio, drop_ratio, class_dropout_prob, path_drop_prob;
+    double cls_coeff, proj_coeff, cfm_coeff, shift_base;
+    double lr, beta1, beta2, eps, weight_decay, max_grad_norm, ema_decay;
+    int ema_warmup;
+    // one switch per technique of the paper
+    int routing, path_drop, align, cls, cfm, qk_norm, rope, value_residual, time_shift, label_dropout, ema;
+} Config;
+
+typedef struct { const char *name; char kind; size_t offset; double low, high; const char *help; } Field;
+#define INT(name, low, high, help) {#name, 'i', offsetof(Config, name), low, high, help}
+#define NUM(name, low, high, help) {#name, 'd', offsetof(Config, name), low, high, help}
+#define SWITCH(name, help) {#name, 's', offsetof(Config, name), 0, 1, help}
+enum { MAX_DEPTH = 128 };
+static const Field config_fields[] = {
+    INT(depth, 1, MAX_DEPTH, "blocks, L"),
+    INT(hidden_size, 4, 65536, "width, D"),
+    INT(num_heads, 1, 1024, "heads, H; D/H must be divisible by 4"),
+    INT(patch_size, 1, 1024, "patch side, p; must divide the latent side"),
+    INT(in_channels, 1, 65536, "latent channels, C (default: what the data has)"),
+    INT(input_size, 1, 4096, "latent height and width, S (default: what the data has)"),
+    INT(num_classes, 1, 10000000, "classes, K (default: what the data has)"),
+    INT(z_dim, 1, 65536, "width of the alignment features, Z (default: what the data has)"),
+    INT(projector_dim, 1, 65536, "hidden width of the alignment projector, M"),
+    INT(num_f, 1, MAX_DEPTH, "dense encoder blocks, Lf"),
+    INT(num_h, 0, MAX_DEPTH, "dense decoder blocks, Lh"),
+    NUM(mlp_ratio, 0.01, 64, "hidden width of the MLP as a multiple of D"),
+    NUM(drop_ratio, 0, 1, "share of the tokens that the sparse middle leaves out, r"),
+    NUM(class_dropout_prob, 0, 1, "share of labels replaced by \"no class\""),
+    NUM(path_drop_prob, 0, 1, "share of steps that drop the whole sparse path"),
+    NUM(cls_coeff, 0, 1e6, "weight of the CLS velocity loss"),
+    NUM(proj_coeff, 0, 1e6, "weight of the alignment loss"),
+    NUM(cfm_coeff, 0, 1e6, "weight of the contrastive loss"),
+    NUM(shift_base, 1e-6, 1e12, "time shift s = sqrt(C*S*S / shift_base)"),
+    NUM(lr, 0, 1e6, "learning rate"),
+    NUM(beta1, 0, 0.9999999, "AdamW's decay of the first moment"),
+    NUM(beta2, 0, 0.9999999, "AdamW's decay of the second moment"),
+    NUM(eps, 0, 1, "AdamW's epsilon"),
+    NUM(weight_decay, 0, 1e6, "decoupled weight decay"),
+    NUM(max_grad_norm, 1e-12, 1e30, "gradients are clipped to this global norm"),
+    NUM(ema_decay, 0, 1, "decay of the weights' moving average, which is what is sampled from"),
+    INT(ema_warmup, 0, 1, "1: the decay at step n is at most (1+n)/(10+n), for short runs"),
+    SWITCH(routing, "sparse middle: g sees only the kept tokens (SPRINT)"),
+    SWITCH(path_drop, "now and then drop the sparse path (SPRINT)"),
+    SWITCH(align, "align block Lf's output with a frozen encoder (REPA)"),
+    SWITCH(cls, "denoise the encoder's CLS token beside the image (REG)"),
+    SWITCH(cfm, "contrastive flow matching"),
+    SWITCH(qk_norm, "RMSNorm on queries and keys"),
+    SWITCH(rope, "rotary 2-D positions"),
+    SWITCH(value_residual, "mix block 0's values into every later block"),
+    SWITCH(time_shift, "shift the times by the latent's size"),
+    SWITCH(label_dropout, "drop labels, for guidance"),
+    SWITCH(ema, "moving average of the weights"),
+};
+enum { NUM_FIELDS = sizeof(config_fields) / sizeof(config_fields[0]) };
+
+static double field_get(const Config *c, const Field *f) {
+    const char *at = (const char *)c + f->offset;
+    return f->kind == 'd' ? *(const double *)at : *(const int *)at;
+}
+static void field_set(Config *c, const Field *f, double value, const char *where) {
+    if (!(value >= f->low && value <= f->high) || (f->kind != 'd' && value != floor(value)))
+        die("%s: %s is %g, which is not %s from %g to %g", where, f->name, value,
+            f->kind == 'd' ? "a number" : "a whole number", f->low, f->high);
+    char *at = (char *)c + f->offset;
+    if (f->kind == 'd') *(double *)at = value;
+    else *(int *)at = (int)value;
+}
+static const Field *field_find(const char *name) {
+    for (int i = 0; i < NUM_FIELDS; i++)
+        if (!strcmp(config_fields[i].name, name)) return &config_fields[i];
+    return NULL;
+}
+
+// The paper's settings at ImageNet-256 with the INVAE latents; `model_preset` sets the sizes.
+static Config config_default(void) {
+    Config c;
+    memset(&c, 0, sizeof(c));
+    c.in_channels = 32, c.input_size = 16, c.num_classes = 1000, c.z_dim = 768, c.projector_dim = 2048;
+    c.num_f = c.num_h = 2;
+    c.mlp_ratio = 4, c.drop_ratio = 0.75, c.class_dropout_prob = 0.1, c.path_drop_prob = 0.05;
+    c.cls_coeff = 0.03, c.proj_coeff = 0.5, c.cfm_coeff = 0.05, c.shift_base = 4096;
+    c.lr = 1e-4, c.beta1 = 0.9, c.beta2 = 0.999, c.eps = 1e-8, c.max_grad_norm = 1, c.ema_decay = 0.9999;
+    c.routing = c.path_drop = c.align = c.cls = c.cfm = c.qk_norm = c.rope = c.value_residual = 1;
+    c.time_shift = c.label_dropout = c.ema = 1;
+    return c;
+}
+
+// "nano", or S, B, L, XL with the patch size 1, 2 or 4, such as "B/1". Returns 0 for another name.
+static int model_preset(Config *c, const char *name) {
+    static const struct { const char *name; int depth, width, heads; } sizes[] =
+        {{"S", 12, 384, 6}, {"B", 12, 768, 12}, {"L", 24, 1024, 16}, {"XL", 28, 1152, 16}};
+    if (!strcmp(name, "nano")) {
+        c->depth = 6, c->hidden_size = 64, c->num_heads = 4, c->patch_size = 1, c->projector_dim = 128;
+        c->shift_base = 64;              // 8 x 8 pixels of one channel: s = 1, no shift
+        c->lr = 2e-3, c->ema_decay = 0.999, c->ema_warmup = 1;
+        return 1;
+    }
+    for (int i = 0; i < 4; i++) {
+        size_t n = strlen(sizes[i].name);
+        if (strncmp(name, sizes[i].name, n) || name[n] != '/' || !strchr("124", name[n + 1]) ||
+            !name[n + 1] || name[n + 2])
+            continue;
+        c->depth = sizes[i].depth, c->hidden_size = sizes[i].width, c->num_heads = sizes[i].heads;
+        c->patch_size = name[n + 1] - '0';
+        return 1;
+    }
+    return 0;
+}
+
+// What follows from the configuration
+static int grid_of(const Config *c) { return c->input_size / c->patch_size; }
+static int patches_of(const Config *c) { return grid_of(c) * grid_of(c); }
+static int tokens_of(const Config *c) { return patches_of(c) + c->cls; }
+static int kept_of(const Config *c) {   // Tk = max(1, (int)(T (1 - r))), in doubles
+    return c->routing ? imax(1, (int)(tokens_of(c) * (1.0 - c->drop_ratio))) : tokens_of(c);
+}
+static int hidden_of(const Config *c) { return (int)(c->hidden_size * c->mlp_ratio); }
+static int latent_of(const Config *c) { return c->in_channels * c->input_size * c->input_size; }
+static int patch_dim_of(const Config *c) { return c->in_channels * c->patch_size * c->patch_size; }
+static int is_sparse(const Config *c, int block) { return block >= c->num_f && block < c->depth - c->num_h; }
+
+// t = s u / (1 + (s - 1) u), clamped to [0, 1]: unclamped, u = 1 can give 1 + 2e-16
+static double shift_time(const Config *c, double u) {
+    double s = c->time_shift ? sqrt(latent_of(c) / c->shift_base) : 1.0;
+    double t = s * u / (1.0 + (s - 1.0) * u);
+    return t < 0 ? 0 : t > 1 ? 1 : t;
+}
+
+static void config_check(const Config *c, const char *where) {
+    if (c->hidden_size % c->num_heads || c->hidden_size / c->num_heads % 4)
+        die("%s: hidden_size %d over num_heads %d must give a head width that is a multiple of 4", where,
+            c->hidden_size, c->num_heads);
+    if (c->input_size % c->patch_size)
+        die("%s: patch_size %d does not divide the latent side %d", where, c->patch_size, c->input_size);
+    if (c->num_f + c->num_h > c->depth)
+        die("%s: num_f %d + num_h %d is more than the depth, %d", where, c->num_f, c->num_h, c->depth);
+    if (hidden_of(c) < 1)
+        die("%s: hidden_size %d x mlp_ratio %g leaves no hidden unit", where, c->hidden_size, c->mlp_ratio);
+}
+
+// ----------------------------------------------------------------------------------------------------------
+// safetensors: 8 bytes of header length, a JSON header, raw little-endian data. The reader trusts nothing: what
+// is not exactly right ends the program with one sentence that names the file and the tensor.
+
+enum { MAX_DIMS = 8 };
+typedef struct {
+    char *name;
+    char dtype[8];
+    int ndim;
+    uint64_t shape[MAX_DIMS];
+    uint64_t begin, end;        // bytes, from the start of the data
+} SafeTensor;
+
+typedef struct {
+    char *path;
+    const uint8_t *map, *data;  // the whole file, and its data
+    size_t size;
+    SafeTensor *tensors;        // in order of their names
+    int count;
+    char **keys, **values;      // __metadata__
+    int metadata_count;
+} SafeFile;
+
+static int dtype_bytes(const char *dtype) {
+    static const char *const names[] = {"BOOL", "U8", "I8", "F16", "BF16", "I16", "U16", "F32", "I32", "U32", "F64",
+                                        "I64", "U64"};
+    static const int bytes[] = {1, 1, 1, 2, 2, 2, 2, 4, 4, 4, 8, 8, 8};
+    for (size_t i = 0; i < sizeof(bytes) / sizeof(bytes[0]); i++)
+        if (!strcmp(dtype, names[i])) return bytes[i];
+    return 0;
+}
+
+// Element i of an array of the given dtype, as a double
+static double element(const void *data, const char *dtype, size_t i) {
+    const uint8_t *p = (const uint8_t *)data + i * (size_t)dtype_bytes(dtype);
+    int b = dtype_bytes(dtype), is_signed = dtype[0] == 'I';
+    if (!strcmp(dtype, "F64")) { double x; memcpy(&x, p, 8); return x; }
+    if (!strcmp(dtype, "F32")) { float x; memcpy(&x, p, 4); return x; }
+    if (!strcmp(dtype, "BF16")) {   // the upper half of a float
+        uint32_t bits = (uint32_t)p[0] << 16 | (uint32_t)p[1] << 24;
+        float x;
+        memcpy(&x, &bits, 4);
+        return x;
+    }
+    if (!strcmp(dtype, "F16")) {
+        int h = p[0] | p[1] << 8, e = h >> 10 & 31, m = h & 1023;
+        double x = e == 31 ? (m ? NAN : INFINITY) : e ? ldexp(1024 + m, e - 25) : ldexp(m, -24);
+        return h >> 15 ? -x : x;
+    }
+    uint64_t u = 0;
+    for (int j = 0; j < b; j++) u |= (uint64_t)p[j] << (8 * j);
+    if (is_signed && b < 8 && u >> (8 * b - 1)) u |= ~(uint64_t)0 << (8 * b);
+    return is_signed ? (double)(int64_t)u : (double)u;
+}
+
+// The JSON of a header is a small part of JSON: objects, strings, lists of whole numbers.
+typedef struct { const char *p, *end, *path; } Json;
+
+__attribute__((noreturn)) static void json_die(const Json *j, const char *what) {
+    die("%s: the header is not valid: %s", j->path, what);
+}
+static int json_accept(Json *j, char c) {
+    while (j->p < j->end && strchr(" \t\r\n", *j->p) && *j->p) j->p++;
+    if (j->p >= j->end || *j->p != c) return 0;
+    j->p++;
+    return 1;
+}
+static void json_expect(Json *j, char c) {
+    char what[32];
+    snprintf(what, sizeof(what), "'%c' expected", c);
+    if (!json_accept(j, c)) json_die(j, what);
+}
+static char *json_string(Json *j) {
+    json_expect(j, '"');
+    const char *start = j->p;
+    while (j->p < j->end && *j->p != '"') j->p += *j->p == '\\' ? 2 : 1;
+    if (j->p >= j->end) json_die(j, "a string does not end");
+    char *out = (char *)alloc_zero((size_t)(j->p - start) + 1, 1), *to = out;
+    for (const char *s = start; s < j->p; s++) {
+        if ((unsigned char)*s < 32) json_die(j, "a control character stands in a string");
+        if (*s != '\\') { *to++ = *s; continue; }
+        static const char from[] = "\"\\/bfnrt", into[] = "\"\\/\b\f\n\r\t";
+        const char *at = strchr(from, *++s);
+        if (at && *at) { *to++ = into[at - from]; continue; }
+        unsigned code = 0;
+        if (*s != 'u' || s + 4 >= j->p) json_die(j, "unknown escape in a string");
+        for (int k = 0; k < 4; k++) {
+            int ch = tolower((unsigned char)*++s);
+            if (!isxdigit(ch)) json_die(j, "unknown escape in a string");
+            code = code * 16 + (unsigned)(ch <= '9' ? ch - '0' : ch - 'a' + 10);
+        }
+        if (!code) json_die(j, "a string holds a zero character");
+        if (code < 0x80) *to++ = (char)code;                           // UTF-8, one to three bytes
+        else {
+            if (code < 0x800) *to++ = (char)(0xC0 | code >> 6);
+            else *to++ = (char)(0xE0 | code >> 12), *to++ = (char)(0x80 | (code >> 6 & 63));
+            *to++ = (char)(0x80 | (code & 63));
+        }
+    }
+    if (memchr(start, 0, (size_t)(j->p - start))) json_die(j, "a string holds a zero character");
+    j->p++;
+    return out;
+}
+static uint64_t json_whole(Json *j) {
+    json_accept(j, 0);   // skips blanks only
+    uint64_t n = 0;
+    const char *start = j->p;
+    for (; j->p < j->end && isdigit((unsigned char)*j->p); j->p++) {
+        n = n * 10 + (uint64_t)(*j->p - '0');
+        if (n >> 56) json_die(j, "a number is too large");
+    }
+    if (j->p == start) json_die(j, "a whole number, 0 or more, expected");
+    return n;
+}
+
+static int by_name(const void *a, const void *b) {
+    return strcmp(((const SafeTensor *)a)->name, ((const SafeTensor *)b)->name);
+}
+static int by_begin(const void *a, const void *b) {
+    const SafeTensor *s = (const SafeTensor *)a, *t = (const SafeTensor *)b;
+    return s->begin != t->begin ? (s->begin < t->begin ? -1 : 1) : s->end < t->end ? -1 : s->end > t->end;
+}
+
+// "name": {"dtype": "F32", "shape": [..], "data_offsets": [begin, end]}, the three keys in any order
+static SafeTensor json_tensor(Json *j, char *name) {
+    SafeTensor t;
+    memset(&t, 0, sizeof(t));
+    t.name = name;
+    int seen = 0;
+    json_expect(j, '{');
+    do {
+        char *key = json_string(j);
+        json_expect(j, ':');
+        int what = !strcmp(key, "dtype") ? 1 : !strcmp(key, "shape") ? 2 : !strcmp(key, "data_offsets") ? 4 : 0;
+        if (!what || seen & what) die("%s: tensor %s: its entry has an unknown or repeated key, %s", j->path, name, key);
+        seen |= what;
+        free(key);
+        if (what == 1) {
+            char *dtype = json_string(j);
+            if (!dtype_bytes(dtype)) die("%s: tensor %s: unknown dtype %s", j->path, name, dtype);
+            snprintf(t.dtype, sizeof(t.dtype), "%s", dtype);
+            free(dtype);
+            continue;
+        }
+        uint64_t list[MAX_DIMS];
+        int n = 0;
+        json_expect(j, '[');
+        if (!json_accept(j, ']')) {
+            do {
+                if (n == MAX_DIMS) die("%s: tensor %s: more than %d dimensions", j->path, name, MAX_DIMS);
+                list[n++] = json_whole(j);
+            } while (json_accept(j, ','));
+            json_expect(j, ']');
+        }
+        if (what == 2) memcpy(t.shape, list, sizeof(list[0]) * (size_t)n), t.ndim = n;
+        else if (n != 2) die("%s: tensor %s: data_offsets needs two numbers", j->path, name);
+        else t.begin = list[0], t.end = list[1];
+    } while (json_accept(j, ','));
+    json_expect(j, '}');
+    if (seen != 7) die("%s: tensor %s: dtype, shape or data_offsets is missing", j->path, name);
+    return t;
+}
+
+static size_t safe_elements(const SafeTensor *t) {
+    size_t n = 1;
+    for (int i = 0; i < t->ndim; i++) n *= (size_t)t->shape[i];
+    return n;
+}
+
+static SafeFile *safe_open(const char *path) {
+    SafeFile *f = (SafeFile *)alloc_zero(1, sizeof(SafeFile));
+    f->path = strdup(path);
+    int fd = open(path, O_RDONLY);
+    struct stat st;
+    if (fd < 0 || fstat(fd, &st)) die("%s: cannot be opened: %s", path, strerror(errno));
+    if (!S_ISREG(st.st_mode)) die("%s: is not a file", path);
+    f->size = (size_t)st.st_size;
+    if (f->size < 8) die("%s: is not a safetensors file: it has only %zu bytes", path, f->size);
+    f->map = (const uint8_t *)mmap(NULL, f->size, PROT_READ, MAP_PRIVATE, fd, 0);
+    if (f->map == MAP_FAILED) die("%s: cannot be mapped: %s", path, strerror(errno));
+    close(fd);
+    uint64_t length = (uint64_t)element(f->map, "U64", 0);
+    if (length > 100000000 || length > f->size - 8)
+        die("%s: the header claims %.0f bytes: not a safetensors file, or a truncated one", path, (double)length);
+    Json j = {(const char *)f->map + 8, (const char *)f->map + 8 + length, path};
+    f->data = f->map + 8 + length;
+    if (!length || *j.p != '{') json_die(&j, "it does not begin with '{'");
+    json_expect(&j, '{');
+    int room = 0, has_metadata = 0, more = !json_accept(&j, '}');
+    while (more) {
+        char *name = json_string(&j);
+        json_expect(&j, ':');
+        if (!strcmp(name, "__metadata__")) {
+            if (has_metadata++) json_die(&j, "__metadata__ stands twice");
+            free(name);
+            json_expect(&j, '{');
+            int inner = !json_accept(&j, '}');
+            for (int have = 0; inner; f->metadata_count++) {
+                if (f->metadata_count == have) {
+                    have = 2 * have + 16;
+                    f->keys = (char **)realloc(f->keys, sizeof(char *) * (size_t)have);
+                    f->values = (char **)realloc(f->values, sizeof(char *) * (size_t)have);
+                    if (!f->keys || !f->values) die("%s: out of memory for its metadata", path);
+                }
+                f->keys[f->metadata_count] = json_string(&j);
+                json_expect(&j, ':');
+                f->values[f->metadata_count] = json_string(&j);
+                inner = json_accept(&j, ',');
+                if (!inner) json_expect(&j, '}');
+            }
+        } else {
+            if (f->count == room) {
+                room = 2 * room + 64;
+                f->tensors = (SafeTensor *)realloc(f->tensors, sizeof(SafeTensor) * (size_t)room);
+                if (!f->tensors) die("%s: out of memory for %d tensors", path, room);
+            }
+            f->tensors[f->count++] = json_tensor(&j, name);
+        }
+        more = json_accept(&j, ',');
+        if (!more) json_expect(&j, '}');
+    }
+    json_accept(&j, 0);
+    if (j.p != j.end) json_die(&j, "something follows its closing '}'");
+
+    uint64_t data_bytes = f->size - 8 - length, at = 0;
+    if (f->count) qsort(f->tensors, (size_t)f->count, sizeof(SafeTensor), by_begin);
+    for (int i = 0; i < f->count; i++) {
+        SafeTensor *t = &f->tensors[i];
+        uint64_t bytes = (uint64_t)dtype_bytes(t->dtype);
+        for (int d = 0; d < t->ndim; d++)
+            if (__builtin_mul_overflow(bytes, t->shape[d], &bytes)) die("%s: tensor %s: its shape overflows", path, t->name);
+        if (t->begin > t->end || t->end > data_bytes)
+            die("%s: tensor %s: its data lies outside the file, which may be truncated", path, t->name);
+        if (t->end - t->begin != bytes)
+            die("%s: tensor %s: its shape needs %.0f bytes but its data has %.0f", path, t->name, (double)bytes,
+                (double)(t->end - t->begin));
+        if (t->begin != at)
+            die("%s: tensor %s: its data %s", path, t->name, t->begin < at ? "overlaps another's" : "leaves a hole before it");
+        at = t->end;
+    }
+    if (at != data_bytes) die("%s: %.0f bytes follow the last tensor", path, (double)(data_bytes - at));
+    if (f->count) qsort(f->tensors, (size_t)f->count, sizeof(SafeTensor), by_name);
+    for (int i = 1; i < f->count; i++)
+        if (!strcmp(f->tensors[i - 1].name, f->tensors[i].name))
+            die("%s: tensor %s: stands twice in the header", path, f->tensors[i].name);
+    for (int i = 0; i < f->metadata_count; i++)
+        for (int k = 0; k < i; k++)
+            if (!strcmp(f->keys[i], f->keys[k])) die("%s: metadata key %s stands twice", path, f->keys[i]);
+    return f;
+}
+
+static void safe_close(SafeFile *f) {
+    for (int i = 0; i < f->count; i++) free(f->tensors[i].name);
+    for (int i = 0; i < f->metadata_count; i++) free(f->keys[i]), free(f->values[i]);
+    munmap((void *)f->map, f->size);
+    free(f->tensors), free(f->keys), free(f->values), free(f->path), free(f);
+}
+
+static const SafeTensor *safe_find(const SafeFile *f, const char *name) {
+    SafeTensor key;
+    key.name = (char *)name;
+    return f->count ? (const SafeTensor *)bsearch(&key, f->tensors, (size_t)f->count, sizeof(SafeTensor), by_name) : NULL;
+}
+static const void *safe_data(const SafeFile *f, const SafeTensor *t) { return f->data + t->begin; }
+
+static const char *safe_metadata(const SafeFile *f, const char *key) {
+    for (int i = 0; i < f->metadata_count; i++)
+        if (!strcmp(f->keys[i], key)) return f->values[i];
+    return NULL;
+}
+static double text_number(const char *text, const char *where, const char *what) {
+    char *end;
+    double x = strtod(text, &end);
+    if (end == text || *end) die("%s: %s is \"%s\", which is not a number", where, what, text);
+    return x;
+}
+static double safe_number(const SafeFile *f, const char *key, double otherwise) {
+    const char *text = safe_metadata(f, key);
+    return text ? text_number(text, f->path, key) : otherwise;
+}
+
+// All elements of a tensor as `real`
+static void safe_read(real *out, const SafeFile *f, const SafeTensor *t) {
+    size_t n = safe_elements(t);
+    if (!strcmp(t->dtype, sizeof(real) == 4 ? "F32" : "F64")) memcpy(out, safe_data(f, t), n * sizeof(real));
+    else
+        for (size_t i = 0; i < n; i++) out[i] = (real)element(safe_data(f, t), t->dtype, i);
+}
+
+// The configuration in a file's metadata, read over `c`. `switch_off` lists techniques that are off.
+static void config_read(Config *c, const SafeFile *f) {
+    for (int i = 0; i < NUM_FIELDS; i++)
+        if (safe_metadata(f, config_fields[i].name))
+            field_set(c, &config_fields[i], safe_number(f, config_fields[i].name, 0), f->path);
+    const char *off = safe_metadata(f, "switch_off");
+    while (off && *off) {
+        size_t n = strcspn(off, ",");
+        char name[64];
+        snprintf(name, sizeof(name), "%.*s", (int)n, off);
+        const Field *field = field_find(name);
+        if (!field || field->kind != 's') die("%s: switch_off names %s, which is no technique", f->path, name);
+        field_set(c, field, 0, f->path);
+        off += n + (off[n] == ',');
+    }
+    config_check(c, f->path);
+}
+
+// A list of things to write
+typedef struct { char name[96]; const char *dtype; int ndim; int shape[4]; const void *data; } SafeItem;
+typedef struct { char key[64]; char value[512]; } SafePair;
+
+static void json_print(FILE *out, const char *s) {
+    fputc('"', out);
+    for (; *s; s++)
+        if (*s == '"' || *s == '\\') fprintf(out, "\\%c", *s);
+        else if ((unsigned char)*s < 32) fprintf(out, "\\u%04x", *s);
+        else fputc(*s, out);
+    fputc('"', out);
+}
+
+// A file appears under its name only when it is whole: it is written beside it, flushed to disk and renamed.
+static FILE *file_begin(char temporary[PATH_MAX], const char *path) {
+    if (snprintf(temporary, PATH_MAX, "%s.part", path) >= PATH_MAX) die("%s: the name is too long", path);
+    FILE *out = fopen(temporary, "wb");
+    if (!out) die("%s: cannot be written: %s", temporary, strerror(errno));
+    return out;
+}
+static void file_end(FILE *out, const char *temporary, const char *path) {
+    int bad = fflush(out) || ferror(out) || fsync(fileno(out));
+    int error = errno;
+    bad |= fclose(out) != 0;
+    if (bad || rename(temporary, path)) {
+        if (!bad) error = errno;
+        unlink(temporary);
+        die("%s: cannot be written: %s; a file that had this name is untouched", path, strerror(error));
+    }
+}
+
+static void safe_write(const char *path, const SafePair *pairs, int pair_count, const SafeItem *items, int count) {
+    char temporary[PATH_MAX], *header = NULL;
+    size_t length = 0;
+    FILE *text = open_memstream(&header, &length);
+    if (!text) die("%s: out of memory for its header", path);
+    fprintf(text, "{\"__metadata__\":{");
+    for (int i = 0; i < pair_count; i++) {
+        if (i) fputc(',', text);
+        json_print(text, pairs[i].key), fputc(':', text), json_print(text, pairs[i].value);
+    }
+    fputc('}', text);
+    size_t at = 0;
+    size_t *bytes = (size_t *)alloc_zero((size_t)count, sizeof(size_t));
+    for (int i = 0; i < count; i++) {
+        fputc(',', text), json_print(text, items[i].name);
+        fprintf(text, ":{\"dtype\":\"%s\",\"shape\":[", items[i].dtype);
+        bytes[i] = (size_t)dtype_bytes(items[i].dtype);
+        for (int d = 0; d < items[i].ndim; d++) {
+            fprintf(text, "%s%d", d ? "," : "", items[i].shape[d]);
+            bytes[i] *= (size_t)items[i].shape[d];
+        }
+        fprintf(text, "],\"data_offsets\":[%zu,%zu]}", at, at + bytes[i]);
+        at += bytes[i];
+    }
+    fputc('}', text);
+    while ((fflush(text), length % 8)) fputc(' ', text);   // the data starts at a multiple of 8 bytes
+    fclose(text);
+
+    FILE *out = file_begin(temporary, path);
+    uint8_t size8[8];
+    for (int i = 0; i < 8; i++) size8[i] = (uint8_t)((uint64_t)length >> (8 * i));
+    fwrite(size8, 1, 8, out);
+    fwrite(header, 1, length, out);
+    for (int i = 0; i < count && !ferror(out); i++) fwrite(items[i].data, 1, bytes[i], out);
+    file_end(out, temporary, path);
+    free(bytes), free(header);
+}
+static const char *real_dtype(void) { return sizeof(real) == 4 ? "F32" : "F64"; }
+
+// ----------------------------------------------------------------------------------------------------------
+// Parameters: one line a tensor says its name, shape, start and where the model finds it. The table drives
+// allocation, start values, AdamW, EMA, checkpoints and the comparison with reference files.
+
+enum Start { ZERO, ONE, HALF, NORMAL, XAVIER, POSITIONS, ROPE_COS, ROPE_SIN };   // the last three are fixed, not trained
+
+typedef struct { char name[64]; enum Start start; int ndim, shape[4]; size_t size, offset; } Tensor;
+typedef struct { Tensor *tensors; int count, room; size_t trained, total; } Table;   // elements, pads included
+
+typedef struct {
+    real *qkv_w, *qkv_b, *q_norm, *k_norm, *v1_lambda, *proj_w, *proj_b;
+    real *fc1_w, *fc1_b, *fc2_w, *fc2_b, *adaln_w, *adaln_b;
+} BlockParams;
+typedef struct {
+    real *x_w, *x_b, *cls_w, *cls_b, *cls_norm, *t0_w, *t0_b, *t2_w, *t2_b, *label;
+    BlockParams block[MAX_DEPTH];
+    real *p0_w, *p0_b, *p2_w, *p2_b, *p4_w, *p4_b, *mask_token, *fusion_w, *fusion_b;
+    real *final_adaln_w, *final_adaln_b, *final_w, *final_b, *final_cls_w, *final_cls_b;
+    real *pos_embed, *rope_cos, *rope_sin;   // fixed
+} Params;
+
+// Appends a tensor to the table and returns its place in the block at base (NULL: only the table is wanted).
+// Trailing sizes of 0 are no dimensions. Each tensor starts at a multiple of 64 elements; the pads stay zero.
+static real *declare(Table *t, real *base, enum Start start, int a, int b, int c, int d, const char *format, ...) {
+    if (t->count == t->room) {
+        t->room = 2 * t->room + 64;
+        t->tensors = (Tensor *)realloc(t->tensors, sizeof(Tensor) * (size_t)t->room);
+        if (!t->tensors) die("out of memory for the parameter table");
+    }
+    Tensor *x = &t->tensors[t->count++];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(x->name, sizeof(x->name), format, args);
+    va_end(args);
+    int shape[4] = {a, b, c, d};
+    x->start = start, x->size = 1, x->offset = t->total;
+    for (x->ndim = 0; x->ndim < 4 && shape[x->ndim]; x->ndim++) x->size *= (size_t)shape[x->ndim];
+    memcpy(x->shape, shape, sizeof(shape));
+    t->total += (x->size + 63) / 64 * 64;
+    if (start < POSITIONS) t->trained = t->total;
+    return base ? base + x->offset : NULL;
+}
+
+// The whole model, one line a tensor. Names are those of the reference implementation's state_dict.
+static Table params_table(Params *w, const Config *c, real *base) {
+    Table t;
+    memset(&t, 0, sizeof(t));
+    memset(w, 0, sizeof(*w));
+    int D = c->hidden_size, Dh = D / c->num_heads, F = hidden_of(c), M = c->projector_dim, Z = c->z_dim;
+    w->x_w = declare(&t, base, XAVIER, D, c->in_channels, c->patch_size, c->patch_size, "x_embedder.proj.weight");
+    w->x_b = declare(&t, base, ZERO, D, 0, 0, 0, "x_embedder.proj.bias");
+    if (c->cls) {
+        w->cls_w = declare(&t, base, XAVIER, D, Z, 0, 0, "cls_projectors2.weight");
+        w->cls_b = declare(&t, base, ZERO, D, 0, 0, 0, "cls_projectors2.bias");
+        w->cls_norm = declare(&t, base, ONE, D, 0, 0, 0, "wg_norm.weight");
+    }
+    w->t0_w = declare(&t, base, NORMAL, D, 256, 0, 0, "t_embedder.mlp.0.weight");
+    w->t0_b = declare(&t, base, ZERO, D, 0, 0, 0, "t_embedder.mlp.0.bias");
+    w->t2_w = declare(&t, base, NORMAL, D, D, 0, 0, "t_embedder.mlp.2.weight");
+    w->t2_b = declare(&t, base, ZERO, D, 0, 0, 0, "t_embedder.mlp.2.bias");
+    w->label = declare(&t, base, NORMAL, c->num_classes + 1, D, 0, 0, "y_embedder.embedding_table.weight");
+    for (int i = 0; i < c->depth; i++) {
+        BlockParams *b = &w->block[i];
+        b->qkv_w = declare(&t, base, XAVIER, 3 * D, D, 0, 0, "blocks.%d.attn.qkv.weight", i);
+        b->qkv_b = declare(&t, base, ZERO, 3 * D, 0, 0, 0, "blocks.%d.attn.qkv.bias", i);
+        if (c->qk_norm) {
+            b->q_norm = declare(&t, base, ONE, Dh, 0, 0, 0, "blocks.%d.attn.q_norm.weight", i);
+            b->k_norm = declare(&t, base, ONE, Dh, 0, 0, 0, "blocks.%d.attn.k_norm.weight", i);
+        }
+        if (c->value_residual && i > 0)
+            b->v1_lambda = declare(&t, base, HALF, 0, 0, 0, 0, "blocks.%d.attn.v1_lambda", i);
+        b->proj_w = declare(&t, base, XAVIER, D, D, 0, 0, "blocks.%d.attn.proj.weight", i);
+        b->proj_b = declare(&t, base, ZERO, D, 0, 0, 0, "blocks.%d.attn.proj.bias", i);
+        b->fc1_w = declare(&t, base, XAVIER, F, D, 0, 0, "blocks.%d.mlp.fc1.weight", i);
+        b->fc1_b = declare(&t, base, ZERO, F, 0, 0, 0, "blocks.%d.mlp.fc1.bias", i);
+        b->fc2_w = declare(&t, base, XAVIER, D, F, 0, 0, "blocks.%d.mlp.fc2.weight", i);
+        b->fc2_b = declare(&t, base, ZERO, D, 0, 0, 0, "blocks.%d.mlp.fc2.bias", i);
+        b->adaln_w = declare(&t, base, ZERO, 6 * D, D, 0, 0, "blocks.%d.adaLN_modulation.1.weight", i);
+        b->adaln_b = declare(&t, base, ZERO, 6 * D, 0, 0, 0, "blocks.%d.adaLN_modulation.1.bias", i);
+    }
+    if (c->align) {
+        w->p0_w = declare(&t, base, XAVIER, M, D, 0, 0, "projectors.0.0.weight");
+        w->p0_b = declare(&t, base, ZERO, M, 0, 0, 0, "projectors.0.0.bias");
+        w->p2_w = declare(&t, base, XAVIER, M, M, 0, 0, "projectors.0.2.weight");
+        w->p2_b = declare(&t, base, ZERO, M, 0, 0, 0, "projectors.0.2.bias");
+        w->p4_w = declare(&t, base, XAVIER, Z, M, 0, 0, "projectors.0.4.weight");
+        w->p4_b = declare(&t, base, ZERO, Z, 0, 0, 0, "projectors.0.4.bias");
+    }
+    w->mask_token = declare(&t, base, ZERO, 1, 1, D, 0, "mask_token");
+    w->fusion_w = declare(&t, base, XAVIER, D, 2 * D, 0, 0, "fusion_proj.weight");
+    w->fusion_b = declare(&t, base, ZERO, D, 0, 0, 0, "fusion_proj.bias");
+    w->final_adaln_w = declare(&t, base, ZERO, 2 * D, D, 0, 0, "final_layer.adaLN_modulation.1.weight");
+    w->final_adaln_b = declare(&t, base, ZERO, 2 * D, 0, 0, 0, "final_layer.adaLN_modulation.1.bias");
+    w->final_w = declare(&t, base, ZERO, patch_dim_of(c), D, 0, 0, "final_layer.linear.weight");
+    w->final_b = declare(&t, base, ZERO, patch_dim_of(c), 0, 0, 0, "final_layer.linear.bias");
+    if (c->cls) {
+        w->final_cls_w = declare(&t, base, ZERO, Z, D, 0, 0, "final_layer.linear_cls.weight");
+        w->final_cls_b = declare(&t, base, ZERO, Z, 0, 0, 0, "final_layer.linear_cls.bias");
+    }
+    w->pos_embed = declare(&t, base, POSITIONS, 1, tokens_of(c), D, 0, "pos_embed");
+    w->rope_cos = declare(&t, base, ROPE_COS, patches_of(c), Dh, 0, 0, "feat_rope.freqs_cos");
+    w->rope_sin = declare(&t, base, ROPE_SIN, patches_of(c), Dh, 0, 0, "feat_rope.freqs_sin");
+    return t;
+}
+
+static size_t count_trained(const Table *t) {   // without the pads
+    size_t n = 0;
+    for (int i = 0; i < t->count; i++) n += t->tensors[i].start < POSITIONS ? t->tensors[i].size : 0;
+    return n;
+}
+
+// Start value i of a tensor that is not zero (srdit_spec: "Parameters, shapes, initial values")
+static void tensor_start(real *out, const Tensor *t, const Config *c, uint64_t seed) {
+    int D = c->hidden_size, G = grid_of(c);
+    uint32_t hash = 2166136261u;   // FNV-1a of the name: a tensor starts alike whatever else is switched off
+    for (const char *s = t->name; *s; s++) hash = (hash ^ (uint8_t)*s) * 16777619u;
+    size_t fan_out = t->ndim ? (size_t)t->shape[0] : 1, fan_in = t->size / fan_out;
+    double bound = sqrt(6.0 / (double)(fan_in + fan_out));
+    if (t->start == NORMAL) {
+        fill_normal(out, t->size, seed, STREAM_INIT, 0, hash);
+        for (size_t i = 0; i < t->size; i++) out[i] *= (real)0.02;
+        return;
+    }
+    for (size_t i = 0; i < t->size; i++) {
+        if (t->start == XAVIER) {
+            double u = uniform_of(draw4(seed, STREAM_INIT, 0, hash, (uint32_t)(i / 4)).v[i % 4]);
+            out[i] = (real)(bound * (2 * u - 1));
+        } else if (t->start == POSITIONS) {   // [sin, cos] of the column, then [sin, cos] of the row
+            int token = (int)(i / (size_t)D), k = (int)(i % (size_t)D), patch = token - c->cls;
+            double pos = k < D / 2 ? patch % G : patch / G;
+            double angle = pos * pow(10000, -(double)(k % (D / 4)) / (D / 4));
+            out[i] = patch < 0 ? 0 : (real)(float)(k / (D / 4) % 2 ? cos(angle) : sin(angle));
+        } else if (t->start == ROPE_COS || t->start == ROPE_SIN) {   // first half by row, second by column
+            int Dh = t->shape[1], patch = (int)(i / (size_t)Dh), k = (int)(i % (size_t)Dh), half = Dh / 2;
+            double pos = k < half ? patch / G : patch % G;
+            double angle = pos * pow(10000, -2.0 * (k % half / 2) / half);
+            out[i] = (real)(t->start == ROPE_COS ? cos(angle) : sin(angle));
+        } else
+            out[i] = t->start == ONE ? 1 : t->start == HALF ? (real)0.5 : 0;
+    }
+}
+
+static void params_start(real *params, const Table *t, const Config *c, uint64_t seed) {
+    for (int i = 0; i < t->count; i++) tensor_start(params + t->tensors[i].offset, &t->tensors[i], c, seed);
+}
+
+// ----------------------------------------------------------------------------------------------------------
+// The matrix product, where nearly all the time goes. In its naive form:
+//
+//     for (i < M) for (j < N) {
+//         c[i][j] = bias ? bias[j] : add ? c[i][j] : 0;
+//         for (k < K) c[i][j] += (ta ? a[k][i] : a[i][k]) * (tb ? b[j][k] : b[k][j]);
+//     }
+//
+// Two changes make it some hundred times faster. A tile of MR x NR sums stays in registers while k runs, so that each
+// value loaded is used MR or NR times; and b is first copied into panels NR columns wide, so that it is read in
+// order. The sum over k is cut into blocks that fit the cache. Every element is summed in one fixed order, so the
+// bits do not depend on the number of threads. Vectors are the GNU type that gcc and clang share.
+
+enum {
+#if defined(__AVX512F__)
+    VBYTES = 64, MR = 8,
+#elif defined(__AVX__)
+    VBYTES = 32, MR = 6,                // 16 registers: 6 x 2 sums, 2 of b, 1 of a
+#else
+    VBYTES = 16, MR = 6,
+#endif
+    VL = VBYTES / sizeof(real), NV = 2, NR = NV * VL,   // a tile is NV vectors wide
+    KC = 512, MC = 128                  // at most KC steps of k in a block; MC rows at a time
+};
+typedef real vec __attribute__((vector_size(VBYTES), aligned(sizeof(real)), may_alias));
+#if defined(__clang__)                  // the sums stay in registers only if every loop over a tile is unrolled
+#define UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(__GNUC__) && !defined(__CUDACC__)
+#define UNROLL _Pragma("GCC unroll 32")
+#else
+#define UNROLL
+#endif
+
+// c[mr][nr] = (bias, or c, or 0) + a[mr][kc] b[kc][NR]; inlined, so that mr is a constant
+static inline __attribute__((always_inline))
+void matmul_tile(real *c, long ldc, int mr, int nr, int kc, const real *a, long lda, const real *b, long ldb,
+                 const real *bias, int add) {
+    vec sum[MR][NV];
+    const vec zero = {0};
+    UNROLL for (int i = 0; i < mr; i++) UNROLL for (int v = 0; v < NV; v++) sum[i][v] = zero;
+    for (int k = 0; k < kc; k++)
+        UNROLL for (int i = 0; i < mr; i++) UNROLL for (int v = 0; v < NV; v++)
+            sum[i][v] += a[i * lda + k] * ((const vec *)(b + k * ldb))[v];
+    UNROLL for (int i = 0; i < mr; i++) {
+        real edge[NR], *to = nr < NR ? edge : c + i * ldc;   // a narrow tile is stored by way of edge
+        for (int j = 0; j < NR && nr < NR; j++)
+            edge[j] = j >= nr ? 0 : bias ? bias[j] : add ? c[i * ldc + j] : 0;
+        UNROLL for (int v = 0; v < NV; v++) {
+            vec *p = (vec *)to + v;
+            *p = sum[i][v] + (nr < NR ? *p : bias ? ((const vec *)bias)[v] : add ? *p : zero);
+        }
+        for (int j = 0; j < nr && nr < NR; j++) c[i * ldc + j] = edge[j];
+    }
+}
+
+// out[n][m] = in[m][n]^T by squares of 4 x 4; ldo and ldi are the lengths of the rows in memory
+static void transpose(real *out, long ldo, const real *in, long ldi, int m, int n) {
+    for (int j = 0; j < n; j += 4)
+        for (int i = 0; i < m; i += 4) {
+            const real *s = in + i * ldi + j;
+            real *d = out + j * ldo + i;
+            if (i + 4 <= m && j + 4 <= n) {
+#if defined(__has_builtin) && !defined(__CUDACC__)
+#if __has_builtin(__builtin_shufflevector)
+                typedef real quad __attribute__((vector_size(4 * sizeof(real)), aligned(sizeof(real)), may_alias));
+                quad r0 = *(const quad *)s, r1 = *(const quad *)(s + ldi);
+                quad r2 = *(const quad *)(s + 2 * ldi), r3 = *(const quad *)(s + 3 * ldi);
+                quad t0 = __builtin_shufflevector(r0, r2, 0, 4, 1, 5), t1 = __builtin_shufflevector(r0, r2, 2, 6, 3, 7);
+                quad t2 = __builtin_shufflevector(r1, r3, 0, 4, 1, 5), t3 = __builtin_shufflevector(r1, r3, 2, 6, 3, 7);
+                *(quad *)d = __builtin_shufflevector(t0, t2, 0, 4, 1, 5);
+                *(quad *)(d + ldo) = __builtin_shufflevector(t0, t2, 2, 6, 3, 7);
+                *(quad *)(d + 2 * ldo) = __builtin_shufflevector(t1, t3, 0, 4, 1, 5);
+                *(quad *)(d + 3 * ldo) = __builtin_shufflevector(t1, t3, 2, 6, 3, 7);
+                continue;
+#endif
+#endif
+            }
+            for (int y = 0; y < imin(4, n - j); y++)
+                for (int x = 0; x < imin(4, m - i); x++) d[y * ldo + x] = s[x * ldi + y];
+        }
+}
+
+// Columns j0 ... j0+nr of kc rows of op(B), copied to a panel [kc][NR]; B points at row 0 of the block
+static void matmul_panel(real *to, const real *B, long ldb, int tb, int j0, int nr, int kc) {
+    if (tb) transpose(to, NR, B + j0 * ldb, ldb, nr, kc);
+    else
+        for (int k = 0; k < kc; k++) memcpy(to + k * NR, B + k * ldb + j0, sizeof(real) * (size_t)nr);
+    for (int k = 0; k < kc && nr < NR; k++)
+        for (int j = nr; j < NR; j++) to[k * NR + j] = 0;
+}
+
+// Rows 0 ... m of C += those of a (row-major, [m][kc]) times all panels; b in panels, or (ldb > 0) read in place
+static void matmul_rows(real *C, long ldc, int m, int N, int kc, const real *a, long lda, const real *b, long ldb,
+                        const real *bias, int add) {
+    long step = ldb ? ldb : (long)NR;
+    for (int j = 0; j < N; j += NR) {
+        const real *bj = ldb ? b + j : b + (long)j * kc, *bi = bias ? bias + j : NULL;
+        int i = 0, nr = imin(NR, N - j);
+        for (; i + MR <= m; i += MR)
+            matmul_tile(C + i * ldc + j, ldc, MR, nr, kc, a + i * lda, lda, bj, step, bi, add);
+        for (; i < m; i++)
+            matmul_tile(C + i * ldc + j, ldc, 1, nr, kc, a + i * lda, lda, bj, step, bi, add);
+    }
+}
+
+// This thread's part of a scratch memory with `each` elements a thread
+static real *thread_work(real *work, size_t each) { return work + (size_t)omp_get_thread_num() * each; }
+
+// C[M,N] = op(A)[M,K] op(B)[K,N] (+ bias, or + C where add). Matrices are whole; op transposes where ta, tb.
+// Memory for panels is kept between calls (so this is not for use inside a parallel region: see matmul_small).
+static void matmul(real *C, const real *A, const real *B, const real *bias, int M, int N, int K, int ta, int tb,
+                   int add) {
+    int panels = (N + NR - 1) / NR, blocks = (K + KC - 1) / KC, threads = omp_get_max_threads();
+    int strips = (M + threads * MC - 1) / (threads * MC) * threads;   // the same number for each thread
+    int copy = tb || N > 512 || N % NR;    // short rows of B are near enough to each other to be read in place
+    static real *pb;
+    static size_t have;
+    size_t need = (size_t)KC * NR * (size_t)panels + (size_t)threads * (MC + 2 * MR) * KC;
+    if (have < need) {
+        free(pb);
+        if (posix_memalign((void **)&pb, 64, sizeof(real) * need)) die("out of memory in the matrix product");
+        have = need;
+    }
+    real *pa_all = pb + (size_t)KC * NR * (size_t)panels;
+#pragma omp parallel
+    for (int q = 0; q < blocks; q++) {
+        int k0 = (int)((long)K * q / blocks), kc = (int)((long)K * (q + 1) / blocks) - k0;
+#pragma omp for
+        for (int p = 0; p < panels * copy; p++)
+            matmul_panel(pb + (size_t)p * NR * (size_t)kc, B + (tb ? k0 : (long)k0 * N), tb ? K : N, tb, p * NR,
+                         imin(NR, N - p * NR), kc);
+#pragma omp for
+        for (int s = 0; s < strips; s++) {
+            int lo = (int)((long)M * s / strips / MR * MR);
+            int hi = s + 1 < strips ? (int)((long)M * (s + 1) / strips / MR * MR) : M;
+            real *pa = thread_work(pa_all, (MC + 2 * MR) * KC);
+            if (ta) transpose(pa, kc, A + (long)k0 * M + lo, M, kc, hi - lo);
+            matmul_rows(C + (long)lo * N, N, hi - lo, N, kc, ta ? pa : A + (long)lo * K + k0, ta ? kc : K,
+                        copy ? pb : B + (long)k0 * N, copy ? 0 : N, q ? NULL : bias, add || q);
+        }
+    }
+}
+
+// The same for one thread and matrices that are parts of larger ones (ldx: length of a row in memory), as attention
+// needs for each head. `work` holds (N rounded up to NR) * K + (ta ? M * K : 0) elements.
+static void matmul_small(real *C, long ldc, const real *A, long lda, int ta, const real *B, long ldb, int tb, int M,
+                         int N, int K, real *work) {
+    int panels = (N + NR - 1) / NR;
+    real *pa = work + (size_t)panels * NR * (size_t)K;
+    for (int p = 0; p < panels; p++)
+        matmul_panel(work + (size_t)p * NR * (size_t)K, B, ldb, tb, p * NR, imin(NR, N - p * NR), K);
+    if (ta) transpose(pa, K, A, lda, K, M);
+    matmul_rows(C, ldc, M, N, K, ta ? pa : A, ta ? K : lda, work, 0, NULL, 0);
+}
+
+// ----------------------------------------------------------------------------------------------------------
+// exp and tanh that the compiler can vectorise: no branch, no library call. Within 1.01 and 1.30 units in the last
+// place of float (measured over all exponents). The double build, which checks gradients, uses libm's.
+
+#ifdef USE_DOUBLE
+static inline real fast_exp(real x) { return exp(x); }
+static inline real fast_tanh(real x) { return tanh(x); }
+#else
+// e^x = 2^n e^r with n = round(x / ln 2), |r| <= ln 2 / 2; the polynomial is Cephes' expf
+static inline real fast_exp(real x) {
+    x = x < -87.3f ? -87.3f : x;
+    x = x > 88.3f ? 88.3f : x;
+    float n = x * 1.44269504f + 12582912.0f;               // adding 1.5 * 2^23 rounds to a whole number
+    int32_t i;
+    memcpy(&i, &n, 4);
+    n -= 12582912.0f;
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;   // ln 2 in two parts
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    i = (int32_t)(((uint32_t)i << 23) + 0x3f800000u);      // 2^n: the low bits of i hold n
+    float s;
+    memcpy(&s, &i, 4);
+    return p * s;
+}
+// tanh x = x P(x^2) where x is small (Cephes' tanhf), else 1 - 2 / (e^2x + 1)
+static inline real fast_tanh(real x) {
+    float a = fabsf(x), s = x * x;
+    float p = -5.70498872745e-3f;
+    p = p * s + 2.06390887954e-2f;
+    p = p * s - 5.37397155531e-2f;
+    p = p * s + 1.33314422036e-1f;
+    p = p * s - 3.33332819422e-1f;
+    p = p * s * x + x;
+    float big = 1.0f - 2.0f / (fast_exp(2.0f * a) + 1.0f);
+    return a < 0.625f ? p : copysignf(big, x);
+}
+#endif
+
+// sum_i a_i b_i over n, in one fixed order of vector lanes
+static real dot(const real *a, const real *b, int n) {
+    vec s = {0};
+    int i = 0;
+    for (; i + VL <= n; i += VL) s += *(const vec *)(a + i) * *(const vec *)(b + i);
+    real sum = 0;
+    for (int l = 0; l < VL; l++) sum += s[l];
+    for (; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+// ----------------------------------------------------------------------------------------------------------
+// Layers. Backward functions quote the forward line that they differentiate. Gradients of weights are added to;
+// gradients of activations are overwritten unless the comment says "+=".
+
+// out[N,O] = in[N,I] w[O,I]^T + b[O]
+static void linear_forward(real *out, const real *in, const real *w, const real *b, int N, int I, int O) {
+    matmul(out, in, w, b, N, O, I, 0, 1, 0);
+}
+
+// din[N,I] = dout[N,O] w (NULL: not wanted; += where add_din);  dw[O,I] += dout^T in;  db[O] += column sums of dout
+static void linear_backward(real *din, real *dw, real *db, const real *dout, const real *in, const real *w, int N,
+                            int I, int O, int add_din) {
+    if (din) matmul(din, dout, w, NULL, N, I, O, 0, 0, add_din);
+    matmul(dw, dout, in, NULL, O, I, N, 1, 0, 1);
+#pragma omp parallel for
+    for (int o0 = 0; o0 < O; o0 += 64) {
+        real sum[64] = {0};
+        for (int n = 0; n < N; n++)
+            for (int o = o0; o < imin(O, o0 + 64); o++) sum[o - o0] += dout[(size_t)n * O + o];
+        for (int o = o0; o < imin(O, o0 + 64); o++) db[o] += sum[o - o0];
+    }
+}
+
+// RMSNorm, n = x r with r = 1 / sqrt(mean(x^2) + eps). Its backward, used three times below: from
+//   dn_j/dx_i = r [i = j] - x_i x_j r^3 / D      follows      dx = r (dn - n mean(dn n)).
+static real rms_scale(const real *x, int D, double eps) { return (real)(1.0 / sqrt(dot(x, x, D) / D + eps)); }
+
+// RMSNorm and adaLN: out[B,T,D] = x[B,T,D] r (1 + scale) + shift, with shift and scale [B, stride] of the sample.
+// r [B,T] is kept for the backward.
+static void norm_modulate_forward(real *out, real *r, const real *x, const real *shift, const real *scale,
+                                  int stride, int B, int T, int D) {
+#pragma omp parallel for
+    for (int n = 0; n < B * T; n++) {
+        const real *xn = x + (size_t)n * D, *sh = shift + (size_t)(n / T) * stride, *sc = scale + (size_t)(n / T) * stride;
+        real *o = out + (size_t)n * D, rn = r[n] = rms_scale(xn, D, 1e-6);
+        for (int i = 0; i < D; i++) o[i] = xn[i] * rn * (1 + sc[i]) + sh[i];
+    }
+}
+
+// out = n (1 + scale) + shift with n = x r:
+//   dshift = sum_t dout,  dscale = sum_t dout n,  dn = dout (1 + scale),  dx += r (dn - n mean(dn n))
+static void norm_modulate_backward(real *dx, real *dshift, real *dscale, const real *dout, const real *x,
+                                   const real *r, const real *scale, int stride, int B, int T, int D) {
+#pragma omp parallel for
+    for (int b = 0; b < B; b++) {
+        const real *sc = scale + (size_t)b * stride;
+        real *dsh = dshift + (size_t)b * stride, *dsc = dscale + (size_t)b * stride;
+        memset(dsh, 0, sizeof(real) * (size_t)D);
+        memset(dsc, 0, sizeof(real) * (size_t)D);
+        for (int n = b * T; n < (b + 1) * T; n++) {
+            const real *xn = x + (size_t)n * D, *d = dout + (size_t)n * D;
+            real *dxn = dx + (size_t)n * D, rn = r[n];
+            vec sums = {0};
+            real sum = 0;
+            int i = 0;
+            for (; i + VL <= D; i += VL) {
+                vec v = *(const vec *)(d + i), nv = *(const vec *)(xn + i) * rn;
+                *(vec *)(dsh + i) += v;
+                *(vec *)(dsc + i) += v * nv;
+                sums += v * (1 + *(const vec *)(sc + i)) * nv;
+            }
+            for (int l = 0; l < VL; l++) sum += sums[l];
+            for (; i < D; i++) {
+                dsh[i] += d[i];
+                dsc[i] += d[i] * xn[i] * rn;
+                sum += d[i] * (1 + sc[i]) * xn[i] * rn;
+            }
+            real mean = sum / D;
+            for (i = 0; i < D; i++) dxn[i] += rn * (d[i] * (1 + sc[i]) - xn[i] * rn * mean);
+        }
+    }
+}
+
+// out[B,T,D] = x + gate y, gate [B, stride] of the sample
+static void gate_forward(real *out, const real *x, const real *gate, const real *y, int stride, int B, int T, int D) {
+#pragma omp parallel for
+    for (int n = 0; n < B * T; n++) {
+        const real *xn = x + (size_t)n * D, *yn = y + (size_t)n * D, *g = gate + (size_t)(n / T) * stride;
+        real *o = out + (size_t)n * D;
+        for (int i = 0; i < D; i++) o[i] = xn[i] + g[i] * yn[i];
+    }
+}
+
+// out = x + gate y:  dgate = sum_t dout y,  dy = dout gate  (and dx = dout, which the caller keeps in place)
+static void gate_backward(real *dy, real *dgate, const real *dout, const real *gate, const real *y, int stride, int B,
+                          int T, int D) {
+#pragma omp parallel for
+    for (int b = 0; b < B; b++) {
+        const real *g = gate + (size_t)b * stride;
+        real *dg = dgate + (size_t)b * stride;
+        memset(dg, 0, sizeof(real) * (size_t)D);
+        for (int n = b * T; n < (b + 1) * T; n++) {
+            const real *d = dout + (size_t)n * D, *yn = y + (size_t)n * D;
+            real *dyn = dy + (size_t)n * D;
+            for (int i = 0; i < D; i++) {
+                dg[i] += d[i] * yn[i];
+                dyn[i] = d[i] * g[i];
+            }
+        }
+    }
+}
+
+// RMSNorm with a weight, out[N,D] = x r w (eps 1e-6): of the CLS token
+static void rmsnorm_forward(real *out, real *r, const real *x, const real *w, int N, int D) {
+    for (int n = 0; n < N; n++) {
+        const real *xn = x + (size_t)n * D;
+        r[n] = rms_scale(xn, D, 1e-6);
+        for (int i = 0; i < D; i++) out[(size_t)n * D + i] = xn[i] * r[n] * w[i];
+    }
+}
+
+// out = n w with n = x r:  dw += dout n,  dn = dout w,  dx = r (dn - n mean(dn n))
+static void rmsnorm_backward(real *dx, real *dw, const real *dout, const real *x, const real *r, const real *w, int N,
+                             int D) {
+    for (int n = 0; n < N; n++) {
+        const real *xn = x + (size_t)n * D, *d = dout + (size_t)n * D;
+        real sum = 0;
+        for (int i = 0; i < D; i++) {
+            dw[i] += d[i] * xn[i] * r[n];
+            sum += d[i] * w[i] * xn[i] * r[n];
+        }
+        for (int i = 0; i < D; i++) dx[(size_t)n * D + i] = r[n] * (d[i] * w[i] - xn[i] * r[n] * (sum / D));
+    }
+}
+
+// GELU, tanh form: out = x/2 (1 + tanh u), u = sqrt(2/pi) (x + 0.044715 x^3)
+#define GELU_A ((real)0.7978845608028654)
+#define GELU_B ((real)0.044715)
+static void gelu_forward(real *out, const real *in, size_t n) {
+#pragma omp parallel for
+    for (size_t i = 0; i < n; i++) {
+        real x = in[i];
+        out[i] = (real)0.5 * x * (1 + fast_tanh(GELU_A * (x + GELU_B * x * x * x)));
+    }
+}
+
+// With h = tanh u:  dout/dx = (1 + h)/2 + x/2 (1 - h^2) du/dx,  du/dx = sqrt(2/pi) (1 + 3 * 0.044715 x^2).
+// din may be dout.
+static void gelu_backward(real *din, const real *dout, const real *in, size_t n) {
+#pragma omp parallel for
+    for (size_t i = 0; i < n; i++) {
+        real x = in[i], h = fast_tanh(GELU_A * (x + GELU_B * x * x * x));
+        real slope = (real)0.5 * (1 + h) + (real)0.5 * x * (1 - h * h) * GELU_A * (1 + 3 * GELU_B * x * x);
+        din[i] = dout[i] * slope;
+    }
+}
+
+// SiLU: out = x s with s = 1 / (1 + e^-x)
+static void silu_forward(real *out, const real *in, size_t n) {
+#pragma omp parallel for
+    for (size_t i = 0; i < n; i++) out[i] = in[i] / (1 + fast_exp(-in[i]));
+}
+
+// dout/dx = s + x s (1 - s). din may be dout.
+static void silu_backward(real *din, const real *dout, const real *in, size_t n) {
+#pragma omp parallel for
+    for (size_t i = 0; i < n; i++) {
+        real s = 1 / (1 + fast_exp(-in[i]));
+        din[i] = dout[i] * (s + in[i] * s * (1 - s));
+    }
+}
+
+// What attention does to q, k and v before it multiplies them, besides QK-norm: where a token stands
+typedef struct {
+    const int *ids;                   // [B,T] original token of each token, NULL: itself
+    int cls;                          // 1: token 0 is CLS, which is not rotated, and patch i is token i + 1
+    int tokens;                       // T of the full sequence, in which v1 lies
+    const real *rope_cos, *rope_sin;  // [P,Dh], NULL: no rotation
+} Places;
+static int place_of(const Places *p, int b, int t, int T) { return p->ids ? p->ids[(size_t)b * T + t] : t; }
+
+// out[B,T,3D] from qkv[B,T,3D]; r [B,T,2H] is kept.
+//   q, k:  n = q r (RMSNorm over the head, eps 2^-23), m = n w, then RoPE on each pair (a, b) of neighbours:
+//          (a cos - b sin, b cos + a sin)                         wq, wk [Dh] NULL: no norm
+//   v:     lambda v1 + (1 - lambda) v                             v1 [B,tokens,3D] NULL: v itself
+static void qkv_mix_forward(real *out, real *r, const real *qkv, const real *wq, const real *wk, const real *v1,
+                            real lambda, const Places *places, int B, int T, int H, int Dh) {
+    int D = H * Dh;
+#pragma omp parallel for
+    for (int n = 0; n < B * T; n++) {
+        int token = place_of(places, n / T, n % T, T), patch = token - places->cls;
+        int rotate = places->rope_cos && patch >= 0;
+        for (int h = 0; h < 2 * H; h++) {   // the heads of q, then those of k
+            const real *x = qkv + (size_t)n * 3 * D + (size_t)h * Dh, *w = h < H ? wq : wk;
+            real *o = out + (size_t)n * 3 * D + (size_t)h * Dh;
+            real rn = 1;
+            if (w) rn = r[(size_t)n * 2 * H + h] = rms_scale(x, Dh, 1.1920928955078125e-07);
+            const real *cs = places->rope_cos + (rotate ? (size_t)patch * Dh : 0);
+            const real *sn = places->rope_sin + (rotate ? (size_t)patch * Dh : 0);
+            for (int i = 0; i < Dh; i += 2) {
+                real a = w ? x[i] * rn * w[i] : x[i], b = w ? x[i + 1] * rn * w[i + 1] : x[i + 1];
+                o[i] = rotate ? a * cs[i] - b * sn[i] : a;
+                o[i + 1] = rotate ? b * cs[i] + a * sn[i] : b;
+            }
+        }
+        const real *v = qkv + (size_t)n * 3 * D + 2 * D;
+        real *o = out + (size_t)n * 3 * D + 2 * D;
+        if (!v1) memcpy(o, v, sizeof(real) * (size_t)D);
+        else {
+            const real *first = v1 + ((size_t)(n / T) * places->tokens + token) * 3 * D + 2 * D;
+            for (int i = 0; i < D; i++) o[i] = lambda * first[i] + (1 - lambda) * v[i];
+        }
+    }
+}
+
+// The transposed rotation undoes RoPE: (da, db) = (dx cos + dy sin, dy cos - dx sin); then dm = (da, db), dw += dm n,
+// dn = dm w, dq = r (dn - n mean(dn n)).  v' = lambda v1 + (1 - lambda) v:  dv = (1 - lambda) dv',
+// dv1 += lambda dv' at the original token, dlambda += sum (v1 - v) dv'.  dv1 [B,tokens,D] (row length D, not 3D).
+// parts [B, 2 Dh + 1] holds each sample's sums for wq, wk and lambda, added up afterwards in the order of the samples.
+static void qkv_mix_backward(real *dqkv, real *dwq, real *dwk, real *dv1, real *dlambda, real *parts, const real *dout,
+                             const real *qkv, const real *r, const real *wq, const real *wk, const real *v1,
+                             real lambda, const Places *places, int B, int T, int H, int Dh) {
+    int D = H * Dh;
+    memset(parts, 0, sizeof(real) * (size_t)B * (size_t)(2 * Dh + 1));
+#pragma omp parallel for
+    for (int n0 = 0; n0 < B * T; n0 += T)
+        for (int n = n0; n < n0 + T; n++) {
+            int token = place_of(places, n / T, n % T, T), patch = token - places->cls;
+            int rotate = places->rope_cos && patch >= 0;
+            real *part = parts + (size_t)(n / T) * (size_t)(2 * Dh + 1);
+            for (int h = 0; h < 2 * H; h++) {
+                size_t at = (size_t)n * 3 * D + (size_t)h * Dh;
+                const real *x = qkv + at, *d = dout + at, *w = h < H ? wq : wk;
+                const real *cs = places->rope_cos + (rotate ? (size_t)patch * Dh : 0);
+                const real *sn = places->rope_sin + (rotate ? (size_t)patch * Dh : 0);
+                real *dx = dqkv + at, *dw = part + (h < H ? 0 : Dh);
+                for (int i = 0; i < Dh; i += 2) {
+                    dx[i] = rotate ? d[i] * cs[i] + d[i + 1] * sn[i] : d[i];
+                    dx[i + 1] = rotate ? d[i + 1] * cs[i] - d[i] * sn[i] : d[i + 1];
+                }
+                if (!w) continue;
+                real rn = r[(size_t)n * 2 * H + h], sum = 0;
+                for (int i = 0; i < Dh; i++) {
+                    dw[i] += dx[i] * x[i] * rn;
+                    dx[i] *= w[i];                 // now dn
+                }
+                sum = dot(dx, x, Dh) * rn / Dh;    // mean(dn n)
+                for (int i = 0; i < Dh; i++) dx[i] = rn * (dx[i] - x[i] * rn * sum);
+            }
+            const real *d = dout + (size_t)n * 3 * D + 2 * D, *v = qkv + (size_t)n * 3 * D + 2 * D;
+            real *dv = dqkv + (size_t)n * 3 * D + 2 * D;
+            if (!v1) memcpy(dv, d, sizeof(real) * (size_t)D);
+            else {
+                size_t row = (size_t)(n / T) * places->tokens + token;
+                const real *first = v1 + row * 3 * D + 2 * D;
+                real *dfirst = dv1 + row * D;
+                part[2 * Dh] += dot(d, first, D) - dot(d, v, D);
+                for (int i = 0; i < D; i++) {
+                    dv[i] = (1 - lambda) * d[i];
+                    dfirst[i] += lambda * d[i];
+                }
+            }
+        }
+    for (int b = 0; b < B; b++) {
+        const real *part = parts + (size_t)b * (size_t)(2 * Dh + 1);
+        for (int i = 0; i < Dh && wq; i++) dwq[i] += part[i], dwk[i] += part[Dh + i];
+        if (v1) *dlambda += part[2 * Dh];
+    }
+}
+
+// Elements of scratch memory that attention needs for one head
+static size_t attention_work(int T, int Dh) {
+    size_t wide = (size_t)((T > Dh ? T : Dh) + NR - 1) / NR * NR;
+    return wide * (size_t)(T > Dh ? T : Dh) + 2 * (size_t)T * (size_t)T + (size_t)T * (size_t)Dh;
+}
+
+// out[B,T,D] = softmax(q k^T / sqrt(Dh)) v for each sample and head, from qkv[B,T,3D]; att [B,H,T,T] is kept.
+// work: attention_work elements a thread
+static void attention_forward(real *out, real *att, const real *qkv, real *work, int B, int T, int H, int Dh) {
+    int D = H * Dh;
+    real scale = (real)(1.0 / sqrt((double)Dh));
+#pragma omp parallel for
+    for (int bh = 0; bh < B * H; bh++) {
+        const real *q = qkv + (size_t)(bh / H) * T * 3 * D + (size_t)(bh % H) * Dh, *k = q + D, *v = q + 2 * D;
+        real *p = att + (size_t)bh * T * T, *o = out + (size_t)(bh / H) * T * D + (size_t)(bh % H) * Dh;
+        real *w = thread_work(work, attention_work(T, Dh));
+        matmul_small(p, T, q, 3 * D, 0, k, 3 * D, 1, T, T, Dh, w);
+        for (int t = 0; t < T; t++) {
+            real *row = p + (size_t)t * T, most[VL], top = row[0], sum = 0;
+            for (int l = 0; l < VL; l++) most[l] = row[0];
+            int i = 0;
+            for (; i + VL <= T; i += VL)
+                for (int l = 0; l < VL; l++) most[l] = row[i + l] > most[l] ? row[i + l] : most[l];
+            for (; i < T; i++) top = row[i] > top ? row[i] : top;
+            for (int l = 0; l < VL; l++) top = most[l] > top ? most[l] : top;
+            for (i = 0; i < T; i++) row[i] = fast_exp((row[i] - top) * scale);
+            vec sums = {0};
+            for (i = 0; i + VL <= T; i += VL) sums += *(const vec *)(row + i);
+            for (int l = 0; l < VL; l++) sum += sums[l];
+            for (; i < T; i++) sum += row[i];
+            real inverse = 1 / sum;
+            for (i = 0; i < T; i++) row[i] *= inverse;
+        }
+        matmul_small(o, D, p, T, 0, v, 3 * D, 0, T, Dh, T, w);
+    }
+}
+
+// o = p v, p = softmax(s), s = q k^T / sqrt(Dh):
+//   dv = p^T do,  dp = do v^T,  ds_ij = p_ij (dp_ij - sum_k p_ik dp_ik),  dq = ds k / sqrt(Dh),  dk = ds^T q / sqrt(Dh)
+static void attention_backward(real *dqkv, const real *dout, const real *qkv, const real *att, real *work, int B, int T,
+                               int H, int Dh) {
+    int D = H * Dh;
+    real scale = (real)(1.0 / sqrt((double)Dh));
+#pragma omp parallel for
+    for (int bh = 0; bh < B * H; bh++) {
+        size_t at = (size_t)(bh / H) * T * 3 * D + (size_t)(bh % H) * Dh;
+        const real *q = qkv + at, *k = q + D, *v = q + 2 * D, *p = att + (size_t)bh * T * T;
+        const real *d = dout + (size_t)(bh / H) * T * D + (size_t)(bh % H) * Dh;
+        real *dq = dqkv + at, *dk = dq + D, *dv = dq + 2 * D;
+        real *ds = thread_work(work, attention_work(T, Dh)), *w = ds + (size_t)T * T;
+        matmul_small(dv, 3 * D, p, T, 1, d, D, 0, T, Dh, T, w);
+        matmul_small(ds, T, d, D, 0, v, 3 * D, 1, T, T, Dh, w);
+        for (int t = 0; t < T; t++) {
+            real *row = ds + (size_t)t * T;
+            const real *pt = p + (size_t)t * T;
+            real sum = dot(row, pt, T);
+            for (int i = 0; i < T; i++) row[i] = scale * pt[i] * (row[i] - sum);
+        }
+        matmul_small(dq, 3 * D, ds, T, 0, k, 3 * D, 0, T, Dh, T, w);
+        matmul_small(dk, 3 * D, ds, T, 1, q, 3 * D, 0, T, Dh, T, w);
+    }
+}
+
+// patches[B,P,C p p] of x[B,C,S,S], features in the order (channel, row, column) of a convolution's weight
+static void patchify(real *patches, const real *x, const Config *c, int B) {
+    int S = c->input_size, p = c->patch_size, G = grid_of(c), P = patches_of(c), C = c->in_channels;
+#pragma omp parallel for
+    for (int n = 0; n < B * P; n++)
+        for (int i = 0; i < C * p * p; i++) {
+            int ch = i / (p * p), y = n % P / G * p + i / p % p, z = n % P % G * p + i % p;
+            patches[(size_t)n * (C * p * p) + i] = x[(((size_t)(n / P) * C + ch) * S + y) * S + z];
+        }
+}
+
+// x[B,C,S,S] from patches[B,P,p p C], features in the order (row, column, channel) of the final layer; and its
+// backward, which reads where the forward wrote.
+static void unpatchify(real *x, real *patches, const Config *c, int B, int backward) {
+    int S = c->input_size, p = c->patch_size, G = grid_of(c), P = patches_of(c), C = c->in_channels;
+#pragma omp parallel for
+    for (int n = 0; n < B * P; n++)
+        for (int i = 0; i < C * p * p; i++) {
+            int ch = i % C, y = n % P / G * p + i / C / p, z = n % P % G * p + i / C % p;
+            real *at = &x[(((size_t)(n / P) * C + ch) * S + y) * S + z], *feature = &patches[(size_t)n * (C * p * p) + i];
+            if (backward) *feature = *at;
+            else *at = *feature;
+        }
+}
+
+// e(t)[B,256] = [cos(t f_k), sin(t f_k)], f_k = 10000^(-k/128); t in [0, 1], not times 1000
+static void time_features(real *out, const real *t, int B) {
+    for (int b = 0; b < B; b++)
+        for (int k = 0; k < 128; k++) {
+            double angle = (double)t[b] * pow(10000, -k / 128.0);
+            out[b * 256 + k] = (real)cos(angle);
+            out[b * 256 + 128 + k] = (real)sin(angle);
+        }
+}
+
+// out[B,n,D] = rows ids[b] of in[B,T,D]
+static void gather_rows(real *out, const real *in, const int *ids, int B, int n, int T, int D) {
+    for (int i = 0; i < B * n; i++)
+        memcpy(out + (size_t)i * D, in + ((size_t)(i / n) * T + ids[i]) * D, sizeof(real) * (size_t)D);
+}
+
+// Rows of a sequence [B,T,D] that are tokens t0 ... t0+n, copied out of it or (to_tokens) into it: [B,n,D]
+static void copy_tokens(real *part, real *tokens, int to_tokens, int B, int n, int t0, int T, int D) {
+    for (int b = 0; b < B; b++) {
+        real *a = part + (size_t)b * n * D, *s = tokens + ((size_t)b * T + t0) * D;
+        memcpy(to_tokens ? s : a, to_tokens ? a : s, sizeof(real) * (size_t)n * (size_t)D);
+    }
+}
+
+// ----------------------------------------------------------------------------------------------------------
+// The model
+
+// What one micro-batch of a training step needs: data and random draws. `first` and `whole` place its B samples in
+// the whole batch, so that means and contrastive pairs are those of the whole batch however it is split.
+typedef struct {
+    int B, first, whole, path_drop;
+    real *x, *noise;         // [B,C,S,S]
+    real *v_before;          // [C,S,S] target velocity of the sample before the first (the last one, before sample 0)
+    real *cls, *noise_cls;   // [B,Z]
+    real *t;                 // [B], after the time shift
+    int *y;                  // [B], after label dropout: K is "no class"
+    int *ids;                // [B,Tk] tokens kept
+    real *feats;             // [B,T,Z]
+} Batch;
+
+// The parts before their coefficients, summed over the steps since they were last read; the last step's gradient norm
+typedef struct { double total, denoise, cls, proj, cfm, grad_norm; } Losses;
+
+// Activations of a block that its backward needs; n = tokens of the block (T, or Tk in g)
+typedef struct {
+    const real *in;               // [B,n,D] the block before's output
+    real *mod;                    // [B,6D] shift1, scale1, gate1, shift2, scale2, gate2
+    real *h1, *r1, *qkv, *r_qk;   // [B,n,D], [B,n], [B,n,3D], [B,n,2H]
+    real *mix, *att, *a, *proj;   // [B,n,3D] normed, rotated, mixed; [B,H,n,n]; [B,n,D]; [B,n,D]
+    real *mid, *h2, *r2;          // [B,n,D] after the first residual; [B,n,D]; [B,n]
+    real *fc1, *gelu, *fc2, *out; // [B,n,F], [B,n,F], [B,n,D], [B,n,D]
+} BlockActs;
+
+typedef struct {
+    real *x_t, *cls_t;                                              // [B,C,S,S], [B,Z]
+    real *patches, *patch_tokens, *cls_proj, *cls_r, *cls_token;    // [B,P,Cpp], [B,P,D], [B,D], [B], [B,D]
+    real *embed;                                                    // [B,T,D]
+    real *t_features, *t0, *t0_silu, *cond, *cond_silu;             // [B,256], then [B,D]
+    BlockActs block[MAX_DEPTH + 1];                                 // one more for evaluation, if h is empty
+    real *kept, *pair, *fused;                                      // [B,Tk,D], [B,T,2D], [B,T,D]
+    real *p0, *p0_silu, *p2, *p2_silu, *zs;                         // [B,T,M] four times, [B,T,Z]
+    real *final_mod, *final_h, *final_r;                            // [B,2D], [B,T,D], [B,T]
+    real *final_patches, *final_cls, *out_patches;                  // [B,P,D], [B,D], [B,P,ppC]
+    real *out, *cls_out;                                            // [B,C,S,S], [B,Z]
+    // gradients, and scratch that blocks share
+    real *dx, *d_E, *d_kept, *d_v1, *d_zs;                          // [B,T,D] twice, [B,Tk,D], [B,T,D], [B,T,Z]
+    real *d_wide, *d_wide2, *d_qkv, *d_mix;                         // [B,T, max(F,M,2D) twice | 3D | 3D]
+    real *d_mod, *d_cond_silu, *d_cond, *d_out, *d_cls_out, *parts, *work;
+} Acts;
+
+typedef struct Model {
+    Config c;
+    Table table;
+    int max_batch, threads;
+    Losses losses;
+    size_t activation_bytes, parameter_bytes;
+    real *params, *grads, *m, *v, *ema;   // one block each, in table order
+    Params w, dw, w_ema;                  // the same, by name
+    Acts a;
+    real *memory;
+} Model;
+
+static void acts_layout(Acts *a, Arena *m, const Config *c, int B, int threads) {
+    size_t b = (size_t)B, T = (size_t)tokens_of(c), Tk = (size_t)kept_of(c), P = (size_t)patches_of(c);
+    size_t D = (size_t)c->hidden_size, F = (size_t)hidden_of(c), M = (size_t)c->projector_dim, Z = (size_t)c->z_dim;
+    size_t H = (size_t)c->num_heads, latent = (size_t)latent_of(c), X = (size_t)patch_dim_of(c);
+    a->x_t = take(m, b * latent), a->cls_t = take(m, b * Z);
+    a->patches = take(m, b * P * X), a->patch_tokens = take(m, b * P * D);
+    a->cls_proj = take(m, b * D), a->cls_r = take(m, b), a->cls_token = take(m, b * D);
+    a->embed = take(m, b * T * D);
+    a->t_features = take(m, b * 256), a->t0 = take(m, b * D), a->t0_silu = take(m, b * D);
+    a->cond = take(m, b * D), a->cond_silu = take(m, b * D);
+    for (int i = 0; i < c->depth + (c->num_h == 0); i++) {
+        BlockActs *k = &a->block[i];
+        size_t n = b * (is_sparse(c, i) ? Tk : T), t = is_sparse(c, i) ? Tk : T;
+        k->mod = take(m, b * 6 * D);
+        k->h1 = take(m, n * D), k->r1 = take(m, n), k->qkv = take(m, n * 3 * D), k->r_qk = take(m, n * 2 * H);
+        k->mix = take(m, n * 3 * D), k->att = take(m, b * H * t * t), k->a = take(m, n * D), k->proj = take(m, n * D);
+        k->mid = take(m, n * D), k->h2 = take(m, n * D), k->r2 = take(m, n);
+        k->fc1 = take(m, n * F), k->gelu = take(m, n * F), k->fc2 = take(m, n * D), k->out = take(m, n * D);
+    }
+    a->kept = take(m, b * Tk * D), a->pair = take(m, b * T * 2 * D), a->fused = take(m, b * T * D);
+    if (c->align) {
+        a->p0 = take(m, b * T * M), a->p0_silu = take(m, b * T * M);
+        a->p2 = take(m, b * T * M), a->p2_silu = take(m, b * T * M), a->zs = take(m, b * T * Z);
+    }
+    a->final_mod = take(m, b * 2 * D), a->final_h = take(m, b * T * D), a->final_r = take(m, b * T);
+    a->final_patches = take(m, b * P * D), a->final_cls = take(m, b * D), a->out_patches = take(m, b * P * X);
+    a->out = take(m, b * latent), a->cls_out = take(m, b * Z);
+
+    size_t wide = F > M ? F : M;
+    wide = wide > 2 * D ? wide : 2 * D;
+    a->dx = take(m, b * T * D), a->d_E = take(m, b * T * D), a->d_kept = take(m, b * Tk * D);
+    a->d_v1 = take(m, b * T * D), a->d_zs = take(m, b * T * Z);
+    a->d_wide = take(m, b * T * wide), a->d_wide2 = take(m, b * T * wide);
+    a->d_qkv = take(m, b * T * 3 * D), a->d_mix = take(m, b * T * 3 * D);
+    a->d_mod = take(m, b * 6 * D), a->d_cond_silu = take(m, b * D), a->d_cond = take(m, b * D);
+    a->d_out = take(m, b * latent), a->d_cls_out = take(m, b * Z), a->parts = take(m, b * (2 * D / H + 1));
+    a->work = take(m, (size_t)threads * attention_work((int)T, (int)(D / H)));
+}
+
+// A model whose activations hold max_batch samples; the parameters are at their start values.
+static Model *model_create(const Config *c, int max_batch, uint64_t seed) {
+    Model *model = (Model *)alloc_zero(1, sizeof(Model));
+    model->c = *c, model->max_batch = max_batch, model->threads = omp_get_max_threads();
+    model->table = params_table(&model->w, c, NULL);
+    size_t n = model->table.total;
+    Arena arena = {NULL, 0};
+    acts_layout(&model->a, &arena, c, max_batch, model->threads);
+    size_t count = 5 * n + arena.used + 64;
+    model->activation_bytes = arena.used * sizeof(real), model->parameter_bytes = 5 * n * sizeof(real);
+    model->memory = (real *)alloc_zero(count, sizeof(real));
+    arena.base = (real *)(((uintptr_t)model->memory + 63) / 64 * 64), arena.used = 0;
+    model->params = take(&arena, n), model->grads = take(&arena, n);
+    model->m = take(&arena, n), model->v = take(&arena, n), model->ema = take(&arena, n);
+    Arena acts = {arena.base + arena.used, 0};
+    acts_layout(&model->a, &acts, c, max_batch, model->threads);
+    free(model->table.tensors);
+    model->table = params_table(&model->w, c, model->params);
+    free(params_table(&model->dw, c, model->grads).tensors);
+    free(params_table(&model->w_ema, c, model->ema).tensors);
+    params_start(model->params, &model->table, c, seed);
+    memcpy(model->ema, model->params, n * sizeof(real));
+    return model;
+}
+static void model_destroy(Model *m) { free(m->table.tensors), free(m->memory), free(m); }
+
+static Places places_of(const Config *c, const Params *w, const int *ids) {
+    Places p = {ids, c->cls, tokens_of(c), c->rope ? w->rope_cos : NULL, c->rope ? w->rope_sin : NULL};
+    return p;
+}
+
+// Block i on n tokens a sample: out = block(in; cond). v1: block 0's qkv, NULL where values are not mixed.
+static void block_forward(BlockActs *k, const BlockParams *w, const real *in, const real *v1, const int *ids,
+                          const Config *c, const Params *all, Acts *a, int B, int n) {
+    int D = c->hidden_size, H = c->num_heads, F = hidden_of(c), N = B * n;
+    Places places = places_of(c, all, ids);
+    k->in = in;
+    linear_forward(k->mod, a->cond_silu, w->adaln_w, w->adaln_b, B, D, 6 * D);
+    const real *shift1 = k->mod, *scale1 = k->mod + D, *gate1 = k->mod + 2 * D;
+    const real *shift2 = k->mod + 3 * D, *scale2 = k->mod + 4 * D, *gate2 = k->mod + 5 * D;
+    norm_modulate_forward(k->h1, k->r1, in, shift1, scale1, 6 * D, B, n, D);
+    linear_forward(k->qkv, k->h1, w->qkv_w, w->qkv_b, N, D, 3 * D);
+    qkv_mix_forward(k->mix, k->r_qk, k->qkv, w->q_norm, w->k_norm, v1, v1 ? *w->v1_lambda : 0, &places, B, n, H, D / H);
+    attention_forward(k->a, k->att, k->mix, a->work, B, n, H, D / H);
+    linear_forward(k->proj, k->a, w->proj_w, w->proj_b, N, D, D);
+    gate_forward(k->mid, in, gate1, k->proj, 6 * D, B, n, D);
+    norm_modulate_forward(k->h2, k->r2, k->mid, shift2, scale2, 6 * D, B, n, D);
+    linear_forward(k->fc1, k->h2, w->fc1_w, w->fc1_b, N, D, F);
+    gelu_forward(k->gelu, k->fc1, (size_t)N * F);
+    linear_forward(k->fc2, k->gelu, w->fc2_w, w->fc2_b, N, F, D);
+    gate_forward(k->out, k->mid, gate2, k->fc2, 6 * D, B, n, D);
+}
+
+// dx [B,n,D] comes in as the gradient of the block's output and leaves as that of its input. a->d_v1 collects the
+// gradients of block 0's values; block 0, which runs last, adds them to its own. a->d_cond_silu is added to.
+static void block_backward(real *dx, BlockParams *dw, const BlockActs *k, const BlockParams *w, const real *v1,
+                           const int *ids, const Config *c, const Params *all, Acts *a, int B, int n, int is_first) {
+    int D = c->hidden_size, H = c->num_heads, F = hidden_of(c), N = B * n;
+    Places places = places_of(c, all, ids);
+    const real *scale1 = k->mod + D, *gate1 = k->mod + 2 * D, *scale2 = k->mod + 4 * D, *gate2 = k->mod + 5 * D;
+    real *dm = a->d_mod, *dh = a->d_wide2;
+    // out = mid + gate2 fc2(gelu(fc1(h2)))
+    gate_backward(a->d_wide2, dm + 5 * D, dx, gate2, k->fc2, 6 * D, B, n, D);
+    linear_backward(a->d_wide, dw->fc2_w, dw->fc2_b, a->d_wide2, k->gelu, w->fc2_w, N, F, D, 0);
+    gelu_backward(a->d_wide, a->d_wide, k->fc1, (size_t)N * F);
+    linear_backward(dh, dw->fc1_w, dw->fc1_b, a->d_wide, k->h2, w->fc1_w, N, D, F, 0);
+    norm_modulate_backward(dx, dm + 3 * D, dm + 4 * D, dh, k->mid, k->r2, scale2, 6 * D, B, n, D);
+    // mid = in + gate1 proj(attention(mix(qkv(h1))))
+    gate_backward(a->d_wide2, dm + 2 * D, dx, gate1, k->proj, 6 * D, B, n, D);
+    linear_backward(a->d_wide, dw->proj_w, dw->proj_b, a->d_wide2, k->a, w->proj_w, N, D, D, 0);
+    attention_backward(a->d_mix, a->d_wide, k->mix, k->att, a->work, B, n, H, D / H);
+    qkv_mix_backward(a->d_qkv, dw->q_norm, dw->k_norm, a->d_v1, dw->v1_lambda, a->parts, a->d_mix, k->qkv, k->r_qk,
+                     w->q_norm, w->k_norm, v1, v1 ? *w->v1_lambda : 0, &places, B, n, H, D / H);
+    if (is_first && c->value_residual)
+        for (size_t i = 0; i < (size_t)N; i++)
+            for (int j = 0; j < D; j++) a->d_qkv[i * 3 * D + 2 * D + j] += a->d_v1[i * D + j];
+    linear_backward(dh, dw->qkv_w, dw->qkv_b, a->d_qkv, k->h1, w->qkv_w, N, D, 3 * D, 0);
+    norm_modulate_backward(dx, dm, dm + D, dh, k->in, k->r1, scale1, 6 * D, B, n, D);
+    linear_backward(a->d_cond_silu, dw->adaln_w, dw->adaln_b, dm, a->cond_silu, w->adaln_w, B, D, 6 * D, 1);
+}
+
+// Velocity of a->x_t, a->cls_t at times t [B] with labels y [B] into a->out, a->cls_out. ids [B,Tk]: training, on the
+// kept tokens, with the projector; NULL: evaluation, on all tokens, where the blocks of g share one block's memory.
+// path_drop: g is not run and every one of its tokens is the mask token.
+static void network_forward(Model *model, const Params *w, const real *t, const int *y, const int *ids, int path_drop,
+                            int B) {
+    const Config *c = &model->c;
+    Acts *a = &model->a;
+    int T = tokens_of(c), P = patches_of(c), D = c->hidden_size, M = c->projector_dim, Z = c->z_dim, X = patch_dim_of(c);
+    int n = ids ? kept_of(c) : T, first_h = c->depth - c->num_h;
+    // tokens: patches, CLS before them, positions
+    patchify(a->patches, a->x_t, c, B);
+    linear_forward(a->patch_tokens, a->patches, w->x_w, w->x_b, B * P, X, D);
+    copy_tokens(a->patch_tokens, a->embed, 1, B, P, c->cls, T, D);
+    if (c->cls) {
+        linear_forward(a->cls_proj, a->cls_t, w->cls_w, w->cls_b, B, Z, D);
+        rmsnorm_forward(a->cls_token, a->cls_r, a->cls_proj, w->cls_norm, B, D);
+        copy_tokens(a->cls_token, a->embed, 1, B, 1, 0, T, D);
+    }
+    for (int b = 0; b < B; b++)
+        for (size_t i = 0; i < (size_t)T * D; i++) a->embed[(size_t)b * T * D + i] += w->pos_embed[i];
+    // condition: c = mlp(e(t)) + label
+    time_features(a->t_features, t, B);
+    linear_forward(a->t0, a->t_features, w->t0_w, w->t0_b, B, 256, D);
+    silu_forward(a->t0_silu, a->t0, (size_t)B * D);
+    linear_forward(a->cond, a->t0_silu, w->t2_w, w->t2_b, B, D, D);
+    for (int b = 0; b < B; b++)
+        for (int i = 0; i < D; i++) a->cond[(size_t)b * D + i] += w->label[(size_t)y[b] * D + i];
+    silu_forward(a->cond_silu, a->cond, (size_t)B * D);
+    // encoder f on all tokens
+    const real *x = a->embed, *first_qkv = a->block[0].qkv;
+    for (int i = 0; i < c->num_f; i++) {
+        const real *v1 = c->value_residual && i > 0 ? first_qkv : NULL;
+        block_forward(&a->block[i], &w->block[i], x, v1, NULL, c, w, a, B, T);
+        x = a->block[i].out;
+    }
+    const real *E = x, *g = NULL;
+    if (ids && c->align) {   // zs = projector(E)
+        linear_forward(a->p0, E, w->p0_w, w->p0_b, B * T, D, M);
+        silu_forward(a->p0_silu, a->p0, (size_t)B * T * M);
+        linear_forward(a->p2, a->p0_silu, w->p2_w, w->p2_b, B * T, M, M);
+        silu_forward(a->p2_silu, a->p2, (size_t)B * T * M);
+        linear_forward(a->zs, a->p2_silu, w->p4_w, w->p4_b, B * T, M, Z);
+    }
+    // sparse middle g on the kept tokens
+    if (!path_drop) {
+        if (ids) gather_rows(a->kept, E, ids, B, n, T, D);
+        g = ids ? a->kept : E;
+        for (int i = c->num_f; i < first_h; i++) {
+            BlockActs *k = ids ? &a->block[i] : &a->block[c->num_h ? c->depth - 1 : c->depth];
+            block_forward(k, &w->block[i], g, c->value_residual ? first_qkv : NULL, ids, c, w, a, B, n);
+            g = k->out;
+        }
+    }
+    // pad with the mask token, fuse: fusion_proj([E, G])
+    for (int i = 0; i < B * T; i++) {
+        memcpy(a->pair + (size_t)i * 2 * D, E + (size_t)i * D, sizeof(real) * (size_t)D);
+        const real *row = g && !ids ? g + (size_t)i * D : w->mask_token;
+        memcpy(a->pair + (size_t)i * 2 * D + D, row, sizeof(real) * (size_t)D);
+    }
+    for (int i = 0; g && ids && i < B * n; i++)
+        memcpy(a->pair + ((size_t)(i / n) * T + ids[i]) * 2 * D + D, g + (size_t)i * D, sizeof(real) * (size_t)D);
+    linear_forward(a->fused, a->pair, w->fusion_w, w->fusion_b, B * T, 2 * D, D);
+    // decoder h on all tokens
+    x = a->fused;
+    for (int i = first_h; i < c->depth; i++) {
+        block_forward(&a->block[i], &w->block[i], x, c->value_residual ? first_qkv : NULL, NULL, c, w, a, B, T);
+        x = a->block[i].out;
+    }
+    // final layer
+    linear_forward(a->final_mod, a->cond_silu, w->final_adaln_w, w->final_adaln_b, B, D, 2 * D);
+    norm_modulate_forward(a->final_h, a->final_r, x, a->final_mod, a->final_mod + D, 2 * D, B, T, D);
+    copy_tokens(a->final_patches, a->final_h, 0, B, P, c->cls, T, D);
+    linear_forward(a->out_patches, a->final_patches, w->final_w, w->final_b, B * P, D, X);
+    unpatchify(a->out, a->out_patches, c, B, 0);
+    if (!c->cls) return;
+    copy_tokens(a->final_cls, a->final_h, 0, B, 1, 0, T, D);
+    linear_forward(a->cls_out, a->final_cls, w->final_cls_w, w->final_cls_b, B, D, Z);
+}
+
+// Gradients of all parameters, added to model->grads, from those of the outputs (a->d_out, a->d_cls_out, a->d_zs),
+// after a training network_forward with the same arguments. E, block Lf's output, has three readers: the projector,
+// the sparse path and the fusion; their gradients meet in a->d_E.
+static void network_backward(Model *model, const int *y, const int *ids, int path_drop, int B) {
+    const Config *c = &model->c;
+    const Params *w = &model->w;
+    Params *dw = &model->dw;
+    Acts *a = &model->a;
+    int T = tokens_of(c), P = patches_of(c), D = c->hidden_size, M = c->projector_dim, Z = c->z_dim, X = patch_dim_of(c);
+    int n = kept_of(c), first_h = c->depth - c->num_h;
+    size_t N = (size_t)B * (size_t)T, bytes = sizeof(real) * N * (size_t)D;
+    const real *first_qkv = a->block[0].qkv, *v1 = c->value_residual ? first_qkv : NULL;
+    memset(a->d_cond_silu, 0, sizeof(real) * (size_t)B * (size_t)D);
+    memset(a->d_v1, 0, bytes);
+    // final layer: out = linear(final_h[patches]), cls_out = linear_cls(final_h[CLS])
+    unpatchify(a->d_out, a->out_patches, c, B, 1);   // out_patches becomes its own gradient
+    linear_backward(a->d_wide, dw->final_w, dw->final_b, a->out_patches, a->final_patches, w->final_w, B * P, D, X, 0);
+    copy_tokens(a->d_wide, a->d_wide2, 1, B, P, c->cls, T, D);
+    if (c->cls) {
+        linear_backward(a->d_wide, dw->final_cls_w, dw->final_cls_b, a->d_cls_out, a->final_cls, w->final_cls_w, B, D, Z,
+                        0);
+        copy_tokens(a->d_wide, a->d_wide2, 1, B, 1, 0, T, D);
+    }
+    memset(a->dx, 0, bytes);
+    norm_modulate_backward(a->dx, a->d_mod, a->d_mod + D, a->d_wide2, c->num_h ? a->block[c->depth - 1].out : a->fused,
+                           a->final_r, a->final_mod + D, 2 * D, B, T, D);
+    linear_backward(a->d_cond_silu, dw->final_adaln_w, dw->final_adaln_b, a->d_mod, a->cond_silu, w->final_adaln_w, B, D,
+                    2 * D, 1);
+    // decoder h
+    for (int i = c->depth - 1; i >= first_h; i--)
+        block_backward(a->dx, &dw->block[i], &a->block[i], &w->block[i], v1, NULL, c, w, a, B, T, 0);
+    // fused = fusion_proj([E, G]), G = mask_token where g has no token
+    linear_backward(a->d_wide, dw->fusion_w, dw->fusion_b, a->dx, a->pair, w->fusion_w, (int)N, 2 * D, D, 0);
+    for (size_t i = 0; i < N; i++) memcpy(a->d_E + i * D, a->d_wide + i * 2 * D, sizeof(real) * (size_t)D);
+    for (int i = 0; i < B * n && !path_drop; i++) {   // kept tokens pass theirs to g; what is left is the mask's
+        real *from = a->d_wide + ((size_t)(i / n) * T + ids[i]) * 2 * D + D;
+        memcpy(a->d_kept + (size_t)i * D, from, sizeof(real) * (size_t)D);
+        memset(from, 0, sizeof(real) * (size_t)D);
+    }
+    for (size_t i = 0; i < N; i++)
+        for (int j = 0; j < D; j++) dw->mask_token[j] += a->d_wide[i * 2 * D + D + j];
+    // sparse middle g, on a path-drop step without gradient
+    if (!path_drop) {
+        for (int i = first_h - 1; i >= c->num_f; i--)
+            block_backward(a->d_kept, &dw->block[i], &a->block[i], &w->block[i], v1, ids, c, w, a, B, n, 0);
+        for (int i = 0; i < B * n; i++)
+            for (int j = 0; j < D; j++) a->d_E[((size_t)(i / n) * T + ids[i]) * D + j] += a->d_kept[(size_t)i * D + j];
+    }
+    // zs = p4(silu(p2(silu(p0(E)))))
+    if (c->align) {
+        linear_backward(a->d_wide, dw->p4_w, dw->p4_b, a->d_zs, a->p2_silu, w->p4_w, (int)N, M, Z, 0);
+        silu_backward(a->d_wide, a->d_wide, a->p2, N * M);
+        linear_backward(a->d_wide2, dw->p2_w, dw->p2_b, a->d_wide, a->p0_silu, w->p2_w, (int)N, M, M, 0);
+        silu_backward(a->d_wide2, a->d_wide2, a->p0, N * M);
+        linear_backward(a->d_E, dw->p0_w, dw->p0_b, a->d_wide2, a->block[c->num_f - 1].out, w->p0_w, (int)N, D, M, 1);
+    }
+    // encoder f
+    for (int i = c->num_f - 1; i >= 0; i--)
+        block_backward(a->d_E, &dw->block[i], &a->block[i], &w->block[i], i ? v1 : NULL, NULL, c, w, a, B, T, i == 0);
+    // tokens
+    copy_tokens(a->d_wide, a->d_E, 0, B, P, c->cls, T, D);
+    linear_backward(NULL, dw->x_w, dw->x_b, a->d_wide, a->patches, w->x_w, B * P, X, D, 0);
+    if (c->cls) {
+        copy_tokens(a->d_wide, a->d_E, 0, B, 1, 0, T, D);
+        rmsnorm_backward(a->d_wide2, dw->cls_norm, a->d_wide, a->cls_proj, a->cls_r, w->cls_norm, B, D);
+        linear_backward(NULL, dw->cls_w, dw->cls_b, a->d_wide2, a->cls_t, w->cls_w, B, Z, D, 0);
+    }
+    // condition
+    silu_backward(a->d_cond, a->d_cond_silu, a->cond, (size_t)B * D);
+    for (int b = 0; b < B; b++)
+        for (int i = 0; i < D; i++) dw->label[(size_t)y[b] * D + i] += a->d_cond[(size_t)b * D + i];
+    linear_backward(a->d_wide, dw->t2_w, dw->t2_b, a->d_cond, a->t0_silu, w->t2_w, B, D, D, 0);
+    silu_backward(a->d_wide, a->d_wide, a->t0, (size_t)B * D);
+    linear_backward(NULL, dw->t0_w, dw->t0_b, a->d_wide, a->t_features, w->t0_w, B, 256, D, 0);
+}
+
+// ----------------------------------------------------------------------------------------------------------
+// The loss, over the outputs of the network and the batch (srdit_spec: "Loss"):
+//
+//   L = mean (out - v)^2 + cls_coeff mean (cls_out - v_cls)^2 + proj_coeff L_align + cfm_coeff L_cfm
+//   v = noise - x,   L_cfm = - mean (out - v[b-1])^2,   L_align = - mean_{b,t} cos(feats, zs)
+//
+// Means run over the whole batch; this adds the micro-batch's share to model->losses and writes the gradients
+//   dout = 2 (out - v) / n - cfm_coeff 2 (out - v[b-1]) / n,  and with unit vectors f^, z^ and |z| = max(norm, 1e-12)
+//   dzs = - proj_coeff / (B T) (f^ - cos z^) / |z|            (z^'s own derivative is (1 - z^ z^T) / |z|)
+static void loss_and_gradients(Model *model, const Batch *batch) {
+    const Config *c = &model->c;
+    Acts *a = &model->a;
+    size_t latent = (size_t)latent_of(c), Z = (size_t)c->z_dim, T = (size_t)tokens_of(c);
+    double whole = batch->whole, cfm = c->cfm ? c->cfm_coeff : 0;
+    Losses *each = (Losses *)alloc_zero((size_t)batch->B, sizeof(Losses));   // summed in order: the same bits
+#pragma omp parallel for
+    for (int b = 0; b < batch->B; b++) {
+        const real *x = batch->x + b * latent, *noise = batch->noise + b * latent, *out = a->out + b * latent;
+        for (size_t i = 0; i < latent; i++) {
+            real v = noise[i] - x[i], v_before = b ? (noise - latent)[i] - (x - latent)[i] : batch->v_before[i];
+            real d = out[i] - v, d_before = out[i] - v_before;
+            each[b].denoise += (double)d * d;
+            each[b].cfm -= (double)d_before * d_before;
+            a->d_out[b * latent + i] = (real)((2 * d - cfm * 2 * d_before) / (whole * (double)latent));
+        }
+        for (size_t i = 0; i < Z && c->cls; i++) {
+            real d = a->cls_out[b * Z + i] - (batch->noise_cls[b * Z + i] - batch->cls[b * Z + i]);
+            each[b].cls += (double)d * d;
+            a->d_cls_out[b * Z + i] = (real)(c->cls_coeff * 2 * d / (whole * (double)Z));
+        }
+        for (size_t t = 0; t < T && c->align; t++) {
+            const real *f = batch->feats + (b * T + t) * Z, *z = a->zs + (b * T + t) * Z;
+            real *dz = a->d_zs + (b * T + t) * Z;
+            double f_norm = sqrt((double)dot(f, f, (int)Z)), z_norm = sqrt((double)dot(z, z, (int)Z));
+            f_norm = f_norm > 1e-12 ? f_norm : 1e-12, z_norm = z_norm > 1e-12 ? z_norm : 1e-12;
+            double cosine = (double)dot(f, z, (int)Z) / (f_norm * z_norm);
+            each[b].proj -= cosine;
+            double k = -c->proj_coeff / (whole * (double)T * z_norm);
+            for (size_t i = 0; i < Z; i++) dz[i] = (real)(k * (f[i] / f_norm - cosine * z[i] / z_norm));
+        }
+    }
+    Losses *sum = &model->losses;
+    for (int b = 0; b < batch->B; b++) {
+        sum->denoise += each[b].denoise / (whole * (double)latent);
+        sum->cfm += each[b].cfm / (whole * (double)latent);
+        sum->cls += each[b].cls / (whole * (double)Z);
+        sum->proj += each[b].proj / (whole * (double)T);
+    }
+    free(each);
+    sum->total = sum->denoise + c->cls_coeff * sum->cls + c->proj_coeff * sum->proj + cfm * sum->cfm;
+}
+
+// Gradients are added to; call zero_gradients before the first micro-batch of a step.
+static void zero_gradients(Model *m) { memset(m->grads, 0, m->table.total * sizeof(real)); }
+
+static void forward_backward(Model *model, const Batch *batch) {
+    const Config *c = &model->c;
+    size_t latent = (size_t)latent_of(c), Z = (size_t)c->z_dim;
+    for (int b = 0; b < batch->B; b++) {   // x_t = (1 - t) x + t noise, and CLS alike
+        real t = batch->t[b];
+        for (size_t i = b * latent; i < (b + 1) * latent; i++)
+            model->a.x_t[i] = (1 - t) * batch->x[i] + t * batch->noise[i];
+        for (size_t i = b * Z; i < (b + 1) * Z && c->cls; i++)
+            model->a.cls_t[i] = (1 - t) * batch->cls[i] + t * batch->noise_cls[i];
+    }
+    network_forward(model, &model->w, batch->t, batch->y, batch->ids, batch->path_drop, batch->B);
+    loss_and_gradients(model, batch);
+    network_backward(model, batch->y, batch->ids, batch->path_drop, batch->B);
+}
+
+// Velocities v [B,C,S,S], v_cls [B,Z] at x, cls, t, y on all tokens: what the sampler asks for, max_batch at a time.
+static void velocity(Model *model, real *v, real *v_cls, const real *x, const real *cls, const real *t, const int *y,
+                     int use_ema, int path_drop, int B) {
+    size_t latent = (size_t)latent_of(&model->c), Z = (size_t)model->c.z_dim;
+    for (int b = 0; b < B; b += model->max_batch) {
+        int n = imin(model->max_batch, B - b);
+        memcpy(model->a.x_t, x + b * latent, n * latent * sizeof(real));
+        if (model->c.cls) memcpy(model->a.cls_t, cls + b * Z, n * Z * sizeof(real));
+        network_forward(model, use_ema ? &model->w_ema : &model->w, t + b, y + b, NULL, path_drop, n);
+        memcpy(v + b * latent, model->a.out, n * latent * sizeof(real));
+        if (model->c.cls) memcpy(v_cls + b * Z, model->a.cls_out, n * Z * sizeof(real));
+    }
+}
+
+// ----------------------------------------------------------------------------------------------------------
+// Optimizer: clipping to a global norm, AdamW and the moving average in one pass; step counts from 1. The norm before
+// clipping goes to model->losses. Where it is not finite nothing is changed, so that the last good state stays.
+static void update(Model *model, int step) {
+    const Config *c = &model->c;
+    size_t n = model->table.trained, chunk = 4096, chunks = (n + chunk - 1) / chunk;
+    double *sums = (double *)alloc_zero(chunks, sizeof(double)), total = 0;
+#pragma omp parallel for
+    for (size_t k = 0; k < chunks; k++)
+        for (size_t i = k * chunk; i < n && i < (k + 1) * chunk; i++)
+            sums[k] += (double)model->grads[i] * model->grads[i];
+    for (size_t k = 0; k < chunks; k++) total += sums[k];   // in order: the same bits for any number of threads
+    free(sums);
+    double norm = model->losses.grad_norm = sqrt(total), clip = c->max_grad_norm / (norm + 1e-6);
+    if (!(norm < INFINITY)) return;
+    real scale = (real)(clip < 1 ? clip : 1), b1 = (real)c->beta1, b2 = (real)c->beta2, eps = (real)c->eps;
+    real rate = (real)(c->lr / (1 - pow(c->beta1, step))), decay = (real)(1 - c->lr * c->weight_decay);
+    real root = (real)(1 / sqrt(1 - pow(c->beta2, step))), one1 = (real)(1 - c->beta1), one2 = (real)(1 - c->beta2);
+    double ema = c->ema ? c->ema_decay : 0, warm = (1.0 + step) / (10.0 + step);
+    real e = (real)(c->ema_warmup && warm < ema ? warm : ema);
+    real one_e = (real)(1 - (c->ema_warmup && warm < ema ? warm : ema));
+#pragma omp parallel for
+    for (size_t i = 0; i < n; i++) {
+        real g = model->grads[i] * scale, p = model->params[i] * decay;
+        real m = model->m[i] = b1 * model->m[i] + one1 * g, v = model->v[i] = b2 * model->v[i] + one2 * g * g;
+        model->params[i] = p -= rate * m / ((real)sqrt(v) * root + eps);
+        model->ema[i] = e * model->ema[i] + one_e * p;
+    }
+}
+
+// The losses summed since the last call, and a fresh start
+static Losses read_losses(Model *model) {
+    Losses sum = model->losses;
+    memset(&model->losses, 0, sizeof(Losses));
+    return sum;
+}
+
+enum Block { PARAMS, GRADS, ADAM_M, ADAM_V, EMA };
+static real *model_block(Model *m, enum Block which) {
+    return which == PARAMS ? m->params : which == GRADS ? m->grads : which == ADAM_M ? m->m : which == ADAM_V ? m->v : m->ema;
+}
+static void get_block(real *host, Model *m, enum Block which) {
+    memcpy(host, model_block(m, which), m->table.total * sizeof(real));
+}
+static void put_block(Model *m, const real *host, enum Block which) {
+    memcpy(model_block(m, which), host, m->table.total * sizeof(real));
+}
+
+// An activation of the last forward by the name that reference files use (shared with the tests); NULL if unknown
+static const real *activation(Model *m, const char *name, size_t *n) {
+    const Config *c = &m->c;
+    const Acts *a = &m->a;
+    size_t T = (size_t)tokens_of(c), D = (size_t)c->hidden_size, Z = (size_t)c->z_dim;
+    int i;
+    if (sscanf(name, "block.%d", &i) == 1 && i >= 0 && i < c->depth) {
+        *n = (is_sparse(c, i) ? (size_t)kept_of(c) : T) * D;
+        return a->block[i].out;
+    }
+    struct { const char *name; const real *x; size_t n; } list[] = {
+        {"embed", a->embed, T * D}, {"cond", a->cond, D}, {"fused", a->fused, T * D}, {"zs", a->zs, T * Z},
+        {"out", a->out, (size_t)latent_of(c)}, {"cls_out", a->cls_out, Z}};
+    for (i = 0; i < 6; i++)
+        if (!strcmp(name, list[i].name)) { *n = list[i].n; return list[i].x; }
+    return NULL;
+}
+
+static int all_finite(const real *x, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        if (!(fabs((double)x[i]) < INFINITY)) return 0;
+    return 1;
+}
+
+// The first tensor, in the order of the computation, that holds a number that is not finite; "" if there is none
+static void find_bad(char name[96], Model *model, const Batch *batch) {
+    const Config *c = &model->c;
+    size_t B = (size_t)batch->B, T = (size_t)tokens_of(c), Z = (size_t)c->z_dim, n = 0;
+    const real *data[] = {batch->x, batch->cls, batch->feats};
+    size_t sizes[] = {B * (size_t)latent_of(c), c->cls ? B * Z : 0, c->align ? B * T * Z : 0};
+    static const char *const data_names[] = {"latents", "cls", "feats"};
+    static const char *const order[] = {"embed", "cond", "block", "fused", "zs", "out", "cls_out"};
+    name[0] = 0;
+    for (int i = 0; i < 3 && !name[0]; i++)
+        if (!all_finite(data[i], sizes[i])) snprintf(name, 96, "%s of the data", data_names[i]);
+    for (int i = 0; i < model->table.count && !name[0]; i++) {
+        const Tensor *t = &model->table.tensors[i];
+        if (!all_finite(model->params + t->offset, t->size)) snprintf(name, 96, "parameter %s", t->name);
+    }
+    for (int k = 0; k < 7 && !name[0]; k++)
+        for (int i = 0; i < (k == 2 ? c->depth : 1) && !name[0]; i++) {
+            char what[32];
+            if (k == 2) snprintf(what, sizeof(what), "block.%d", i);
+            else snprintf(what, sizeof(what), "%s", order[k]);
+            const real *x = activation(model, what, &n);
+            int unused = k == 2 ? is_sparse(c, i) && batch->path_drop : k == 4 ? !c->align : k == 6 && !c->cls;
+            if (!unused && !all_finite(x, n * B)) snprintf(name, 96, "activation %s", what);
+        }
+    for (int i = 0; i < model->table.count && !name[0]; i++) {
+        const Tensor *t = &model->table.tensors[i];
+        if (!all_finite(model->grads + t->offset, t->size)) snprintf(name, 96, "gradient of %s", t->name);
+    }
+}
+
+// What a trainer offers to the sampler, the training loop and the tests. train_srdit.cu offers the same on a GPU; its
+// model begins with a Model, whose configuration and table are read here.
+typedef struct {
+    const char *name;
+    Model *(*create)(const Config *, int max_batch, uint64_t seed);
+    void (*destroy)(Model *);
+    void (*zero_gradients)(Model *);
+    void (*forward_backward)(Model *, const Batch *);
+    void (*update)(Model *, int step);
+    Losses (*read_losses)(Model *);
+    void (*velocity)(Model *, real *v, real *v_cls, const real *x, const real *cls, const real *t, const int *y, int use_ema,
+                     int path_drop, int B);
+    void (*get_block)(real *, Model *, enum Block);
+    void (*put_block)(Model *, const real *, enum Block);
+    const real *(*activation)(Model *, const char *name, size_t *n);
+    void (*find_bad)(char name[96], Model *, const Batch *);
+} Backend;
+static const Backend cpu_backend = {"CPU", model_create, model_destroy, zero_gradients, forward_backward, update, read_losses,
+                                    velocity, get_block, put_block, activation, find_bad};
+
+// ----------------------------------------------------------------------------------------------------------
+// Sampler: from noise at t = 1 to data at t = 0 (srdit_spec: "Sampler"). State in double.
+
+typedef struct {
+    int steps;                      // network evaluations, N
+    double cfg, cls_cfg;            // guidance scales, w; cfg <= 1: none; cls_cfg <= 0: CLS unguided
+    double low, high;               // guidance only for t in [low, high]
+    int path_drop;                  // the unconditional branch drops the sparse path
+    int use_ema;
+    uint64_t seed;
+    int first;                      // global index of the first sample: its noise does not depend on the batch
+    const double *eps, *cls_eps;    // noises given [N-1,B,C,S,S], [N-1,B,Z] (tests), or NULL: drawn
+} Sampling;
+
+static Sampling sampling_default(void) {
+    Sampling s = {50, 1, 0, 0, 1, 1, 1, 1, 0, NULL, NULL};
+    return s;
+}
+
+// t[N+1]: linspace(1, 0.04, N), then 0, each shifted
+static void sampling_times(double *t, const Config *c, int N) {
+    for (int i = 0; i < N; i++) t[i] = shift_time(c, N > 1 ? 1 + (0.04 - 1) * i / (N - 1) : 1);
+    t[N] = shift_time(c, 0);
+}
+
+// Memory for n samples, used again from step to step
+typedef struct { real *x, *cls, *t, *v[2], *v_cls[2]; int *y, *no_class; } SamplerWork;
+static SamplerWork sampler_work(const Config *c, int n) {
+    SamplerWork w;
+    size_t latent = (size_t)n * (size_t)latent_of(c), Z = (size_t)n * (size_t)c->z_dim;
+    w.x = (real *)alloc_zero(latent, sizeof(real)), w.cls = (real *)alloc_zero(Z, sizeof(real));
+    w.t = (real *)alloc_zero((size_t)n, sizeof(real));
+    for (int i = 0; i < 2; i++) {
+        w.v[i] = (real *)alloc_zero(latent, sizeof(real));
+        w.v_cls[i] = (real *)alloc_zero(Z, sizeof(real));
+    }
+    w.y = (int *)alloc_zero((size_t)n, sizeof(int)), w.no_class = (int *)alloc_zero((size_t)n, sizeof(int));
+    for (int i = 0; i < n; i++) w.no_class[i] = c->num_classes;
+    return w;
+}
+static void sampler_work_free(SamplerWork *w) {
+    free(w->x), free(w->cls), free(w->t), free(w->y), free(w->no_class);
+    for (int i = 0; i < 2; i++) free(w->v[i]), free(w->v_cls[i]);
+}
+
+// Guided velocities into w->v[0], w->v_cls[0]: v_u + w (v_c - v_u). Guiding v is guiding the drift, which is linear in v.
+static void guided_velocity(SamplerWork *w, const Backend *backend, Model *model, const Sampling *s, const double *x,
+                            const double *cls, const int *y, double t, int n) {
+    size_t latent = (size_t)n * (size_t)latent_of(&model->c), Z = model->c.cls ? (size_t)n * (size_t)model->c.z_dim : 0;
+    for (size_t i = 0; i < latent; i++) w->x[i] = (real)x[i];
+    for (size_t i = 0; i < Z; i++) w->cls[i] = (real)cls[i];
+    for (int i = 0; i < n; i++) w->t[i] = (real)t;
+    backend->velocity(model, w->v[0], w->v_cls[0], w->x, w->cls, w->t, y, s->use_ema, 0, n);
+    if (!(s->cfg > 1 && t >= s->low && t <= s->high)) return;
+    backend->velocity(model, w->v[1], w->v_cls[1], w->x, w->cls, w->t, w->no_class, s->use_ema, s->path_drop, n);
+    for (size_t i = 0; i < latent; i++) w->v[0][i] = (real)(w->v[1][i] + s->cfg * ((double)w->v[0][i] - w->v[1][i]));
+    for (size_t i = 0; i < Z && s->cls_cfg > 0; i++)
+        w->v_cls[0][i] = (real)(w->v_cls[1][i] + s->cls_cfg * ((double)w->v_cls[0][i] - w->v_cls[1][i]));
+}
+
+// Standard normals for the state of n samples: i = 0 the start, i >= 1 step i of the sampler
+static void sampler_noise(double *x, double *cls, const Config *c, const Sampling *s, int i, int n) {
+    size_t latent = (size_t)latent_of(c), Z = (size_t)c->z_dim;
+    real *z = (real *)alloc_zero(latent > Z ? latent : Z, sizeof(real));
+    for (int b = 0; b < n; b++) {
+        fill_normal(z, latent, s->seed, STREAM_SAMPLE_X, (uint32_t)i, (uint32_t)(s->first + b));
+        for (size_t j = 0; j < latent; j++) x[b * latent + j] = z[j];
+        fill_normal(z, Z, s->seed, STREAM_SAMPLE_CLS, (uint32_t)i, (uint32_t)(s->first + b));
+        for (size_t j = 0; j < Z; j++) cls[b * Z + j] = z[j];
+    }
+    free(z);
+}
+
+// x += d dt + sqrt(2t) sqrt(|dt|) eps, with score = -((1-t) v + x) / t and drift d = v - t score; eps NULL: no noise
+static void euler_maruyama_step(double *x, const real *v, const double *eps, size_t n, double t, double dt) {
+    for (size_t i = 0; i < n; i++) {
+        double score = -((1 - t) * v[i] + x[i]) / t, drift = v[i] - t * score;
+        x[i] += drift * dt + (eps ? sqrt(2 * t) * sqrt(fabs(dt)) * eps[i] : 0);
+    }
+}
+
+// n samples: x [n,C,S,S] and cls [n,Z] come in as noise and leave as data. progress (NULL: none) is called after each
+// of the N steps.
+static void sample_euler_maruyama(double *x, double *cls, const Backend *backend, Model *model, const Sampling *s,
+                                  const int *y, int n, void (*progress)(int step, int steps, const double *x, void *),
+                                  void *user) {
+    const Config *c = &model->c;
+    size_t latent = (size_t)n * (size_t)latent_of(c), Z = (size_t)n * (size_t)c->z_dim;
+    SamplerWork w = sampler_work(c, n);
+    double *t = (double *)alloc_zero((size_t)s->steps + 1, sizeof(double));
+    double *eps = (double *)alloc_zero(latent, sizeof(double)), *cls_eps = (double *)alloc_zero(Z, sizeof(double));
+    sampling_times(t, c, s->steps);
+    for (int i = 0; i < s->steps; i++) {
+        const double *e = eps, *e_cls = cls_eps;
+        if (s->eps) e = s->eps + (size_t)i * latent, e_cls = s->cls_eps + (size_t)i * Z;
+        else if (i < s->steps - 1) sampler_noise(eps, cls_eps, c, s, i + 1, n);
+        guided_velocity(&w, backend, model, s, x, cls, y, t[i], n);
+        int last = i == s->steps - 1;   // the last step takes the mean
+        euler_maruyama_step(x, w.v[0], last ? NULL : e, latent, t[i], t[i + 1] - t[i]);
+        if (c->cls) euler_maruyama_step(cls, w.v_cls[0], last ? NULL : e_cls, Z, t[i], t[i + 1] - t[i]);
+        if (progress) progress(i + 1, s->steps, x, user);
+    }
+    free(t), free(eps), free(cls_eps), sampler_work_free(&w);
+}
+
+// ----------------------------------------------------------------------------------------------------------
+// Data: shards in safetensors, memory-mapped (data/README.md describes them)
+
+typedef struct {
+    SafeFile *file;
+    const SafeTensor *latents, *labels, *feats, *cls;
+    size_t count;                      // samples to train on
+} Shard;
+typedef struct {
+    Shard *shards;
+    int shard_count;
+    size_t count;
+    char name[128], decoder[32];
+    double scale, offset;              // model input = stored * scale + offset
+    int C, S, K, tokens, Z;            // tokens and Z are 0 where there are no feats
+} Data;
+
+static const SafeTensor *shard_tensor(const SafeFile *f, const char *name, int ndim, int required) {
+    const SafeTensor *t = safe_find(f, name);
+    if (!t && required) die("%s: tensor %s is missing: not a data shard (data/README.md describes them)", f->path, name);
+    if (t && t->ndim != ndim) die("%s: tensor %s: %d dimensions where %d are expected", f->path, name, t->ndim, ndim);
+    return t;
+}
+
+static Data *data_open(char **paths, int count) {
+    Data *d = (Data *)alloc_zero(1, sizeof(Data));
+    d->shards = (Shard *)alloc_zero((size_t)count, sizeof(Shard)), d->shard_count = count;
+    for (int i = 0; i < count; i++) {
+        Shard *s = &d->shards[i];
+        SafeFile *f = s->file = safe_open(paths[i]);
+        s->latents = shard_tensor(f, "latents", 4, 1), s->labels = shard_tensor(f, "labels", 1, 1);
+        s->feats = shard_tensor(f, "feats", 3, 0), s->cls = shard_tensor(f, "cls", 2, 0);
+        uint64_t n = s->latents->shape[0], C = s->latents->shape[1], S = s->latents->shape[2];
+        if (S != s->latents->shape[3]) die("%s: tensor latents: height and width differ", f->path);
+        if (!n || !C || !S || n > INT_MAX || C > 65536 || S > 4096) die("%s: tensor latents: no usable size", f->path);
+        if (s->labels->shape[0] != n) die("%s: tensor labels: %.0f labels for %.0f latents", f->path,
+                                          (double)s->labels->shape[0], (double)n);
+        if (strchr("FB", s->labels->dtype[0])) die("%s: tensor labels: dtype %s is no integer type", f->path, s->labels->dtype);
+        if (s->feats && s->feats->shape[0] != n) die("%s: tensor feats: not one for each of %.0f latents", f->path, (double)n);
+        if (s->cls && s->cls->shape[0] != n) die("%s: tensor cls: not one for each of %.0f latents", f->path, (double)n);
+        if (s->feats && s->cls && s->feats->shape[2] != s->cls->shape[1])
+            die("%s: tensor cls: its width %.0f is not that of feats, %.0f", f->path, (double)s->cls->shape[1],
+                (double)s->feats->shape[2]);
+        if ((s->feats && (s->feats->shape[2] > 65536 || s->feats->shape[1] > (1 << 26))) || (s->cls && s->cls->shape[1] > 65536))
+            die("%s: tensor %s: no usable size", f->path, s->feats ? "feats" : "cls");
+        Data one;
+        memset(&one, 0, sizeof(one));
+        one.C = (int)C, one.S = (int)S, one.K = (int)safe_number(f, "classes", 0);
+        one.tokens = s->feats ? (int)s->feats->shape[1] : 0;
+        one.Z = s->feats ? (int)s->feats->shape[2] : s->cls ? (int)s->cls->shape[1] : 0;
+        one.scale = safe_number(f, "latent_scale", 1), one.offset = safe_number(f, "latent_offset", 0);
+        const char *name = safe_metadata(f, "name"), *decoder = safe_metadata(f, "decoder");
+        snprintf(one.name, sizeof(one.name), "%s", name ? name : "unnamed");
+        snprintf(one.decoder, sizeof(one.decoder), "%s", decoder ? decoder : "pixels");
+        if (strcmp(one.decoder, "pixels") && strcmp(one.decoder, "invae"))
+            die("%s: decoder is \"%s\", which is neither pixels nor invae", f->path, one.decoder);
+        if (one.K < 1) die("%s: metadata `classes` is missing: how many classes the labels have", f->path);
+        if (one.scale == 0 || !(fabs(one.scale) < INFINITY)) die("%s: latent_scale %g is not usable", f->path, one.scale);
+        double use = safe_number(f, "train_samples", (double)n);
+        if (!(use >= 1 && use <= (double)n)) die("%s: train_samples %g is not from 1 to %.0f", f->path, use, (double)n);
+        s->count = (size_t)use;
+        for (size_t k = 0; k < n; k++) {
+            double label = element(safe_data(f, s->labels), s->labels->dtype, k);
+            if (!(label >= 0 && label < one.K))
+                die("%s: tensor labels: sample %zu has label %.0f, but classes are 0 to %d", f->path, k, label, one.K - 1);
+        }
+        if (i == 0) {
+            Shard *shards = d->shards;
+            *d = one, d->shards = shards, d->shard_count = count;
+        } else {
+            const char *what = one.C != d->C || one.S != d->S ? "latent size" : one.K != d->K ? "number of classes"
+                : one.tokens != d->tokens || one.Z != d->Z ? "alignment features" : one.scale != d->scale ? "latent_scale"
+                : one.offset != d->offset ? "latent_offset" : strcmp(one.decoder, d->decoder) ? "decoder"
+                : !s->cls != !d->shards[0].cls ? "cls" : NULL;
+            if (what) die("%s: its %s differs from that of %s", f->path, what, paths[0]);
+        }
+        d->count += s->count;
+    }
+    if (d->count > INT_MAX) die("%s: more than %d samples", paths[0], INT_MAX);
+    return d;
+}
+static void data_close(Data *d) {
+    for (int i = 0; i < d->shard_count; i++) safe_close(d->shards[i].file);
+    free(d->shards), free(d);
+}
+
+// The model must fit the data.
+static void data_check(const Data *d, const Config *c) {
+    const char *path = d->shards[0].file->path;
+    if (c->in_channels != d->C || c->input_size != d->S)
+        die("%s: its latents are %d x %d x %d, but the model takes %d x %d x %d (--in-channels, --input-size)", path, d->C,
+            d->S, d->S, c->in_channels, c->input_size, c->input_size);
+    if (c->num_classes < d->K)
+        die("%s: it has %d classes, but the model only %d (--num-classes)", path, d->K, c->num_classes);
+    if (c->align && !d->shards[0].feats) die("%s: it has no feats to align with; --no-align trains without", path);
+    if (c->cls && !d->shards[0].cls) die("%s: it has no cls; --no-cls trains without the CLS token", path);
+    if ((c->align || c->cls) && c->z_dim != d->Z)
+        die("%s: its features are %d wide, but the model takes %d (--z-dim)", path, d->Z, c->z_dim);
+    if (c->align && d->tokens != patches_of(c) + 1)
+        die("%s: it has features for %d tokens, but the model has %d: CLS and %d patches (--patch-size)", path, d->tokens,
+            patches_of(c) + 1, patches_of(c));
+}
+
+static void read_elements(real *out, const SafeFile *f, const SafeTensor *t, size_t first, size_t n, double scale,
+                          double offset) {
+    const void *data = safe_data(f, t);
+    const int8_t *bytes = (const int8_t *)data + first;
+    if (!strcmp(t->dtype, "I8"))   // the features of the bundled data: most of what is read
+        for (size_t i = 0; i < n; i++) out[i] = bytes[i];
+    else
+        for (size_t i = 0; i < n; i++) out[i] = (real)element(data, t->dtype, first + i);
+    if (scale != 1 || offset != 0)
+        for (size_t i = 0; i < n; i++) out[i] = (real)((double)out[i] * scale + offset);
+}
+
+// Sample i of the data: latent [C,S,S] in the model's units, label, and where wanted feats [T,Z] and cls [Z]
+static void data_get(const Data *d, const Config *c, size_t i, real *x, int *y, real *cls, real *feats) {
+    const Shard *s = d->shards;
+    for (; i >= s->count; s++) i -= s->count;
+    size_t latent = (size_t)latent_of(c), Z = (size_t)c->z_dim, T = (size_t)tokens_of(c);
+    read_elements(x, s->file, s->latents, i * latent, latent, d->scale, d->offset);
+    if (y) *y = (int)element(safe_data(s->file, s->labels), s->labels->dtype, i);
+    if (cls && c->cls) read_elements(cls, s->file, s->cls, i * Z, Z, 1, 0);
+    if (feats && c->align)   // without a CLS token its features, which come first, are passed over
+        read_elements(feats, s->file, s->feats, (i * (size_t)d->tokens + (size_t)!c->cls) * Z, T * Z, 1, 0);
+}
+
+static Batch *batch_create(const Config *c, int B) {
+    Batch *batch = (Batch *)alloc_zero(1, sizeof(Batch));
+    size_t n = (size_t)B, latent = (size_t)latent_of(c), Z = (size_t)c->z_dim, T = (size_t)tokens_of(c);
+    batch->B = batch->whole = B;
+    batch->x = (real *)alloc_zero(n * latent, sizeof(real)), batch->noise = (real *)alloc_zero(n * latent, sizeof(real));
+    batch->v_before = (real *)alloc_zero(latent, sizeof(real));
+    batch->cls = (real *)alloc_zero(n * Z, sizeof(real)), batch->noise_cls = (real *)alloc_zero(n * Z, sizeof(real));
+    batch->t = (real *)alloc_zero(n, sizeof(real)), batch->y = (int *)alloc_zero(n, sizeof(int));
+    batch->ids = (int *)alloc_zero(n * T, sizeof(int)), batch->feats = (real *)alloc_zero(n * T * Z, sizeof(real));
+    return batch;
+}
+static void batch_free(Batch *b) {
+    free(b->x), free(b->noise), free(b->v_before), free(b->cls), free(b->noise_cls);
+    free(b->t), free(b->y), free(b->ids), free(b->feats), free(b);
+}
+
+// A uniformly random set of k of T tokens, in rising order: those with the k smallest of T random keys
+static void draw_kept(int *ids, int k, int T, uint64_t seed, uint32_t step, uint32_t sample) {
+    uint32_t *key = (uint32_t *)alloc_zero((size_t)T, sizeof(uint32_t));
+    int count = 0;
+    for (int i = 0; i < T; i++) key[i] = draw4(seed, STREAM_ROUTE, step, sample, (uint32_t)i / 4).v[i % 4];
+    for (int i = 0; i < T; i++) {
+        int rank = 0;
+        for (int j = 0; j < T; j++) rank += key[j] < key[i] || (key[j] == key[i] && j < i);
+        if (rank < k) ids[count++] = i;
+    }
+    free(key);
+}
+
+// The data and the draws of samples first ... first+B of a step whose batch has `whole` samples
+static void batch_load(Batch *batch, const Data *d, const Config *c, uint64_t seed, int step, int first, int whole) {
+    size_t latent = (size_t)latent_of(c), Z = (size_t)c->z_dim, T = (size_t)tokens_of(c), Tk = (size_t)kept_of(c);
+    uint32_t n = (uint32_t)d->count, s = (uint32_t)step;
+    batch->first = first, batch->whole = whole;
+    batch->path_drop = c->path_drop && uniform(seed, STREAM_PATH_DROP, s, 0) < c->path_drop_prob;
+#pragma omp parallel for
+    for (int b = -1; b < batch->B; b++) {   // -1: the sample before the first, for the contrastive pair
+        uint32_t sample = (uint32_t)((first + b + whole) % whole);
+        uint64_t position = (uint64_t)step * (uint64_t)whole + sample;
+        size_t at = permuted((uint32_t)(position % n), n, seed, (uint32_t)(position / n));
+        if (b < 0) {
+            real *noise = (real *)alloc_zero(latent, sizeof(real));
+            data_get(d, c, at, batch->v_before, NULL, NULL, NULL);
+            fill_normal(noise, latent, seed, STREAM_NOISE, s, sample);
+            for (size_t i = 0; i < latent; i++) batch->v_before[i] = noise[i] - batch->v_before[i];
+            free(noise);
+            continue;
+        }
+        size_t k = (size_t)b;
+        data_get(d, c, at, batch->x + k * latent, &batch->y[b], batch->cls + k * Z, batch->feats + k * T * Z);
+        fill_normal(batch->noise + k * latent, latent, seed, STREAM_NOISE, s, sample);
+        if (c->cls) fill_normal(batch->noise_cls + k * Z, Z, seed, STREAM_NOISE_CLS, s, sample);
+        batch->t[b] = (real)shift_time(c, uniform(seed, STREAM_TIME, s, sample));
+        if (c->label_dropout && uniform(seed, STREAM_LABEL_DROP, s, sample) < c->class_dropout_prob)
+            batch->y[b] = c->num_classes;
+        if (c->routing) draw_kept(batch->ids + k * Tk, (int)Tk, (int)T, seed, s, sample);
+        else
+            for (size_t i = 0; i < T; i++) batch->ids[k * T + i] = (int)i;
+    }
+}
