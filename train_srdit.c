@@ -1,16 +1,17 @@
 // SR-DiT, the Speedrun Diffusion Transformer (arXiv 2512.12386), trained on the CPU in one file of plain C.
 //
-// What this file is: the whole training program, to be read from top to bottom: configuration, random numbers,
-// safetensors, matrix product, every layer forward and backward with its derivation, the model, the loss, AdamW,
-// the sampler, data, checkpoints, the training loop. It is also the reference that train_srdit.cu (the same on a
-// GPU), sample.c and test_srdit.c include. What it refuses to become: a framework. There is no tape and no graph:
-// each backward is written by hand beside its forward.
+// What this file is: the whole training program, to be read from top to bottom: configuration, random
+// numbers, safetensors, matrix product, every layer forward and backward with its derivation, the model, the
+// loss, AdamW, the sampler, data, checkpoints, the training loop. It is also the reference that
+// train_srdit.cu (the same on a GPU), sample.c and test_srdit.c include. What it refuses to become: a
+// framework. There is no tape and no graph: each backward is written by hand beside its forward.
 //
 //   make && ./train_srdit            train the nano model on the bundled digits (about a minute on two cores)
 //   ./train_srdit --help             every flag with its default
 //
-// The language is the one that C and C++ share, so that nvcc can compile it too. It needs libc and libm; OpenMP
-// is used where there is one. `real` is float, or double in the build that checks gradients (-DUSE_DOUBLE).
+// The language is the one that C and C++ share, so that nvcc can compile it too. It needs libc and libm;
+// OpenMP is used where there is one. `real` is float, or double in the build that checks gradients
+// (-DUSE_DOUBLE).
 //
 // Letters, as in the paper and in dev/reference.py:
 //   B batch            C, S latent channels, side    p patch size          P = (S/p)^2 patches
@@ -100,9 +101,9 @@ static int imax(int a, int b) { return a > b ? a : b; }
 
 // ----------------------------------------------------------------------------------------------------------
 // Random numbers are addressed, not drawn: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as
-// 1, 2, 3", SC 2011) turns a key and a counter into 128 random bits. The key is the seed; the counter says what
-// the number is for: (block of four, sample, step, stream). No state: any thread, any GPU and a resumed run see
-// the same numbers at the same place.
+// 1, 2, 3", SC 2011) turns a key and a counter into 128 random bits. The key is the seed; the counter says
+// what the number is for: (block of four, sample, step, stream). No state: any thread, any GPU and a resumed
+// run see the same numbers at the same place.
 
 enum Stream { STREAM_INIT = 1, STREAM_ORDER, STREAM_TIME, STREAM_LABEL_DROP, STREAM_ROUTE, STREAM_PATH_DROP,
               STREAM_NOISE, STREAM_NOISE_CLS, STREAM_SAMPLE_X, STREAM_SAMPLE_CLS, STREAM_SAMPLE_LABEL };
@@ -124,7 +125,8 @@ HOST_DEVICE static Philox philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_
     return out;
 }
 
-HOST_DEVICE static Philox draw4(uint64_t seed, uint32_t stream, uint32_t step, uint32_t sample, uint32_t block) {
+HOST_DEVICE static Philox draw4(uint64_t seed, uint32_t stream, uint32_t step, uint32_t sample,
+                                uint32_t block) {
     return philox(seed, block, sample, step, stream);
 }
 
@@ -154,8 +156,9 @@ static void fill_normal(real *out, size_t n, uint64_t seed, uint32_t stream, uin
     }
 }
 
-// Position i of a random permutation of 0 ... n-1, without storing it: a Feistel network permutes the smallest
-// power of four that holds n; what falls outside is sent through again until it falls inside (cycle walking).
+// Position i of a random permutation of 0 ... n-1, without storing it: a Feistel network permutes the
+// smallest power of four that holds n; what falls outside is sent through again until it falls inside (cycle
+// walking).
 static uint32_t permuted(uint32_t i, uint32_t n, uint64_t seed, uint32_t epoch) {
     int half = 1;
     while (((uint64_t)1 << (2 * half)) < n) half++;
@@ -319,8 +322,8 @@ static void config_check(const Config *c, const char *where) {
 }
 
 // ----------------------------------------------------------------------------------------------------------
-// safetensors: 8 bytes of header length, a JSON header, raw little-endian data. The reader trusts nothing: what
-// is not exactly right ends the program with one sentence that names the file and the tensor.
+// safetensors: 8 bytes of header length, a JSON header, raw little-endian data. The reader trusts nothing:
+// what is not exactly right ends the program with one sentence that names the file and the tensor.
 
 enum { MAX_DIMS = 8 };
 typedef struct {
@@ -342,8 +345,8 @@ typedef struct {
 } SafeFile;
 
 static int dtype_bytes(const char *dtype) {
-    static const char *const names[] = {"BOOL", "U8", "I8", "F16", "BF16", "I16", "U16", "F32", "I32", "U32", "F64",
-                                        "I64", "U64"};
+    static const char *const names[] = {"BOOL", "U8",  "I8",  "F16", "BF16", "I16", "U16",
+                                        "F32",  "I32", "U32", "F64", "I64",  "U64"};
     static const int bytes[] = {1, 1, 1, 2, 2, 2, 2, 4, 4, 4, 8, 8, 8};
     for (size_t i = 0; i < sizeof(bytes) / sizeof(bytes[0]); i++)
         if (!strcmp(dtype, names[i])) return bytes[i];
@@ -451,8 +454,9 @@ static SafeTensor json_tensor(Json *j, char *name) {
     do {
         char *key = json_string(j);
         json_expect(j, ':');
-        int what = !strcmp(key, "dtype") ? 1 : !strcmp(key, "shape") ? 2 : !strcmp(key, "data_offsets") ? 4 : 0;
-        if (!what || seen & what) die("%s: tensor %s: its entry has an unknown or repeated key, %s", j->path, name, key);
+        int what = !strcmp(key, "dtype") ? 1 : !strcmp(key, "shape") ? 2 : 4 * !strcmp(key, "data_offsets");
+        if (!what || seen & what)
+            die("%s: tensor %s: its entry has an unknown or repeated key, %s", j->path, name, key);
         seen |= what;
         free(key);
         if (what == 1) {
@@ -501,7 +505,8 @@ static SafeFile *safe_open(const char *path) {
     close(fd);
     uint64_t length = (uint64_t)element(f->map, "U64", 0);
     if (length > 100000000 || length > f->size - 8)
-        die("%s: the header claims %.0f bytes: not a safetensors file, or a truncated one", path, (double)length);
+        die("%s: the header claims %.0f bytes: not a safetensors file, or a truncated one", path,
+            (double)length);
     Json j = {(const char *)f->map + 8, (const char *)f->map + 8 + length, path};
     f->data = f->map + 8 + length;
     if (!length || *j.p != '{') json_die(&j, "it does not begin with '{'");
@@ -548,14 +553,16 @@ static SafeFile *safe_open(const char *path) {
         SafeTensor *t = &f->tensors[i];
         uint64_t bytes = (uint64_t)dtype_bytes(t->dtype);
         for (int d = 0; d < t->ndim; d++)
-            if (__builtin_mul_overflow(bytes, t->shape[d], &bytes)) die("%s: tensor %s: its shape overflows", path, t->name);
+            if (__builtin_mul_overflow(bytes, t->shape[d], &bytes))
+                die("%s: tensor %s: its shape overflows", path, t->name);
         if (t->begin > t->end || t->end > data_bytes)
             die("%s: tensor %s: its data lies outside the file, which may be truncated", path, t->name);
         if (t->end - t->begin != bytes)
-            die("%s: tensor %s: its shape needs %.0f bytes but its data has %.0f", path, t->name, (double)bytes,
-                (double)(t->end - t->begin));
+            die("%s: tensor %s: its shape needs %.0f bytes but its data has %.0f", path, t->name,
+                (double)bytes, (double)(t->end - t->begin));
         if (t->begin != at)
-            die("%s: tensor %s: its data %s", path, t->name, t->begin < at ? "overlaps another's" : "leaves a hole before it");
+            die("%s: tensor %s: its data %s", path, t->name,
+                t->begin < at ? "overlaps another's" : "leaves a hole before it");
         at = t->end;
     }
     if (at != data_bytes) die("%s: %.0f bytes follow the last tensor", path, (double)(data_bytes - at));
@@ -579,7 +586,8 @@ static void safe_close(SafeFile *f) {
 static const SafeTensor *safe_find(const SafeFile *f, const char *name) {
     SafeTensor key;
     key.name = (char *)name;
-    return f->count ? (const SafeTensor *)bsearch(&key, f->tensors, (size_t)f->count, sizeof(SafeTensor), by_name) : NULL;
+    if (!f->count) return NULL;
+    return (const SafeTensor *)bsearch(&key, f->tensors, (size_t)f->count, sizeof(SafeTensor), by_name);
 }
 static const void *safe_data(const SafeFile *f, const SafeTensor *t) { return f->data + t->begin; }
 
@@ -618,7 +626,8 @@ static void config_read(Config *c, const SafeFile *f) {
         char name[64];
         snprintf(name, sizeof(name), "%.*s", (int)n, off);
         const Field *field = field_find(name);
-        if (!field || field->kind != 's') die("%s: switch_off names %s, which is no technique", f->path, name);
+        if (!field || field->kind != 's')
+            die("%s: switch_off names %s, which is no technique", f->path, name);
         field_set(c, field, 0, f->path);
         off += n + (off[n] == ',');
     }
@@ -656,7 +665,8 @@ static void file_end(FILE *out, const char *temporary, const char *path) {
     }
 }
 
-static void safe_write(const char *path, const SafePair *pairs, int pair_count, const SafeItem *items, int count) {
+static void safe_write(const char *path, const SafePair *pairs, int pair_count, const SafeItem *items,
+                       int count) {
     char temporary[PATH_MAX], *header = NULL;
     size_t length = 0;
     FILE *text = open_memstream(&header, &length);
@@ -699,10 +709,19 @@ static const char *real_dtype(void) { return sizeof(real) == 4 ? "F32" : "F64"; 
 // Parameters: one line a tensor says its name, shape, start and where the model finds it. The table drives
 // allocation, start values, AdamW, EMA, checkpoints and the comparison with reference files.
 
-enum Start { ZERO, ONE, HALF, NORMAL, XAVIER, POSITIONS, ROPE_COS, ROPE_SIN };   // the last three are fixed, not trained
+enum Start {
+    ZERO,
+    ONE,
+    HALF,
+    NORMAL,
+    XAVIER,
+    POSITIONS,
+    ROPE_COS,
+    ROPE_SIN
+};   // the last three: not trained
 
 typedef struct { char name[64]; enum Start start; int ndim, shape[4]; size_t size, offset; } Tensor;
-typedef struct { Tensor *tensors; int count, room; size_t trained, total; } Table;   // elements, pads included
+typedef struct { Tensor *tensors; int count, room; size_t trained, total; } Table;   // elements, with pads
 
 typedef struct {
     real *qkv_w, *qkv_b, *q_norm, *k_norm, *v1_lambda, *proj_w, *proj_b;
@@ -718,7 +737,8 @@ typedef struct {
 
 // Appends a tensor to the table and returns its place in the block at base (NULL: only the table is wanted).
 // Trailing sizes of 0 are no dimensions. Each tensor starts at a multiple of 64 elements; the pads stay zero.
-static real *declare(Table *t, real *base, enum Start start, int a, int b, int c, int d, const char *format, ...) {
+static real *declare(Table *t, real *base, enum Start start, int a, int b, int c, int d, const char *format,
+                     ...) {
     if (t->count == t->room) {
         t->room = 2 * t->room + 64;
         t->tensors = (Tensor *)realloc(t->tensors, sizeof(Tensor) * (size_t)t->room);
@@ -744,7 +764,8 @@ static Table params_table(Params *w, const Config *c, real *base) {
     memset(&t, 0, sizeof(t));
     memset(w, 0, sizeof(*w));
     int D = c->hidden_size, Dh = D / c->num_heads, F = hidden_of(c), M = c->projector_dim, Z = c->z_dim;
-    w->x_w = declare(&t, base, XAVIER, D, c->in_channels, c->patch_size, c->patch_size, "x_embedder.proj.weight");
+    int C = c->in_channels, p = c->patch_size;
+    w->x_w = declare(&t, base, XAVIER, D, C, p, p, "x_embedder.proj.weight");
     w->x_b = declare(&t, base, ZERO, D, 0, 0, 0, "x_embedder.proj.bias");
     if (c->cls) {
         w->cls_w = declare(&t, base, XAVIER, D, Z, 0, 0, "cls_projectors2.weight");
@@ -849,10 +870,11 @@ static void params_start(real *params, const Table *t, const Config *c, uint64_t
 //         for (k < K) c[i][j] += (ta ? a[k][i] : a[i][k]) * (tb ? b[j][k] : b[k][j]);
 //     }
 //
-// Two changes make it some hundred times faster. A tile of MR x NR sums stays in registers while k runs, so that each
-// value loaded is used MR or NR times; and b is first copied into panels NR columns wide, so that it is read in
-// order. The sum over k is cut into blocks that fit the cache. Every element is summed in one fixed order, so the
-// bits do not depend on the number of threads. Vectors are the GNU type that gcc and clang share.
+// Two changes make it some hundred times faster. A tile of MR x NR sums stays in registers while k runs, so
+// that each value loaded is used MR or NR times; and b is first copied into panels NR columns wide, so that
+// it is read in order. The sum over k is cut into blocks that fit the cache. Every element is summed in one
+// fixed order, so the bits do not depend on the number of threads. Vectors are the GNU type that gcc and
+// clang share.
 
 enum {
 #if defined(__AVX512F__)
@@ -866,7 +888,7 @@ enum {
     KC = 512, MC = 128                  // at most KC steps of k in a block; MC rows at a time
 };
 typedef real vec __attribute__((vector_size(VBYTES), aligned(sizeof(real)), may_alias));
-#if defined(__clang__)                  // the sums stay in registers only if every loop over a tile is unrolled
+#if defined(__clang__)   // the sums stay in registers only if every loop over a tile is unrolled
 #define UNROLL _Pragma("clang loop unroll(full)")
 #elif defined(__GNUC__) && !defined(__CUDACC__)
 #define UNROLL _Pragma("GCC unroll 32")
@@ -905,11 +927,14 @@ static void transpose(real *out, long ldo, const real *in, long ldi, int m, int 
             if (i + 4 <= m && j + 4 <= n) {
 #if defined(__has_builtin) && !defined(__CUDACC__)
 #if __has_builtin(__builtin_shufflevector)
-                typedef real quad __attribute__((vector_size(4 * sizeof(real)), aligned(sizeof(real)), may_alias));
+                typedef real quad
+                    __attribute__((vector_size(4 * sizeof(real)), aligned(sizeof(real)), may_alias));
                 quad r0 = *(const quad *)s, r1 = *(const quad *)(s + ldi);
                 quad r2 = *(const quad *)(s + 2 * ldi), r3 = *(const quad *)(s + 3 * ldi);
-                quad t0 = __builtin_shufflevector(r0, r2, 0, 4, 1, 5), t1 = __builtin_shufflevector(r0, r2, 2, 6, 3, 7);
-                quad t2 = __builtin_shufflevector(r1, r3, 0, 4, 1, 5), t3 = __builtin_shufflevector(r1, r3, 2, 6, 3, 7);
+                quad t0 = __builtin_shufflevector(r0, r2, 0, 4, 1, 5);
+                quad t1 = __builtin_shufflevector(r0, r2, 2, 6, 3, 7);
+                quad t2 = __builtin_shufflevector(r1, r3, 0, 4, 1, 5);
+                quad t3 = __builtin_shufflevector(r1, r3, 2, 6, 3, 7);
                 *(quad *)d = __builtin_shufflevector(t0, t2, 0, 4, 1, 5);
                 *(quad *)(d + ldo) = __builtin_shufflevector(t0, t2, 2, 6, 3, 7);
                 *(quad *)(d + 2 * ldo) = __builtin_shufflevector(t1, t3, 0, 4, 1, 5);
@@ -932,9 +957,10 @@ static void matmul_panel(real *to, const real *B, long ldb, int tb, int j0, int 
         for (int j = nr; j < NR; j++) to[k * NR + j] = 0;
 }
 
-// Rows 0 ... m of C += those of a (row-major, [m][kc]) times all panels; b in panels, or (ldb > 0) read in place
-static void matmul_rows(real *C, long ldc, int m, int N, int kc, const real *a, long lda, const real *b, long ldb,
-                        const real *bias, int add) {
+// Rows 0 ... m of C += those of a (row-major, [m][kc]) times all panels; b in panels, or (ldb > 0) read in
+// place
+static void matmul_rows(real *C, long ldc, int m, int N, int kc, const real *a, long lda, const real *b,
+                        long ldb, const real *bias, int add) {
     long step = ldb ? ldb : (long)NR;
     for (int j = 0; j < N; j += NR) {
         const real *bj = ldb ? b + j : b + (long)j * kc, *bi = bias ? bias + j : NULL;
@@ -950,12 +976,13 @@ static void matmul_rows(real *C, long ldc, int m, int N, int kc, const real *a, 
 static real *thread_work(real *work, size_t each) { return work + (size_t)omp_get_thread_num() * each; }
 
 // C[M,N] = op(A)[M,K] op(B)[K,N] (+ bias, or + C where add). Matrices are whole; op transposes where ta, tb.
-// Memory for panels is kept between calls (so this is not for use inside a parallel region: see matmul_small).
-static void matmul(real *C, const real *A, const real *B, const real *bias, int M, int N, int K, int ta, int tb,
-                   int add) {
+// Memory for panels is kept between calls (so this is not for use inside a parallel region: see
+// matmul_small).
+static void matmul(real *C, const real *A, const real *B, const real *bias, int M, int N, int K, int ta,
+                   int tb, int add) {
     int panels = (N + NR - 1) / NR, blocks = (K + KC - 1) / KC, threads = omp_get_max_threads();
     int strips = (M + threads * MC - 1) / (threads * MC) * threads;   // the same number for each thread
-    int copy = tb || N > 512 || N % NR;    // short rows of B are near enough to each other to be read in place
+    int copy = tb || N > 512 || N % NR;   // short rows of B are near enough to each other to be read in place
     static real *pb;
     static size_t have;
     size_t need = (size_t)KC * NR * (size_t)panels + (size_t)threads * (MC + 2 * MR) * KC;
@@ -965,13 +992,14 @@ static void matmul(real *C, const real *A, const real *B, const real *bias, int 
         have = need;
     }
     real *pa_all = pb + (size_t)KC * NR * (size_t)panels;
-#pragma omp parallel
+    int small = (double)M * N * K < 1e5;   // not worth waking threads for
+#pragma omp parallel if (!small)
     for (int q = 0; q < blocks; q++) {
         int k0 = (int)((long)K * q / blocks), kc = (int)((long)K * (q + 1) / blocks) - k0;
 #pragma omp for
         for (int p = 0; p < panels * copy; p++)
-            matmul_panel(pb + (size_t)p * NR * (size_t)kc, B + (tb ? k0 : (long)k0 * N), tb ? K : N, tb, p * NR,
-                         imin(NR, N - p * NR), kc);
+            matmul_panel(pb + (size_t)p * NR * (size_t)kc, B + (tb ? k0 : (long)k0 * N), tb ? K : N, tb,
+                         p * NR, imin(NR, N - p * NR), kc);
 #pragma omp for
         for (int s = 0; s < strips; s++) {
             int lo = (int)((long)M * s / strips / MR * MR);
@@ -984,10 +1012,10 @@ static void matmul(real *C, const real *A, const real *B, const real *bias, int 
     }
 }
 
-// The same for one thread and matrices that are parts of larger ones (ldx: length of a row in memory), as attention
-// needs for each head. `work` holds (N rounded up to NR) * K + (ta ? M * K : 0) elements.
-static void matmul_small(real *C, long ldc, const real *A, long lda, int ta, const real *B, long ldb, int tb, int M,
-                         int N, int K, real *work) {
+// The same for one thread and matrices that are parts of larger ones (ldx: length of a row in memory), as
+// attention needs for each head. `work` holds (N rounded up to NR) * K + (ta ? M * K : 0) elements.
+static void matmul_small(real *C, long ldc, const real *A, long lda, int ta, const real *B, long ldb, int tb,
+                         int M, int N, int K, real *work) {
     int panels = (N + NR - 1) / NR;
     real *pa = work + (size_t)panels * NR * (size_t)K;
     for (int p = 0; p < panels; p++)
@@ -997,8 +1025,8 @@ static void matmul_small(real *C, long ldc, const real *A, long lda, int ta, con
 }
 
 // ----------------------------------------------------------------------------------------------------------
-// exp and tanh that the compiler can vectorise: no branch, no library call. Within 1.01 and 1.30 units in the last
-// place of float (measured over all exponents). The double build, which checks gradients, uses libm's.
+// exp and tanh that the compiler can vectorise: no branch, no library call. Within 1.01 and 1.30 units in the
+// last place of float (measured over all exponents). The double build, which checks gradients, uses libm's.
 
 #ifdef USE_DOUBLE
 static inline real fast_exp(real x) { return exp(x); }
@@ -1051,17 +1079,17 @@ static real dot(const real *a, const real *b, int n) {
 }
 
 // ----------------------------------------------------------------------------------------------------------
-// Layers. Backward functions quote the forward line that they differentiate. Gradients of weights are added to;
-// gradients of activations are overwritten unless the comment says "+=".
+// Layers. Backward functions quote the forward line that they differentiate. Gradients of weights are added
+// to; gradients of activations are overwritten unless the comment says "+=".
 
 // out[N,O] = in[N,I] w[O,I]^T + b[O]
 static void linear_forward(real *out, const real *in, const real *w, const real *b, int N, int I, int O) {
     matmul(out, in, w, b, N, O, I, 0, 1, 0);
 }
 
-// din[N,I] = dout[N,O] w (NULL: not wanted; += where add_din);  dw[O,I] += dout^T in;  db[O] += column sums of dout
-static void linear_backward(real *din, real *dw, real *db, const real *dout, const real *in, const real *w, int N,
-                            int I, int O, int add_din) {
+// din[N,I] = dout[N,O] w (NULL: not wanted; += where add_din);  dw[O,I] += dout^T in;  db[O] += sum_n dout
+static void linear_backward(real *din, real *dw, real *db, const real *dout, const real *in, const real *w,
+                            int N, int I, int O, int add_din) {
     if (din) matmul(din, dout, w, NULL, N, I, O, 0, 0, add_din);
     matmul(dw, dout, in, NULL, O, I, N, 1, 0, 1);
 #pragma omp parallel for
@@ -1077,13 +1105,14 @@ static void linear_backward(real *din, real *dw, real *db, const real *dout, con
 //   dn_j/dx_i = r [i = j] - x_i x_j r^3 / D      follows      dx = r (dn - n mean(dn n)).
 static real rms_scale(const real *x, int D, double eps) { return (real)(1.0 / sqrt(dot(x, x, D) / D + eps)); }
 
-// RMSNorm and adaLN: out[B,T,D] = x[B,T,D] r (1 + scale) + shift, with shift and scale [B, stride] of the sample.
-// r [B,T] is kept for the backward.
+// RMSNorm and adaLN: out[B,T,D] = x[B,T,D] r (1 + scale) + shift, with shift and scale [B, stride] of the
+// sample. r [B,T] is kept for the backward.
 static void norm_modulate_forward(real *out, real *r, const real *x, const real *shift, const real *scale,
                                   int stride, int B, int T, int D) {
 #pragma omp parallel for
     for (int n = 0; n < B * T; n++) {
-        const real *xn = x + (size_t)n * D, *sh = shift + (size_t)(n / T) * stride, *sc = scale + (size_t)(n / T) * stride;
+        const real *xn = x + (size_t)n * D, *sh = shift + (size_t)(n / T) * stride,
+                   *sc = scale + (size_t)(n / T) * stride;
         real *o = out + (size_t)n * D, rn = r[n] = rms_scale(xn, D, 1e-6);
         for (int i = 0; i < D; i++) o[i] = xn[i] * rn * (1 + sc[i]) + sh[i];
     }
@@ -1124,7 +1153,8 @@ static void norm_modulate_backward(real *dx, real *dshift, real *dscale, const r
 }
 
 // out[B,T,D] = x + gate y, gate [B, stride] of the sample
-static void gate_forward(real *out, const real *x, const real *gate, const real *y, int stride, int B, int T, int D) {
+static void gate_forward(real *out, const real *x, const real *gate, const real *y, int stride, int B, int T,
+                         int D) {
 #pragma omp parallel for
     for (int n = 0; n < B * T; n++) {
         const real *xn = x + (size_t)n * D, *yn = y + (size_t)n * D, *g = gate + (size_t)(n / T) * stride;
@@ -1134,8 +1164,8 @@ static void gate_forward(real *out, const real *x, const real *gate, const real 
 }
 
 // out = x + gate y:  dgate = sum_t dout y,  dy = dout gate  (and dx = dout, which the caller keeps in place)
-static void gate_backward(real *dy, real *dgate, const real *dout, const real *gate, const real *y, int stride, int B,
-                          int T, int D) {
+static void gate_backward(real *dy, real *dgate, const real *dout, const real *gate, const real *y,
+                          int stride, int B, int T, int D) {
 #pragma omp parallel for
     for (int b = 0; b < B; b++) {
         const real *g = gate + (size_t)b * stride;
@@ -1162,8 +1192,8 @@ static void rmsnorm_forward(real *out, real *r, const real *x, const real *w, in
 }
 
 // out = n w with n = x r:  dw += dout n,  dn = dout w,  dx = r (dn - n mean(dn n))
-static void rmsnorm_backward(real *dx, real *dw, const real *dout, const real *x, const real *r, const real *w, int N,
-                             int D) {
+static void rmsnorm_backward(real *dx, real *dw, const real *dout, const real *x, const real *r,
+                             const real *w, int N, int D) {
     for (int n = 0; n < N; n++) {
         const real *xn = x + (size_t)n * D, *d = dout + (size_t)n * D;
         real sum = 0;
@@ -1225,8 +1255,8 @@ static int place_of(const Places *p, int b, int t, int T) { return p->ids ? p->i
 //   q, k:  n = q r (RMSNorm over the head, eps 2^-23), m = n w, then RoPE on each pair (a, b) of neighbours:
 //          (a cos - b sin, b cos + a sin)                         wq, wk [Dh] NULL: no norm
 //   v:     lambda v1 + (1 - lambda) v                             v1 [B,tokens,3D] NULL: v itself
-static void qkv_mix_forward(real *out, real *r, const real *qkv, const real *wq, const real *wk, const real *v1,
-                            real lambda, const Places *places, int B, int T, int H, int Dh) {
+static void qkv_mix_forward(real *out, real *r, const real *qkv, const real *wq, const real *wk,
+                            const real *v1, real lambda, const Places *places, int B, int T, int H, int Dh) {
     int D = H * Dh;
 #pragma omp parallel for
     for (int n = 0; n < B * T; n++) {
@@ -1255,13 +1285,14 @@ static void qkv_mix_forward(real *out, real *r, const real *qkv, const real *wq,
     }
 }
 
-// The transposed rotation undoes RoPE: (da, db) = (dx cos + dy sin, dy cos - dx sin); then dm = (da, db), dw += dm n,
-// dn = dm w, dq = r (dn - n mean(dn n)).  v' = lambda v1 + (1 - lambda) v:  dv = (1 - lambda) dv',
-// dv1 += lambda dv' at the original token, dlambda += sum (v1 - v) dv'.  dv1 [B,tokens,D] (row length D, not 3D).
-// parts [B, 2 Dh + 1] holds each sample's sums for wq, wk and lambda, added up afterwards in the order of the samples.
-static void qkv_mix_backward(real *dqkv, real *dwq, real *dwk, real *dv1, real *dlambda, real *parts, const real *dout,
-                             const real *qkv, const real *r, const real *wq, const real *wk, const real *v1,
-                             real lambda, const Places *places, int B, int T, int H, int Dh) {
+// The transposed rotation undoes RoPE: (da, db) = (dx cos + dy sin, dy cos - dx sin); then dm = (da, db), dw
+// += dm n, dn = dm w, dq = r (dn - n mean(dn n)).  v' = lambda v1 + (1 - lambda) v:  dv = (1 - lambda) dv',
+// dv1 += lambda dv' at the original token, dlambda += sum (v1 - v) dv'.  dv1 [B,tokens,D] (row length D, not
+// 3D). parts [B, 2 Dh + 1] holds each sample's sums for wq, wk and lambda, added up afterwards in the order
+// of the samples.
+static void qkv_mix_backward(real *dqkv, real *dwq, real *dwk, real *dv1, real *dlambda, real *parts,
+                             const real *dout, const real *qkv, const real *r, const real *wq, const real *wk,
+                             const real *v1, real lambda, const Places *places, int B, int T, int H, int Dh) {
     int D = H * Dh;
     memset(parts, 0, sizeof(real) * (size_t)B * (size_t)(2 * Dh + 1));
 #pragma omp parallel for
@@ -1318,12 +1349,14 @@ static size_t attention_work(int T, int Dh) {
 
 // out[B,T,D] = softmax(q k^T / sqrt(Dh)) v for each sample and head, from qkv[B,T,3D]; att [B,H,T,T] is kept.
 // work: attention_work elements a thread
-static void attention_forward(real *out, real *att, const real *qkv, real *work, int B, int T, int H, int Dh) {
+static void attention_forward(real *out, real *att, const real *qkv, real *work, int B, int T, int H,
+                              int Dh) {
     int D = H * Dh;
     real scale = (real)(1.0 / sqrt((double)Dh));
 #pragma omp parallel for
     for (int bh = 0; bh < B * H; bh++) {
-        const real *q = qkv + (size_t)(bh / H) * T * 3 * D + (size_t)(bh % H) * Dh, *k = q + D, *v = q + 2 * D;
+        const real *q = qkv + (size_t)(bh / H) * T * 3 * D + (size_t)(bh % H) * Dh;
+        const real *k = q + D, *v = q + 2 * D;
         real *p = att + (size_t)bh * T * T, *o = out + (size_t)(bh / H) * T * D + (size_t)(bh % H) * Dh;
         real *w = thread_work(work, attention_work(T, Dh));
         matmul_small(p, T, q, 3 * D, 0, k, 3 * D, 1, T, T, Dh, w);
@@ -1348,9 +1381,10 @@ static void attention_forward(real *out, real *att, const real *qkv, real *work,
 }
 
 // o = p v, p = softmax(s), s = q k^T / sqrt(Dh):
-//   dv = p^T do,  dp = do v^T,  ds_ij = p_ij (dp_ij - sum_k p_ik dp_ik),  dq = ds k / sqrt(Dh),  dk = ds^T q / sqrt(Dh)
-static void attention_backward(real *dqkv, const real *dout, const real *qkv, const real *att, real *work, int B, int T,
-                               int H, int Dh) {
+//   dv = p^T do,  dp = do v^T,  ds_ij = p_ij (dp_ij - sum_k p_ik dp_ik),
+//   dq = ds k / sqrt(Dh),  dk = ds^T q / sqrt(Dh)
+static void attention_backward(real *dqkv, const real *dout, const real *qkv, const real *att, real *work,
+                               int B, int T, int H, int Dh) {
     int D = H * Dh;
     real scale = (real)(1.0 / sqrt((double)Dh));
 #pragma omp parallel for
@@ -1384,15 +1418,16 @@ static void patchify(real *patches, const real *x, const Config *c, int B) {
         }
 }
 
-// x[B,C,S,S] from patches[B,P,p p C], features in the order (row, column, channel) of the final layer; and its
-// backward, which reads where the forward wrote.
+// x[B,C,S,S] from patches[B,P,p p C], features in the order (row, column, channel) of the final layer; and
+// its backward, which reads where the forward wrote.
 static void unpatchify(real *x, real *patches, const Config *c, int B, int backward) {
     int S = c->input_size, p = c->patch_size, G = grid_of(c), P = patches_of(c), C = c->in_channels;
 #pragma omp parallel for
     for (int n = 0; n < B * P; n++)
         for (int i = 0; i < C * p * p; i++) {
             int ch = i % C, y = n % P / G * p + i / C / p, z = n % P % G * p + i / C % p;
-            real *at = &x[(((size_t)(n / P) * C + ch) * S + y) * S + z], *feature = &patches[(size_t)n * (C * p * p) + i];
+            real *at = &x[(((size_t)(n / P) * C + ch) * S + y) * S + z],
+                 *feature = &patches[(size_t)n * (C * p * p) + i];
             if (backward) *feature = *at;
             else *at = *feature;
         }
@@ -1425,12 +1460,13 @@ static void copy_tokens(real *part, real *tokens, int to_tokens, int B, int n, i
 // ----------------------------------------------------------------------------------------------------------
 // The model
 
-// What one micro-batch of a training step needs: data and random draws. `first` and `whole` place its B samples in
-// the whole batch, so that means and contrastive pairs are those of the whole batch however it is split.
+// What one micro-batch of a training step needs: data and random draws. `first` and `whole` place its B
+// samples in the whole batch, so that means and contrastive pairs are those of the whole batch however it is
+// split.
 typedef struct {
     int B, first, whole, path_drop;
     real *x, *noise;         // [B,C,S,S]
-    real *v_before;          // [C,S,S] target velocity of the sample before the first (the last one, before sample 0)
+    real *v_before;          // [C,S,S] v of the sample before the first; before sample 0 comes the last
     real *cls, *noise_cls;   // [B,Z]
     real *t;                 // [B], after the time shift
     int *y;                  // [B], after label dropout: K is "no class"
@@ -1438,7 +1474,8 @@ typedef struct {
     real *feats;             // [B,T,Z]
 } Batch;
 
-// The parts before their coefficients, summed over the steps since they were last read; the last step's gradient norm
+// The parts before their coefficients, summed over the steps since they were last read; the last step's
+// gradient norm
 typedef struct { double total, denoise, cls, proj, cfm, grad_norm; } Losses;
 
 // Activations of a block that its backward needs; n = tokens of the block (T, or Tk in g)
@@ -1463,7 +1500,7 @@ typedef struct {
     real *final_patches, *final_cls, *out_patches;                  // [B,P,D], [B,D], [B,P,ppC]
     real *out, *cls_out;                                            // [B,C,S,S], [B,Z]
     // gradients, and scratch that blocks share
-    real *dx, *d_E, *d_kept, *d_v1, *d_zs;                          // [B,T,D] twice, [B,Tk,D], [B,T,D], [B,T,Z]
+    real *dx, *d_E, *d_kept, *d_v1, *d_zs;   // [B,T,D] twice, [B,Tk,D], [B,T,D], [B,T,Z]
     real *d_wide, *d_wide2, *d_qkv, *d_mix;                         // [B,T, max(F,M,2D) twice | 3D | 3D]
     real *d_mod, *d_cond_silu, *d_cond, *d_out, *d_cls_out, *parts, *work;
 } Acts;
@@ -1482,7 +1519,8 @@ typedef struct Model {
 
 static void acts_layout(Acts *a, Arena *m, const Config *c, int B, int threads) {
     size_t b = (size_t)B, T = (size_t)tokens_of(c), Tk = (size_t)kept_of(c), P = (size_t)patches_of(c);
-    size_t D = (size_t)c->hidden_size, F = (size_t)hidden_of(c), M = (size_t)c->projector_dim, Z = (size_t)c->z_dim;
+    size_t D = (size_t)c->hidden_size, F = (size_t)hidden_of(c), M = (size_t)c->projector_dim,
+           Z = (size_t)c->z_dim;
     size_t H = (size_t)c->num_heads, latent = (size_t)latent_of(c), X = (size_t)patch_dim_of(c);
     a->x_t = take(m, b * latent), a->cls_t = take(m, b * Z);
     a->patches = take(m, b * P * X), a->patch_tokens = take(m, b * P * D);
@@ -1495,7 +1533,8 @@ static void acts_layout(Acts *a, Arena *m, const Config *c, int B, int threads) 
         size_t n = b * (is_sparse(c, i) ? Tk : T), t = is_sparse(c, i) ? Tk : T;
         k->mod = take(m, b * 6 * D);
         k->h1 = take(m, n * D), k->r1 = take(m, n), k->qkv = take(m, n * 3 * D), k->r_qk = take(m, n * 2 * H);
-        k->mix = take(m, n * 3 * D), k->att = take(m, b * H * t * t), k->a = take(m, n * D), k->proj = take(m, n * D);
+        k->mix = take(m, n * 3 * D), k->att = take(m, b * H * t * t), k->a = take(m, n * D),
+        k->proj = take(m, n * D);
         k->mid = take(m, n * D), k->h2 = take(m, n * D), k->r2 = take(m, n);
         k->fc1 = take(m, n * F), k->gelu = take(m, n * F), k->fc2 = take(m, n * D), k->out = take(m, n * D);
     }
@@ -1561,7 +1600,8 @@ static void block_forward(BlockActs *k, const BlockParams *w, const real *in, co
     const real *shift2 = k->mod + 3 * D, *scale2 = k->mod + 4 * D, *gate2 = k->mod + 5 * D;
     norm_modulate_forward(k->h1, k->r1, in, shift1, scale1, 6 * D, B, n, D);
     linear_forward(k->qkv, k->h1, w->qkv_w, w->qkv_b, N, D, 3 * D);
-    qkv_mix_forward(k->mix, k->r_qk, k->qkv, w->q_norm, w->k_norm, v1, v1 ? *w->v1_lambda : 0, &places, B, n, H, D / H);
+    qkv_mix_forward(k->mix, k->r_qk, k->qkv, w->q_norm, w->k_norm, v1, v1 ? *w->v1_lambda : 0, &places, B, n,
+                    H, D / H);
     attention_forward(k->a, k->att, k->mix, a->work, B, n, H, D / H);
     linear_forward(k->proj, k->a, w->proj_w, w->proj_b, N, D, D);
     gate_forward(k->mid, in, gate1, k->proj, 6 * D, B, n, D);
@@ -1572,13 +1612,16 @@ static void block_forward(BlockActs *k, const BlockParams *w, const real *in, co
     gate_forward(k->out, k->mid, gate2, k->fc2, 6 * D, B, n, D);
 }
 
-// dx [B,n,D] comes in as the gradient of the block's output and leaves as that of its input. a->d_v1 collects the
-// gradients of block 0's values; block 0, which runs last, adds them to its own. a->d_cond_silu is added to.
-static void block_backward(real *dx, BlockParams *dw, const BlockActs *k, const BlockParams *w, const real *v1,
-                           const int *ids, const Config *c, const Params *all, Acts *a, int B, int n, int is_first) {
+// dx [B,n,D] comes in as the gradient of the block's output and leaves as that of its input. a->d_v1 collects
+// the gradients of block 0's values; block 0, which runs last, adds them to its own. a->d_cond_silu is added
+// to.
+static void block_backward(real *dx, BlockParams *dw, const BlockActs *k, const BlockParams *w,
+                           const real *v1, const int *ids, const Config *c, const Params *all, Acts *a, int B,
+                           int n, int is_first) {
     int D = c->hidden_size, H = c->num_heads, F = hidden_of(c), N = B * n;
     Places places = places_of(c, all, ids);
-    const real *scale1 = k->mod + D, *gate1 = k->mod + 2 * D, *scale2 = k->mod + 4 * D, *gate2 = k->mod + 5 * D;
+    const real *scale1 = k->mod + D, *gate1 = k->mod + 2 * D, *scale2 = k->mod + 4 * D,
+               *gate2 = k->mod + 5 * D;
     real *dm = a->d_mod, *dh = a->d_wide2;
     // out = mid + gate2 fc2(gelu(fc1(h2)))
     gate_backward(a->d_wide2, dm + 5 * D, dx, gate2, k->fc2, 6 * D, B, n, D);
@@ -1590,8 +1633,8 @@ static void block_backward(real *dx, BlockParams *dw, const BlockActs *k, const 
     gate_backward(a->d_wide2, dm + 2 * D, dx, gate1, k->proj, 6 * D, B, n, D);
     linear_backward(a->d_wide, dw->proj_w, dw->proj_b, a->d_wide2, k->a, w->proj_w, N, D, D, 0);
     attention_backward(a->d_mix, a->d_wide, k->mix, k->att, a->work, B, n, H, D / H);
-    qkv_mix_backward(a->d_qkv, dw->q_norm, dw->k_norm, a->d_v1, dw->v1_lambda, a->parts, a->d_mix, k->qkv, k->r_qk,
-                     w->q_norm, w->k_norm, v1, v1 ? *w->v1_lambda : 0, &places, B, n, H, D / H);
+    qkv_mix_backward(a->d_qkv, dw->q_norm, dw->k_norm, a->d_v1, dw->v1_lambda, a->parts, a->d_mix, k->qkv,
+                     k->r_qk, w->q_norm, w->k_norm, v1, v1 ? *w->v1_lambda : 0, &places, B, n, H, D / H);
     if (is_first && c->value_residual)
         for (size_t i = 0; i < (size_t)N; i++)
             for (int j = 0; j < D; j++) a->d_qkv[i * 3 * D + 2 * D + j] += a->d_v1[i * D + j];
@@ -1600,14 +1643,15 @@ static void block_backward(real *dx, BlockParams *dw, const BlockActs *k, const 
     linear_backward(a->d_cond_silu, dw->adaln_w, dw->adaln_b, dm, a->cond_silu, w->adaln_w, B, D, 6 * D, 1);
 }
 
-// Velocity of a->x_t, a->cls_t at times t [B] with labels y [B] into a->out, a->cls_out. ids [B,Tk]: training, on the
-// kept tokens, with the projector; NULL: evaluation, on all tokens, where the blocks of g share one block's memory.
-// path_drop: g is not run and every one of its tokens is the mask token.
-static void network_forward(Model *model, const Params *w, const real *t, const int *y, const int *ids, int path_drop,
-                            int B) {
+// Velocity of a->x_t, a->cls_t at times t [B] with labels y [B] into a->out, a->cls_out. ids [B,Tk]:
+// training, on the kept tokens, with the projector; NULL: evaluation, on all tokens, where the blocks of g
+// share one block's memory. path_drop: g is not run and every one of its tokens is the mask token.
+static void network_forward(Model *model, const Params *w, const real *t, const int *y, const int *ids,
+                            int path_drop, int B) {
     const Config *c = &model->c;
     Acts *a = &model->a;
-    int T = tokens_of(c), P = patches_of(c), D = c->hidden_size, M = c->projector_dim, Z = c->z_dim, X = patch_dim_of(c);
+    int T = tokens_of(c), P = patches_of(c), D = c->hidden_size, M = c->projector_dim, Z = c->z_dim,
+        X = patch_dim_of(c);
     int n = ids ? kept_of(c) : T, first_h = c->depth - c->num_h;
     // tokens: patches, CLS before them, positions
     patchify(a->patches, a->x_t, c, B);
@@ -1660,12 +1704,14 @@ static void network_forward(Model *model, const Params *w, const real *t, const 
         memcpy(a->pair + (size_t)i * 2 * D + D, row, sizeof(real) * (size_t)D);
     }
     for (int i = 0; g && ids && i < B * n; i++)
-        memcpy(a->pair + ((size_t)(i / n) * T + ids[i]) * 2 * D + D, g + (size_t)i * D, sizeof(real) * (size_t)D);
+        memcpy(a->pair + ((size_t)(i / n) * T + ids[i]) * 2 * D + D, g + (size_t)i * D,
+               sizeof(real) * (size_t)D);
     linear_forward(a->fused, a->pair, w->fusion_w, w->fusion_b, B * T, 2 * D, D);
     // decoder h on all tokens
     x = a->fused;
     for (int i = first_h; i < c->depth; i++) {
-        block_forward(&a->block[i], &w->block[i], x, c->value_residual ? first_qkv : NULL, NULL, c, w, a, B, T);
+        block_forward(&a->block[i], &w->block[i], x, c->value_residual ? first_qkv : NULL, NULL, c, w, a, B,
+                      T);
         x = a->block[i].out;
     }
     // final layer
@@ -1679,15 +1725,16 @@ static void network_forward(Model *model, const Params *w, const real *t, const 
     linear_forward(a->cls_out, a->final_cls, w->final_cls_w, w->final_cls_b, B, D, Z);
 }
 
-// Gradients of all parameters, added to model->grads, from those of the outputs (a->d_out, a->d_cls_out, a->d_zs),
-// after a training network_forward with the same arguments. E, block Lf's output, has three readers: the projector,
-// the sparse path and the fusion; their gradients meet in a->d_E.
+// Gradients of all parameters, added to model->grads, from those of the outputs (a->d_out, a->d_cls_out,
+// a->d_zs), after a training network_forward with the same arguments. E, block Lf's output, has three
+// readers: the projector, the sparse path and the fusion; their gradients meet in a->d_E.
 static void network_backward(Model *model, const int *y, const int *ids, int path_drop, int B) {
     const Config *c = &model->c;
     const Params *w = &model->w;
     Params *dw = &model->dw;
     Acts *a = &model->a;
-    int T = tokens_of(c), P = patches_of(c), D = c->hidden_size, M = c->projector_dim, Z = c->z_dim, X = patch_dim_of(c);
+    int T = tokens_of(c), P = patches_of(c), D = c->hidden_size, M = c->projector_dim, Z = c->z_dim,
+        X = patch_dim_of(c);
     int n = kept_of(c), first_h = c->depth - c->num_h;
     size_t N = (size_t)B * (size_t)T, bytes = sizeof(real) * N * (size_t)D;
     const real *first_qkv = a->block[0].qkv, *v1 = c->value_residual ? first_qkv : NULL;
@@ -1695,25 +1742,28 @@ static void network_backward(Model *model, const int *y, const int *ids, int pat
     memset(a->d_v1, 0, bytes);
     // final layer: out = linear(final_h[patches]), cls_out = linear_cls(final_h[CLS])
     unpatchify(a->d_out, a->out_patches, c, B, 1);   // out_patches becomes its own gradient
-    linear_backward(a->d_wide, dw->final_w, dw->final_b, a->out_patches, a->final_patches, w->final_w, B * P, D, X, 0);
+    linear_backward(a->d_wide, dw->final_w, dw->final_b, a->out_patches, a->final_patches, w->final_w, B * P,
+                    D, X, 0);
     copy_tokens(a->d_wide, a->d_wide2, 1, B, P, c->cls, T, D);
     if (c->cls) {
-        linear_backward(a->d_wide, dw->final_cls_w, dw->final_cls_b, a->d_cls_out, a->final_cls, w->final_cls_w, B, D, Z,
-                        0);
+        linear_backward(a->d_wide, dw->final_cls_w, dw->final_cls_b, a->d_cls_out, a->final_cls,
+                        w->final_cls_w, B, D, Z, 0);
         copy_tokens(a->d_wide, a->d_wide2, 1, B, 1, 0, T, D);
     }
     memset(a->dx, 0, bytes);
-    norm_modulate_backward(a->dx, a->d_mod, a->d_mod + D, a->d_wide2, c->num_h ? a->block[c->depth - 1].out : a->fused,
-                           a->final_r, a->final_mod + D, 2 * D, B, T, D);
-    linear_backward(a->d_cond_silu, dw->final_adaln_w, dw->final_adaln_b, a->d_mod, a->cond_silu, w->final_adaln_w, B, D,
-                    2 * D, 1);
+    norm_modulate_backward(a->dx, a->d_mod, a->d_mod + D, a->d_wide2,
+                           c->num_h ? a->block[c->depth - 1].out : a->fused, a->final_r, a->final_mod + D,
+                           2 * D, B, T, D);
+    linear_backward(a->d_cond_silu, dw->final_adaln_w, dw->final_adaln_b, a->d_mod, a->cond_silu,
+                    w->final_adaln_w, B, D, 2 * D, 1);
     // decoder h
     for (int i = c->depth - 1; i >= first_h; i--)
         block_backward(a->dx, &dw->block[i], &a->block[i], &w->block[i], v1, NULL, c, w, a, B, T, 0);
     // fused = fusion_proj([E, G]), G = mask_token where g has no token
     linear_backward(a->d_wide, dw->fusion_w, dw->fusion_b, a->dx, a->pair, w->fusion_w, (int)N, 2 * D, D, 0);
     for (size_t i = 0; i < N; i++) memcpy(a->d_E + i * D, a->d_wide + i * 2 * D, sizeof(real) * (size_t)D);
-    for (int i = 0; i < B * n && !path_drop; i++) {   // kept tokens pass theirs to g; what is left is the mask's
+    // kept tokens pass theirs to g; what is left is the mask's
+    for (int i = 0; i < B * n && !path_drop; i++) {
         real *from = a->d_wide + ((size_t)(i / n) * T + ids[i]) * 2 * D + D;
         memcpy(a->d_kept + (size_t)i * D, from, sizeof(real) * (size_t)D);
         memset(from, 0, sizeof(real) * (size_t)D);
@@ -1725,7 +1775,8 @@ static void network_backward(Model *model, const int *y, const int *ids, int pat
         for (int i = first_h - 1; i >= c->num_f; i--)
             block_backward(a->d_kept, &dw->block[i], &a->block[i], &w->block[i], v1, ids, c, w, a, B, n, 0);
         for (int i = 0; i < B * n; i++)
-            for (int j = 0; j < D; j++) a->d_E[((size_t)(i / n) * T + ids[i]) * D + j] += a->d_kept[(size_t)i * D + j];
+            for (int j = 0; j < D; j++)
+                a->d_E[((size_t)(i / n) * T + ids[i]) * D + j] += a->d_kept[(size_t)i * D + j];
     }
     // zs = p4(silu(p2(silu(p0(E)))))
     if (c->align) {
@@ -1733,11 +1784,13 @@ static void network_backward(Model *model, const int *y, const int *ids, int pat
         silu_backward(a->d_wide, a->d_wide, a->p2, N * M);
         linear_backward(a->d_wide2, dw->p2_w, dw->p2_b, a->d_wide, a->p0_silu, w->p2_w, (int)N, M, M, 0);
         silu_backward(a->d_wide2, a->d_wide2, a->p0, N * M);
-        linear_backward(a->d_E, dw->p0_w, dw->p0_b, a->d_wide2, a->block[c->num_f - 1].out, w->p0_w, (int)N, D, M, 1);
+        linear_backward(a->d_E, dw->p0_w, dw->p0_b, a->d_wide2, a->block[c->num_f - 1].out, w->p0_w, (int)N,
+                        D, M, 1);
     }
     // encoder f
     for (int i = c->num_f - 1; i >= 0; i--)
-        block_backward(a->d_E, &dw->block[i], &a->block[i], &w->block[i], i ? v1 : NULL, NULL, c, w, a, B, T, i == 0);
+        block_backward(a->d_E, &dw->block[i], &a->block[i], &w->block[i], i ? v1 : NULL, NULL, c, w, a, B, T,
+                       i == 0);
     // tokens
     copy_tokens(a->d_wide, a->d_E, 0, B, P, c->cls, T, D);
     linear_backward(NULL, dw->x_w, dw->x_b, a->d_wide, a->patches, w->x_w, B * P, X, D, 0);
@@ -1762,8 +1815,9 @@ static void network_backward(Model *model, const int *y, const int *ids, int pat
 //   v = noise - x,   L_cfm = - mean (out - v[b-1])^2,   L_align = - mean_{b,t} cos(feats, zs)
 //
 // Means run over the whole batch; this adds the micro-batch's share to model->losses and writes the gradients
-//   dout = 2 (out - v) / n - cfm_coeff 2 (out - v[b-1]) / n,  and with unit vectors f^, z^ and |z| = max(norm, 1e-12)
-//   dzs = - proj_coeff / (B T) (f^ - cos z^) / |z|            (z^'s own derivative is (1 - z^ z^T) / |z|)
+//   dout = 2 (out - v) / n - cfm_coeff 2 (out - v[b-1]) / n
+//   dzs = - proj_coeff / (B T) (f^ - cos z^) / |z|,  f^ and z^ unit vectors, |z| = max(norm, 1e-12),
+// the latter since z^'s own derivative is (1 - z^ z^T) / |z|.
 static void loss_and_gradients(Model *model, const Batch *batch) {
     const Config *c = &model->c;
     Acts *a = &model->a;
@@ -1774,7 +1828,8 @@ static void loss_and_gradients(Model *model, const Batch *batch) {
     for (int b = 0; b < batch->B; b++) {
         const real *x = batch->x + b * latent, *noise = batch->noise + b * latent, *out = a->out + b * latent;
         for (size_t i = 0; i < latent; i++) {
-            real v = noise[i] - x[i], v_before = b ? (noise - latent)[i] - (x - latent)[i] : batch->v_before[i];
+            real v = noise[i] - x[i],
+                 v_before = b ? (noise - latent)[i] - (x - latent)[i] : batch->v_before[i];
             real d = out[i] - v, d_before = out[i] - v_before;
             each[b].denoise += (double)d * d;
             each[b].cfm -= (double)d_before * d_before;
@@ -1825,9 +1880,10 @@ static void forward_backward(Model *model, const Batch *batch) {
     network_backward(model, batch->y, batch->ids, batch->path_drop, batch->B);
 }
 
-// Velocities v [B,C,S,S], v_cls [B,Z] at x, cls, t, y on all tokens: what the sampler asks for, max_batch at a time.
-static void velocity(Model *model, real *v, real *v_cls, const real *x, const real *cls, const real *t, const int *y,
-                     int use_ema, int path_drop, int B) {
+// Velocities v [B,C,S,S], v_cls [B,Z] at x, cls, t, y on all tokens: what the sampler asks for, max_batch at
+// a time.
+static void velocity(Model *model, real *v, real *v_cls, const real *x, const real *cls, const real *t,
+                     const int *y, int use_ema, int path_drop, int B) {
     size_t latent = (size_t)latent_of(&model->c), Z = (size_t)model->c.z_dim;
     for (int b = 0; b < B; b += model->max_batch) {
         int n = imin(model->max_batch, B - b);
@@ -1840,8 +1896,9 @@ static void velocity(Model *model, real *v, real *v_cls, const real *x, const re
 }
 
 // ----------------------------------------------------------------------------------------------------------
-// Optimizer: clipping to a global norm, AdamW and the moving average in one pass; step counts from 1. The norm before
-// clipping goes to model->losses. Where it is not finite nothing is changed, so that the last good state stays.
+// Optimizer: clipping to a global norm, AdamW and the moving average in one pass; step counts from 1. The
+// norm before clipping goes to model->losses. Where it is not finite nothing is changed, so that the last
+// good state stays.
 static void update(Model *model, int step) {
     const Config *c = &model->c;
     size_t n = model->table.trained, chunk = 4096, chunks = (n + chunk - 1) / chunk;
@@ -1850,13 +1907,15 @@ static void update(Model *model, int step) {
     for (size_t k = 0; k < chunks; k++)
         for (size_t i = k * chunk; i < n && i < (k + 1) * chunk; i++)
             sums[k] += (double)model->grads[i] * model->grads[i];
-    for (size_t k = 0; k < chunks; k++) total += sums[k];   // in order: the same bits for any number of threads
+    for (size_t k = 0; k < chunks; k++)
+        total += sums[k];   // in order: the same bits for any number of threads
     free(sums);
     double norm = model->losses.grad_norm = sqrt(total), clip = c->max_grad_norm / (norm + 1e-6);
     if (!(norm < INFINITY)) return;
     real scale = (real)(clip < 1 ? clip : 1), b1 = (real)c->beta1, b2 = (real)c->beta2, eps = (real)c->eps;
     real rate = (real)(c->lr / (1 - pow(c->beta1, step))), decay = (real)(1 - c->lr * c->weight_decay);
-    real root = (real)(1 / sqrt(1 - pow(c->beta2, step))), one1 = (real)(1 - c->beta1), one2 = (real)(1 - c->beta2);
+    real root = (real)(1 / sqrt(1 - pow(c->beta2, step)));
+    real one1 = (real)(1 - c->beta1), one2 = (real)(1 - c->beta2);
     double ema = c->ema ? c->ema_decay : 0, warm = (1.0 + step) / (10.0 + step);
     real e = (real)(c->ema_warmup && warm < ema ? warm : ema);
     real one_e = (real)(1 - (c->ema_warmup && warm < ema ? warm : ema));
@@ -1878,7 +1937,8 @@ static Losses read_losses(Model *model) {
 
 enum Block { PARAMS, GRADS, ADAM_M, ADAM_V, EMA };
 static real *model_block(Model *m, enum Block which) {
-    return which == PARAMS ? m->params : which == GRADS ? m->grads : which == ADAM_M ? m->m : which == ADAM_V ? m->v : m->ema;
+    real *blocks[] = {m->params, m->grads, m->m, m->v, m->ema};
+    return blocks[which];
 }
 static void get_block(real *host, Model *m, enum Block which) {
     memcpy(host, model_block(m, which), m->table.total * sizeof(real));
@@ -1887,7 +1947,8 @@ static void put_block(Model *m, const real *host, enum Block which) {
     memcpy(model_block(m, which), host, m->table.total * sizeof(real));
 }
 
-// An activation of the last forward by the name that reference files use (shared with the tests); NULL if unknown
+// An activation of the last forward by the name that reference files use (shared with the tests); NULL if
+// unknown
 static const real *activation(Model *m, const char *name, size_t *n) {
     const Config *c = &m->c;
     const Acts *a = &m->a;
@@ -1911,7 +1972,8 @@ static int all_finite(const real *x, size_t n) {
     return 1;
 }
 
-// The first tensor, in the order of the computation, that holds a number that is not finite; "" if there is none
+// The first tensor, in the order of the computation, that holds a number that is not finite; "" if there is
+// none
 static void find_bad(char name[96], Model *model, const Batch *batch) {
     const Config *c = &model->c;
     size_t B = (size_t)batch->B, T = (size_t)tokens_of(c), Z = (size_t)c->z_dim, n = 0;
@@ -1932,7 +1994,8 @@ static void find_bad(char name[96], Model *model, const Batch *batch) {
             if (k == 2) snprintf(what, sizeof(what), "block.%d", i);
             else snprintf(what, sizeof(what), "%s", order[k]);
             const real *x = activation(model, what, &n);
-            int unused = k == 2 ? is_sparse(c, i) && batch->path_drop : k == 4 ? !c->align : k == 6 && !c->cls;
+            int unused = (k == 2 && is_sparse(c, i) && batch->path_drop) || (k == 4 && !c->align) ||
+                         (k == 6 && !c->cls);
             if (!unused && !all_finite(x, n * B)) snprintf(name, 96, "activation %s", what);
         }
     for (int i = 0; i < model->table.count && !name[0]; i++) {
@@ -1941,8 +2004,8 @@ static void find_bad(char name[96], Model *model, const Batch *batch) {
     }
 }
 
-// What a trainer offers to the sampler, the training loop and the tests. train_srdit.cu offers the same on a GPU; its
-// model begins with a Model, whose configuration and table are read here.
+// What a trainer offers to the sampler, the training loop and the tests. train_srdit.cu offers the same on a
+// GPU; its model begins with a Model, whose configuration and table are read here.
 typedef struct {
     const char *name;
     Model *(*create)(const Config *, int max_batch, uint64_t seed);
@@ -1951,15 +2014,16 @@ typedef struct {
     void (*forward_backward)(Model *, const Batch *);
     void (*update)(Model *, int step);
     Losses (*read_losses)(Model *);
-    void (*velocity)(Model *, real *v, real *v_cls, const real *x, const real *cls, const real *t, const int *y, int use_ema,
-                     int path_drop, int B);
+    void (*velocity)(Model *, real *v, real *v_cls, const real *x, const real *cls, const real *t,
+                     const int *y, int use_ema, int path_drop, int B);
     void (*get_block)(real *, Model *, enum Block);
     void (*put_block)(Model *, const real *, enum Block);
     const real *(*activation)(Model *, const char *name, size_t *n);
     void (*find_bad)(char name[96], Model *, const Batch *);
 } Backend;
-static const Backend cpu_backend = {"CPU", model_create, model_destroy, zero_gradients, forward_backward, update, read_losses,
-                                    velocity, get_block, put_block, activation, find_bad};
+static const Backend cpu_backend = {
+    "CPU", model_create, model_destroy, zero_gradients, forward_backward, update,
+    read_losses, velocity, get_block, put_block, activation, find_bad};
 
 // ----------------------------------------------------------------------------------------------------------
 // Sampler: from noise at t = 1 to data at t = 0 (srdit_spec: "Sampler"). State in double.
@@ -1971,7 +2035,7 @@ typedef struct {
     int path_drop;                  // the unconditional branch drops the sparse path
     int use_ema;
     uint64_t seed;
-    int first;                      // global index of the first sample: its noise does not depend on the batch
+    int first;   // global index of the first sample: its noise does not depend on the batch
     const double *eps, *cls_eps;    // noises given [N-1,B,C,S,S], [N-1,B,Z] (tests), or NULL: drawn
 } Sampling;
 
@@ -2006,17 +2070,21 @@ static void sampler_work_free(SamplerWork *w) {
     for (int i = 0; i < 2; i++) free(w->v[i]), free(w->v_cls[i]);
 }
 
-// Guided velocities into w->v[0], w->v_cls[0]: v_u + w (v_c - v_u). Guiding v is guiding the drift, which is linear in v.
-static void guided_velocity(SamplerWork *w, const Backend *backend, Model *model, const Sampling *s, const double *x,
-                            const double *cls, const int *y, double t, int n) {
-    size_t latent = (size_t)n * (size_t)latent_of(&model->c), Z = model->c.cls ? (size_t)n * (size_t)model->c.z_dim : 0;
+// Guided velocities into w->v[0], w->v_cls[0]: v_u + w (v_c - v_u). Guiding v is guiding the drift, which is
+// linear in v.
+static void guided_velocity(SamplerWork *w, const Backend *backend, Model *model, const Sampling *s,
+                            const double *x, const double *cls, const int *y, double t, int n) {
+    size_t latent = (size_t)n * (size_t)latent_of(&model->c),
+           Z = model->c.cls ? (size_t)n * (size_t)model->c.z_dim : 0;
     for (size_t i = 0; i < latent; i++) w->x[i] = (real)x[i];
     for (size_t i = 0; i < Z; i++) w->cls[i] = (real)cls[i];
     for (int i = 0; i < n; i++) w->t[i] = (real)t;
     backend->velocity(model, w->v[0], w->v_cls[0], w->x, w->cls, w->t, y, s->use_ema, 0, n);
     if (!(s->cfg > 1 && t >= s->low && t <= s->high)) return;
-    backend->velocity(model, w->v[1], w->v_cls[1], w->x, w->cls, w->t, w->no_class, s->use_ema, s->path_drop, n);
-    for (size_t i = 0; i < latent; i++) w->v[0][i] = (real)(w->v[1][i] + s->cfg * ((double)w->v[0][i] - w->v[1][i]));
+    backend->velocity(model, w->v[1], w->v_cls[1], w->x, w->cls, w->t, w->no_class, s->use_ema, s->path_drop,
+                      n);
+    for (size_t i = 0; i < latent; i++)
+        w->v[0][i] = (real)(w->v[1][i] + s->cfg * ((double)w->v[0][i] - w->v[1][i]));
     for (size_t i = 0; i < Z && s->cls_cfg > 0; i++)
         w->v_cls[0][i] = (real)(w->v_cls[1][i] + s->cls_cfg * ((double)w->v_cls[0][i] - w->v_cls[1][i]));
 }
@@ -2034,7 +2102,8 @@ static void sampler_noise(double *x, double *cls, const Config *c, const Samplin
     free(z);
 }
 
-// x += d dt + sqrt(2t) sqrt(|dt|) eps, with score = -((1-t) v + x) / t and drift d = v - t score; eps NULL: no noise
+// x += d dt + sqrt(2t) sqrt(|dt|) eps, with score = -((1-t) v + x) / t and drift d = v - t score; eps NULL:
+// no noise
 static void euler_maruyama_step(double *x, const real *v, const double *eps, size_t n, double t, double dt) {
     for (size_t i = 0; i < n; i++) {
         double score = -((1 - t) * v[i] + x[i]) / t, drift = v[i] - t * score;
@@ -2042,16 +2111,18 @@ static void euler_maruyama_step(double *x, const real *v, const double *eps, siz
     }
 }
 
-// n samples: x [n,C,S,S] and cls [n,Z] come in as noise and leave as data. progress (NULL: none) is called after each
-// of the N steps.
-static void sample_euler_maruyama(double *x, double *cls, const Backend *backend, Model *model, const Sampling *s,
-                                  const int *y, int n, void (*progress)(int step, int steps, const double *x, void *),
+// n samples: x [n,C,S,S] and cls [n,Z] come in as noise and leave as data. progress (NULL: none) is called
+// after each of the N steps.
+static void sample_euler_maruyama(double *x, double *cls, const Backend *backend, Model *model,
+                                  const Sampling *s, const int *y, int n,
+                                  void (*progress)(int step, int steps, const double *x, void *),
                                   void *user) {
     const Config *c = &model->c;
     size_t latent = (size_t)n * (size_t)latent_of(c), Z = (size_t)n * (size_t)c->z_dim;
     SamplerWork w = sampler_work(c, n);
     double *t = (double *)alloc_zero((size_t)s->steps + 1, sizeof(double));
-    double *eps = (double *)alloc_zero(latent, sizeof(double)), *cls_eps = (double *)alloc_zero(Z, sizeof(double));
+    double *eps = (double *)alloc_zero(latent, sizeof(double)),
+           *cls_eps = (double *)alloc_zero(Z, sizeof(double));
     sampling_times(t, c, s->steps);
     for (int i = 0; i < s->steps; i++) {
         const double *e = eps, *e_cls = cls_eps;
@@ -2085,8 +2156,10 @@ typedef struct {
 
 static const SafeTensor *shard_tensor(const SafeFile *f, const char *name, int ndim, int required) {
     const SafeTensor *t = safe_find(f, name);
-    if (!t && required) die("%s: tensor %s is missing: not a data shard (data/README.md describes them)", f->path, name);
-    if (t && t->ndim != ndim) die("%s: tensor %s: %d dimensions where %d are expected", f->path, name, t->ndim, ndim);
+    if (!t && required)
+        die("%s: tensor %s is missing: not a data shard (data/README.md describes them)", f->path, name);
+    if (t && t->ndim != ndim)
+        die("%s: tensor %s: %d dimensions where %d are expected", f->path, name, t->ndim, ndim);
     return t;
 }
 
@@ -2100,16 +2173,21 @@ static Data *data_open(char **paths, int count) {
         s->feats = shard_tensor(f, "feats", 3, 0), s->cls = shard_tensor(f, "cls", 2, 0);
         uint64_t n = s->latents->shape[0], C = s->latents->shape[1], S = s->latents->shape[2];
         if (S != s->latents->shape[3]) die("%s: tensor latents: height and width differ", f->path);
-        if (!n || !C || !S || n > INT_MAX || C > 65536 || S > 4096) die("%s: tensor latents: no usable size", f->path);
+        if (!n || !C || !S || n > INT_MAX || C > 65536 || S > 4096)
+            die("%s: tensor latents: no usable size", f->path);
         if (s->labels->shape[0] != n) die("%s: tensor labels: %.0f labels for %.0f latents", f->path,
                                           (double)s->labels->shape[0], (double)n);
-        if (strchr("FB", s->labels->dtype[0])) die("%s: tensor labels: dtype %s is no integer type", f->path, s->labels->dtype);
-        if (s->feats && s->feats->shape[0] != n) die("%s: tensor feats: not one for each of %.0f latents", f->path, (double)n);
-        if (s->cls && s->cls->shape[0] != n) die("%s: tensor cls: not one for each of %.0f latents", f->path, (double)n);
+        if (strchr("FB", s->labels->dtype[0]))
+            die("%s: tensor labels: dtype %s is no integer type", f->path, s->labels->dtype);
+        if (s->feats && s->feats->shape[0] != n)
+            die("%s: tensor feats: not one for each of %.0f latents", f->path, (double)n);
+        if (s->cls && s->cls->shape[0] != n)
+            die("%s: tensor cls: not one for each of %.0f latents", f->path, (double)n);
         if (s->feats && s->cls && s->feats->shape[2] != s->cls->shape[1])
-            die("%s: tensor cls: its width %.0f is not that of feats, %.0f", f->path, (double)s->cls->shape[1],
-                (double)s->feats->shape[2]);
-        if ((s->feats && (s->feats->shape[2] > 65536 || s->feats->shape[1] > (1 << 26))) || (s->cls && s->cls->shape[1] > 65536))
+            die("%s: tensor cls: its width %.0f is not that of feats, %.0f", f->path,
+                (double)s->cls->shape[1], (double)s->feats->shape[2]);
+        if ((s->feats && (s->feats->shape[2] > 65536 || s->feats->shape[1] > (1 << 26))) ||
+            (s->cls && s->cls->shape[1] > 65536))
             die("%s: tensor %s: no usable size", f->path, s->feats ? "feats" : "cls");
         Data one;
         memset(&one, 0, sizeof(one));
@@ -2123,23 +2201,30 @@ static Data *data_open(char **paths, int count) {
         if (strcmp(one.decoder, "pixels") && strcmp(one.decoder, "invae"))
             die("%s: decoder is \"%s\", which is neither pixels nor invae", f->path, one.decoder);
         if (one.K < 1) die("%s: metadata `classes` is missing: how many classes the labels have", f->path);
-        if (one.scale == 0 || !(fabs(one.scale) < INFINITY)) die("%s: latent_scale %g is not usable", f->path, one.scale);
+        if (one.scale == 0 || !(fabs(one.scale) < INFINITY))
+            die("%s: latent_scale %g is not usable", f->path, one.scale);
         double use = safe_number(f, "train_samples", (double)n);
-        if (!(use >= 1 && use <= (double)n)) die("%s: train_samples %g is not from 1 to %.0f", f->path, use, (double)n);
+        if (!(use >= 1 && use <= (double)n))
+            die("%s: train_samples %g is not from 1 to %.0f", f->path, use, (double)n);
         s->count = (size_t)use;
         for (size_t k = 0; k < n; k++) {
             double label = element(safe_data(f, s->labels), s->labels->dtype, k);
             if (!(label >= 0 && label < one.K))
-                die("%s: tensor labels: sample %zu has label %.0f, but classes are 0 to %d", f->path, k, label, one.K - 1);
+                die("%s: tensor labels: sample %zu has label %.0f, but classes are 0 to %d", f->path, k,
+                    label, one.K - 1);
         }
         if (i == 0) {
             Shard *shards = d->shards;
             *d = one, d->shards = shards, d->shard_count = count;
         } else {
-            const char *what = one.C != d->C || one.S != d->S ? "latent size" : one.K != d->K ? "number of classes"
-                : one.tokens != d->tokens || one.Z != d->Z ? "alignment features" : one.scale != d->scale ? "latent_scale"
-                : one.offset != d->offset ? "latent_offset" : strcmp(one.decoder, d->decoder) ? "decoder"
-                : !s->cls != !d->shards[0].cls ? "cls" : NULL;
+            const char *what = one.C != d->C || one.S != d->S             ? "latent size"
+                               : one.K != d->K                            ? "number of classes"
+                               : one.tokens != d->tokens || one.Z != d->Z ? "alignment features"
+                               : one.scale != d->scale                    ? "latent_scale"
+                               : one.offset != d->offset                  ? "latent_offset"
+                               : strcmp(one.decoder, d->decoder)          ? "decoder"
+                               : !s->cls != !d->shards[0].cls             ? "cls"
+                                                                          : NULL;
             if (what) die("%s: its %s differs from that of %s", f->path, what, paths[0]);
         }
         d->count += s->count;
@@ -2156,21 +2241,23 @@ static void data_close(Data *d) {
 static void data_check(const Data *d, const Config *c) {
     const char *path = d->shards[0].file->path;
     if (c->in_channels != d->C || c->input_size != d->S)
-        die("%s: its latents are %d x %d x %d, but the model takes %d x %d x %d (--in-channels, --input-size)", path, d->C,
-            d->S, d->S, c->in_channels, c->input_size, c->input_size);
+        die("%s: its latents are %d x %d x %d, but the model takes %d x %d x %d (--in-channels, "
+            "--input-size)",
+            path, d->C, d->S, d->S, c->in_channels, c->input_size, c->input_size);
     if (c->num_classes < d->K)
         die("%s: it has %d classes, but the model only %d (--num-classes)", path, d->K, c->num_classes);
-    if (c->align && !d->shards[0].feats) die("%s: it has no feats to align with; --no-align trains without", path);
+    if (c->align && !d->shards[0].feats)
+        die("%s: it has no feats to align with; --no-align trains without", path);
     if (c->cls && !d->shards[0].cls) die("%s: it has no cls; --no-cls trains without the CLS token", path);
     if ((c->align || c->cls) && c->z_dim != d->Z)
         die("%s: its features are %d wide, but the model takes %d (--z-dim)", path, d->Z, c->z_dim);
     if (c->align && d->tokens != patches_of(c) + 1)
-        die("%s: it has features for %d tokens, but the model has %d: CLS and %d patches (--patch-size)", path, d->tokens,
-            patches_of(c) + 1, patches_of(c));
+        die("%s: it has features for %d tokens, but the model has %d: CLS and %d patches (--patch-size)",
+            path, d->tokens, patches_of(c) + 1, patches_of(c));
 }
 
-static void read_elements(real *out, const SafeFile *f, const SafeTensor *t, size_t first, size_t n, double scale,
-                          double offset) {
+static void read_elements(real *out, const SafeFile *f, const SafeTensor *t, size_t first, size_t n,
+                          double scale, double offset) {
     const void *data = safe_data(f, t);
     const int8_t *bytes = (const int8_t *)data + first;
     if (!strcmp(t->dtype, "I8"))   // the features of the bundled data: most of what is read
@@ -2197,11 +2284,14 @@ static Batch *batch_create(const Config *c, int B) {
     Batch *batch = (Batch *)alloc_zero(1, sizeof(Batch));
     size_t n = (size_t)B, latent = (size_t)latent_of(c), Z = (size_t)c->z_dim, T = (size_t)tokens_of(c);
     batch->B = batch->whole = B;
-    batch->x = (real *)alloc_zero(n * latent, sizeof(real)), batch->noise = (real *)alloc_zero(n * latent, sizeof(real));
+    batch->x = (real *)alloc_zero(n * latent, sizeof(real));
+    batch->noise = (real *)alloc_zero(n * latent, sizeof(real));
     batch->v_before = (real *)alloc_zero(latent, sizeof(real));
-    batch->cls = (real *)alloc_zero(n * Z, sizeof(real)), batch->noise_cls = (real *)alloc_zero(n * Z, sizeof(real));
+    batch->cls = (real *)alloc_zero(n * Z, sizeof(real));
+    batch->noise_cls = (real *)alloc_zero(n * Z, sizeof(real));
     batch->t = (real *)alloc_zero(n, sizeof(real)), batch->y = (int *)alloc_zero(n, sizeof(int));
-    batch->ids = (int *)alloc_zero(n * T, sizeof(int)), batch->feats = (real *)alloc_zero(n * T * Z, sizeof(real));
+    batch->ids = (int *)alloc_zero(n * T, sizeof(int));
+    batch->feats = (real *)alloc_zero(n * T * Z, sizeof(real));
     return batch;
 }
 static void batch_free(Batch *b) {
@@ -2223,8 +2313,10 @@ static void draw_kept(int *ids, int k, int T, uint64_t seed, uint32_t step, uint
 }
 
 // The data and the draws of samples first ... first+B of a step whose batch has `whole` samples
-static void batch_load(Batch *batch, const Data *d, const Config *c, uint64_t seed, int step, int first, int whole) {
-    size_t latent = (size_t)latent_of(c), Z = (size_t)c->z_dim, T = (size_t)tokens_of(c), Tk = (size_t)kept_of(c);
+static void batch_load(Batch *batch, const Data *d, const Config *c, uint64_t seed, int step, int first,
+                       int whole) {
+    size_t latent = (size_t)latent_of(c), Z = (size_t)c->z_dim, T = (size_t)tokens_of(c),
+           Tk = (size_t)kept_of(c);
     uint32_t n = (uint32_t)d->count, s = (uint32_t)step;
     batch->first = first, batch->whole = whole;
     batch->path_drop = c->path_drop && uniform(seed, STREAM_PATH_DROP, s, 0) < c->path_drop_prob;
@@ -2253,3 +2345,657 @@ static void batch_load(Batch *batch, const Data *d, const Config *c, uint64_t se
             for (size_t i = 0; i < T; i++) batch->ids[k * T + i] = (int)i;
     }
 }
+
+// ----------------------------------------------------------------------------------------------------------
+// Pictures: PNG files, and half-block characters in a terminal
+
+static uint32_t crc32_of(uint32_t crc, const uint8_t *p, size_t n) {   // of PNG and of zip; starts at 0
+    static uint32_t table[256];
+    if (!table[1])
+        for (uint32_t i = 0; i < 256; i++) {
+            uint32_t c = i;
+            for (int k = 0; k < 8; k++) c = c & 1 ? 0xEDB88320u ^ c >> 1 : c >> 1;
+            table[i] = c;
+        }
+    crc = ~crc;
+    for (size_t i = 0; i < n; i++) crc = table[(crc ^ p[i]) & 255] ^ crc >> 8;
+    return ~crc;
+}
+
+static void big_endian(uint8_t *to, uint32_t x) {
+    for (int i = 0; i < 4; i++) to[i] = (uint8_t)(x >> (24 - 8 * i));
+}
+static void png_chunk(FILE *out, const char *type, const uint8_t *data, size_t n) {
+    uint8_t size[4], check[4];
+    big_endian(size, (uint32_t)n);
+    big_endian(check, crc32_of(crc32_of(0, (const uint8_t *)type, 4), data, n));
+    fwrite(size, 1, 4, out), fwrite(type, 1, 4, out), fwrite(data, 1, n, out), fwrite(check, 1, 4, out);
+}
+
+// Bits of a deflate stream (RFC 1951), lowest first
+typedef struct { uint8_t *at; uint32_t bits; int count; } BitWriter;
+static void put_bits(BitWriter *w, uint32_t value, int count) {
+    w->bits |= value << w->count, w->count += count;
+    for (; w->count >= 8; w->bits >>= 8, w->count -= 8) *w->at++ = (uint8_t)w->bits;
+}
+static void put_huffman(BitWriter *w, int symbol) {   // the fixed code, whose bits go highest first
+    int n = symbol < 144 ? 8 : symbol < 256 ? 9 : symbol < 280 ? 7 : 8;
+    uint32_t code = (uint32_t)(symbol < 144 ? 0x30 + symbol : symbol < 256 ? 0x190 + symbol - 144
+                               : symbol < 280 ? symbol - 256 : 0xC0 + symbol - 280), turned = 0;
+    for (int i = 0; i < n; i++) turned |= (code >> i & 1) << (n - 1 - i);
+    put_bits(w, turned, n);
+}
+
+// 8-bit grey (channels 1) or RGB (3). Rows are stored as the difference from the row above; runs of one byte,
+// which that gives wherever small pictures are enlarged, are the only matches looked for: a page of code, not
+// a library.
+static void png_write(const char *path, const uint8_t *pixels, int width, int height, int channels,
+                      const SafePair *text, int text_count) {
+    size_t row = (size_t)width * (size_t)channels, n = (row + 1) * (size_t)height;
+    uint8_t *raw = (uint8_t *)alloc_zero(n, 1), *packed = (uint8_t *)alloc_zero(n + n / 8 + 64, 1);
+    uint32_t a = 1, b = 0;   // Adler-32
+    for (int y = 0; y < height; y++) {
+        uint8_t *to = raw + (row + 1) * (size_t)y;
+        *to++ = 2;           // filter "up"
+        for (size_t i = 0; i < row; i++)
+            to[i] = (uint8_t)(pixels[(size_t)y * row + i] - (y ? pixels[((size_t)y - 1) * row + i] : 0));
+    }
+    for (size_t i = 0; i < n; i++) a = (a + raw[i]) % 65521, b = (b + a) % 65521;
+    BitWriter w = {packed + 2, 0, 0};
+    packed[0] = 0x78, packed[1] = 0x01;
+    put_bits(&w, 3, 3);      // one last block with the fixed code
+    for (size_t i = 0; i < n;) {
+        size_t run = 0;
+        while (i && run < 258 && i + run < n && raw[i + run] == raw[i - 1]) run++;
+        if (run < 3) { put_huffman(&w, raw[i++]); continue; }
+        int extra = 0, length = (int)run - 3;   // groups of four codes with 0, 0, 1, 2, ... extra bits
+        while (length >> (extra + 3)) extra++;
+        if (run == 258) put_huffman(&w, 285);
+        else {
+            put_huffman(&w, 257 + 4 * extra + (length >> extra));
+            put_bits(&w, (uint32_t)length & ((1u << extra) - 1), extra);
+        }
+        put_bits(&w, 0, 5);                             // distance 1
+        i += run;
+    }
+    put_huffman(&w, 256);
+    put_bits(&w, 0, 7);
+    big_endian(w.at, b << 16 | a), w.at += 4;
+
+    char temporary[PATH_MAX];
+    FILE *out = file_begin(temporary, path);
+    fwrite("\x89PNG\r\n\x1a\n", 1, 8, out);
+    uint8_t head[13] = {0, 0, 0, 0, 0, 0, 0, 0, 8, (uint8_t)(channels == 3 ? 2 : 0), 0, 0, 0};
+    big_endian(head, (uint32_t)width), big_endian(head + 4, (uint32_t)height);
+    png_chunk(out, "IHDR", head, 13);
+    for (int i = 0; i < text_count; i++) {
+        char chunk[sizeof(SafePair)];
+        int k = snprintf(chunk, sizeof(chunk), "%s%c%s", text[i].key, 0, text[i].value);
+        png_chunk(out, "tEXt", (const uint8_t *)chunk, (size_t)k);
+    }
+    png_chunk(out, "IDAT", packed, (size_t)(w.at - packed));
+    png_chunk(out, "IEND", head, 0);
+    file_end(out, temporary, path);
+    free(raw), free(packed);
+}
+
+// [-1, 1] to a byte, truncated and not rounded, as the reference's scores are made
+static uint8_t pixel_of(double x) {
+    double v = 255 * (x + 1) / 2;
+    return !(v > 0) ? 0 : v > 255 ? 255 : (uint8_t)v;
+}
+
+// n images [n,C,S,S] of pixels in [-1,1], C = 1 or 3, in a grid, each pixel enlarged to scale x scale. The
+// caller frees.
+typedef struct { uint8_t *pixels; int width, height, channels; } Picture;
+static Picture picture_grid(const double *x, int n, int C, int S, int columns, int scale, int gap) {
+    int rows = (n + columns - 1) / columns, cell = S * scale + gap;
+    Picture p = {NULL, columns * cell + gap, rows * cell + gap, C};
+    p.pixels = (uint8_t *)alloc_zero((size_t)p.width * (size_t)p.height, (size_t)C);
+    memset(p.pixels, 40, (size_t)p.width * (size_t)p.height * (size_t)C);
+    for (int i = 0; i < n; i++)
+        for (int y = 0; y < S * scale; y++)
+            for (int z = 0; z < S * scale; z++)
+                for (int ch = 0; ch < C; ch++) {
+                    size_t at = (size_t)(i / columns * cell + gap + y) * (size_t)p.width +
+                                (size_t)(i % columns * cell + gap + z);
+                    p.pixels[at * (size_t)C + (size_t)ch] =
+                        pixel_of(x[(((size_t)i * C + ch) * S + y / scale) * S + z / scale]);
+                }
+    return p;
+}
+
+// Two pixels a character: the upper half block's foreground and its background
+static void picture_show(const Picture *p) {
+    for (int y = 0; y < p->height; y += 2) {
+        for (int x = 0; x < p->width; x++) {
+            int rgb[2][3] = {{0}}, n = p->channels;
+            for (int half = 0; half < 2; half++)
+                for (int ch = 0; ch < 3; ch++) {
+                    size_t at = (size_t)(y + half) * (size_t)p->width + (size_t)x;
+                    if (y + half < p->height)
+                        rgb[half][ch] = p->pixels[at * (size_t)n + (size_t)(n == 3 ? ch : 0)];
+                }
+            printf("\x1b[38;2;%d;%d;%dm\x1b[48;2;%d;%d;%dm\xe2\x96\x80", rgb[0][0], rgb[0][1], rgb[0][2],
+                   rgb[1][0], rgb[1][1], rgb[1][2]);
+        }
+        printf("\x1b[0m\n");
+    }
+}
+
+// ----------------------------------------------------------------------------------------------------------
+// A run: its options, its checkpoints
+
+typedef struct {
+    char **data;
+    int data_count;
+    const char *model, *out, *resume, *export_to;
+    int batch, accum, steps, log_every, save_every, sample_every, sample_steps, threads;
+    uint64_t seed;
+} Run;
+
+static volatile sig_atomic_t interrupted;
+static void on_interrupt(int signal) { (void)signal, interrupted = 1; }
+
+static SafePair pair_text(const char *key, const char *value) {
+    SafePair p;
+    snprintf(p.key, sizeof(p.key), "%s", key), snprintf(p.value, sizeof(p.value), "%s", value);
+    return p;
+}
+static SafePair pair_number(const char *key, double value) {
+    SafePair p = pair_text(key, "");
+    snprintf(p.value, sizeof(p.value), "%.17g", value);
+    return p;
+}
+
+enum { MAX_PAIRS = NUM_FIELDS + 24 };
+// The metadata of checkpoints and exports; returns how many pairs
+static int run_pairs(SafePair pairs[MAX_PAIRS], const char *format, const Config *c, const Run *run,
+                     const Data *d, int step) {
+    int n = 0;
+    pairs[n++] = pair_text("format", format), pairs[n++] = pair_text("model", run->model);
+    for (int i = 0; i < NUM_FIELDS; i++)
+        pairs[n++] = pair_number(config_fields[i].name, field_get(c, &config_fields[i]));
+    pairs[n++] = pair_number("step", step), pairs[n++] = pair_number("steps", run->steps);
+    pairs[n++] = pair_number("batch", run->batch), pairs[n++] = pair_number("accum", run->accum);
+    pairs[n] = pair_text("seed", "");
+    snprintf(pairs[n++].value, sizeof(pairs[0].value), "%llu", (unsigned long long)run->seed);
+    pairs[n++] = pair_text("data", d->name), pairs[n++] = pair_text("decoder", d->decoder);
+    pairs[n++] = pair_number("latent_scale", d->scale), pairs[n++] = pair_number("latent_offset", d->offset);
+    pairs[n++] = pair_number("data_samples", (double)d->count);
+    return n;
+}
+
+static const char *const block_prefix[] = {"model.", "", "adam.m.", "adam.v.", "ema."};   // by enum Block
+
+static void checkpoint_write(const char *path, const Backend *backend, Model *m, const Run *run,
+                             const Data *d, int step) {
+    static const enum Block blocks[] = {PARAMS, EMA, ADAM_M, ADAM_V};
+    SafePair pairs[MAX_PAIRS];
+    int pair_count = run_pairs(pairs, "srdit-checkpoint-1", &m->c, run, d, step), n = 0;
+    SafeItem *items = (SafeItem *)alloc_zero(4 * (size_t)m->table.count, sizeof(SafeItem));
+    real *host[4];
+    for (int k = 0; k < 4; k++) {
+        host[k] = (real *)alloc_zero(m->table.total, sizeof(real));
+        backend->get_block(host[k], m, blocks[k]);
+        for (int i = 0; i < m->table.count; i++) {
+            const Tensor *t = &m->table.tensors[i];
+            if (t->start >= POSITIONS) continue;
+            SafeItem *item = &items[n++];
+            snprintf(item->name, sizeof(item->name), "%s%s", block_prefix[blocks[k]], t->name);
+            item->dtype = real_dtype(), item->ndim = t->ndim, item->data = host[k] + t->offset;
+            memcpy(item->shape, t->shape, sizeof(item->shape));
+        }
+    }
+    safe_write(path, pairs, pair_count, items, n);
+    for (int k = 0; k < 4; k++) free(host[k]);
+    free(items);
+}
+
+// The EMA under the reference implementation's names, with its fixed tables: what its load_state_dict(strict)
+// takes
+static void export_write(const char *path, const Backend *backend, Model *m, const Run *run, const Data *d,
+                         int step) {
+    SafePair pairs[MAX_PAIRS];
+    int pair_count = run_pairs(pairs, "srdit-export-1", &m->c, run, d, step);
+    SafeItem *items = (SafeItem *)alloc_zero((size_t)m->table.count, sizeof(SafeItem));
+    real *host = (real *)alloc_zero(m->table.total, sizeof(real));
+    backend->get_block(host, m, EMA);
+    for (int i = 0; i < m->table.count; i++) {
+        const Tensor *t = &m->table.tensors[i];
+        snprintf(items[i].name, sizeof(items[i].name), "%s", t->name);
+        items[i].dtype = real_dtype(), items[i].ndim = t->ndim, items[i].data = host + t->offset;
+        memcpy(items[i].shape, t->shape, sizeof(items[i].shape));
+    }
+    safe_write(path, pairs, pair_count, items, m->table.count);
+    free(items), free(host);
+}
+
+static SafeFile *checkpoint_open(const char *path, Config *c) {
+    SafeFile *f = safe_open(path);
+    const char *format = safe_metadata(f, "format");
+    if (!format || (strcmp(format, "srdit-checkpoint-1") && strcmp(format, "srdit-export-1")))
+        die("%s: not a checkpoint of this program: its metadata has no format srdit-checkpoint-1", path);
+    config_read(c, f);
+    return f;
+}
+
+// One block of a checkpoint (names with the given prefix) in table order; the fixed tables come from the
+// model's own.
+static void checkpoint_block(real *host, const Table *table, const SafeFile *f, const char *prefix) {
+    for (int i = 0; i < table->count; i++) {
+        const Tensor *t = &table->tensors[i];
+        char name[96];
+        snprintf(name, sizeof(name), "%s%s", prefix, t->name);
+        if (t->start >= POSITIONS) continue;
+        const SafeTensor *s = safe_find(f, name);
+        if (!s) die("%s: tensor %s is missing", f->path, name);
+        int same = s->ndim == t->ndim;
+        for (int d = 0; same && d < t->ndim; d++) same = s->shape[d] == (uint64_t)t->shape[d];
+        if (!same) die("%s: tensor %s: its shape is not that of the model in the metadata", f->path, name);
+        if (!strchr("FB", s->dtype[0]) || !strcmp(s->dtype, "BOOL"))
+            die("%s: tensor %s: dtype %s where floating point is expected", f->path, name, s->dtype);
+        safe_read(host + t->offset, f, s);
+        if (!all_finite(host + t->offset, t->size))
+            die("%s: tensor %s holds a number that is not finite", f->path, name);
+    }
+}
+
+static void checkpoint_load(const Backend *backend, Model *m, const SafeFile *f) {
+    static const enum Block blocks[] = {PARAMS, EMA, ADAM_M, ADAM_V};
+    real *host = (real *)alloc_zero(m->table.total, sizeof(real));
+    backend->get_block(host, m, PARAMS);   // for the fixed tables
+    for (int k = 0; k < 4; k++) {
+        checkpoint_block(host, &m->table, f, block_prefix[blocks[k]]);
+        backend->put_block(m, host, blocks[k]);
+    }
+    free(host);
+}
+
+// ----------------------------------------------------------------------------------------------------------
+// Command line
+
+typedef struct { const char *name; char kind; size_t offset; double low, high; const char *help; } Option;
+#define OPTION(flag, field, kind, low, high, help) {flag, kind, offsetof(Run, field), low, high, help}
+static const Option run_options[] = {
+    OPTION("model", model, 't', 0, 0, "nano, or S, B, L, XL with a patch size, such as B/1 [nano]"),
+    OPTION("data", data, 'l', 0, 0, "one or more data shards [data/digits.safetensors]"),
+    OPTION("out", out, 't', 0, 0, "folder for checkpoint.safetensors, samples.png, log.csv [out]"),
+    OPTION("steps", steps, 'i', 0, 1e9, "training steps in all"),
+    OPTION("batch", batch, 'i', 1, 1e6, "samples a step"),
+    OPTION("accum", accum, 'i', 1, 1e6, "parts that a batch is computed in, to save memory"),
+    OPTION("seed", seed, 'u', 0, 9e15, "of everything random"),
+    OPTION("resume", resume, 't', 0, 0, "go on from this checkpoint, bit for bit"),
+    OPTION("export", export_to, 't', 0, 0,
+           "at the end write the EMA under the reference implementation's names"),
+    OPTION("log-every", log_every, 'i', 1, 1e9, "steps between lines; a line shows the mean since the last"),
+    OPTION("save-every", save_every, 'i', 1, 1e9, "steps between checkpoints"),
+    OPTION("sample-every", sample_every, 'i', 0, 1e9, "steps between pictures; 0: one at the end"),
+    OPTION("sample-steps", sample_steps, 'i', 1, 1e6, "network evaluations a picture"),
+    OPTION("threads", threads, 'i', 0, 4096, "CPU threads; 0: what OpenMP chooses"),
+};
+enum { NUM_OPTIONS = sizeof(run_options) / sizeof(run_options[0]) };
+
+static double option_value(const Run *run, const Option *o) {
+    const char *at = (const char *)run + o->offset;
+    return o->kind == 'u' ? (double)*(const uint64_t *)at : (double)*(const int *)at;
+}
+static void flag_of(char flag[80], const char *name) {   // drop_ratio -> --drop-ratio
+    snprintf(flag, 80, "--%s", name);
+    for (char *s = flag; *s; s++)
+        if (*s == '_') *s = '-';
+}
+
+static void print_help(const char *program, const Config *c, const Run *run) {
+    char flag[80];
+    printf("Trains SR-DiT, the Speedrun Diffusion Transformer (arXiv 2512.12386).\n\n"
+           "  %s                                          nano on the bundled digits\n"
+           "  %s --resume out/checkpoint.safetensors --steps 3000\n"
+           "  %s --no-align --no-cls --steps 500 --out out/plain    two of the paper's techniques off\n\n"
+           "Options, with their defaults for --model %s:\n", program, program, program, run->model);
+    for (int i = 0; i < NUM_OPTIONS; i++) {
+        flag_of(flag, run_options[i].name);
+        char kind = run_options[i].kind;
+        printf("  %-22s %s", flag, run_options[i].help);
+        if (kind == 'i' || kind == 'u') printf(" [%.0f]", option_value(run, &run_options[i]));
+        printf("\n");
+    }
+    for (int pass = 0; pass < 2; pass++) {
+        printf(pass ? "\nThe paper's techniques; each is on, and its flag switches it off:\n"
+                    : "\nSizes, loss and optimizer:\n");
+        for (int i = 0; i < NUM_FIELDS; i++) {
+            const Field *f = &config_fields[i];
+            if ((f->kind == 's') != pass) continue;
+            char name[64];
+            snprintf(name, sizeof(name), "%s%s", pass ? "no-" : "", f->name);
+            flag_of(flag, name);
+            printf("  %-22s %s", flag, f->help);
+            if (!pass) printf(" [%g]", field_get(c, f));
+            printf("\n");
+        }
+    }
+    printf("\nCtrl-C ends the step, writes the checkpoint and says how to go on.\n");
+}
+
+// A flag that is close to what was typed, for the error message
+static void suggest(char out[96], const char *typed) {
+    char flag[80], name[64];
+    size_t best = 4;
+    out[0] = 0;
+    for (int i = -NUM_OPTIONS; i < NUM_FIELDS; i++) {
+        if (i < 0) snprintf(name, sizeof(name), "%s", run_options[-i - 1].name);
+        else
+            snprintf(name, sizeof(name), "%s%s", config_fields[i].kind == 's' ? "no-" : "",
+                     config_fields[i].name);
+        flag_of(flag, name);
+        size_t same = 0, back = 0, n = strlen(flag), m = strlen(typed);
+        while (same < n && flag[same] == typed[same]) same++;
+        while (back < n && back < m && flag[n - 1 - back] == typed[m - 1 - back]) back++;
+        if (same + back > best) best = same + back, snprintf(out, 96, "; did you mean %s?", flag);
+    }
+}
+
+// Reads the command line over c and run. given[i]: field i was set by a flag.
+static void parse_flags(Config *c, Run *run, int given[NUM_FIELDS], int argc, char **argv) {
+    for (int i = 1; i < argc; i++) {
+        const char *arg = argv[i];
+        char flag[80], hint[96];
+        int done = 0;
+        for (int k = 0; k < NUM_OPTIONS && !done; k++) {
+            const Option *o = &run_options[k];
+            flag_of(flag, o->name);
+            if (strcmp(arg, flag)) continue;
+            if (i + 1 >= argc) die("%s needs a value: %s", flag, o->help);
+            char *at = (char *)run + o->offset;
+            if (o->kind == 'l') {
+                run->data = &argv[i + 1], run->data_count = 0;
+                while (i + 1 < argc && strncmp(argv[i + 1], "--", 2)) i++, run->data_count++;
+                if (!run->data_count) die("%s needs at least one file", flag);
+            } else if (o->kind == 't') *(const char **)at = argv[++i];
+            else {
+                double x = text_number(argv[++i], "command line", flag);
+                if (!(x >= o->low && x <= o->high) || x != floor(x))
+                    die("%s is %g, which is not a whole number from %.0f to %.0f", flag, x, o->low, o->high);
+                if (o->kind == 'u') *(uint64_t *)at = (uint64_t)x;
+                else *(int *)at = (int)x;
+            }
+            done = 1;
+        }
+        for (int k = 0; k < NUM_FIELDS && !done; k++) {
+            const Field *f = &config_fields[k];
+            char name[64];
+            snprintf(name, sizeof(name), "%s%s", f->kind == 's' ? "no-" : "", f->name);
+            flag_of(flag, name);
+            if (strcmp(arg, flag)) continue;
+            if (f->kind != 's' && i + 1 >= argc) die("%s needs a value: %s", flag, f->help);
+            field_set(c, f, f->kind == 's' ? 0 : text_number(argv[++i], "command line", flag),
+                      "command line");
+            given[k] = done = 1;
+        }
+        if (done) continue;
+        suggest(hint, arg);
+        die("unknown argument %s%s (--help lists all)", arg, hint);
+    }
+}
+
+static void make_folder(const char *path) {   // and those above it
+    char part[PATH_MAX];
+    for (size_t i = 1; i <= strlen(path) && i < sizeof(part); i++)
+        if (path[i] == '/' || !path[i]) {
+            memcpy(part, path, i), part[i] = 0;
+            if (mkdir(part, 0777) && errno != EEXIST)
+                die("%s: the folder cannot be made: %s", part, strerror(errno));
+        }
+}
+
+// ----------------------------------------------------------------------------------------------------------
+// Training
+
+static void print_start(const Config *c, const Run *run, const Data *d, const Model *m,
+                        const Backend *backend, int step) {
+    int sparse = c->depth - c->num_f - c->num_h, off = 0;
+    printf("SR-DiT %s on the %s\n", run->model, backend->name);
+    printf("  model      %d blocks (%d dense, %d sparse, %d dense), width %d, %d heads, patch %d; %d tokens, "
+           "%d kept in "
+           "the sparse blocks\n",
+           c->depth, c->num_f, sparse, c->num_h, c->hidden_size, c->num_heads, c->patch_size, tokens_of(c),
+           kept_of(c));
+    printf("  parameters %zu trained\n  techniques ", count_trained(&m->table));
+    for (int i = 0; i < NUM_FIELDS; i++)
+        if (config_fields[i].kind == 's' && !field_get(c, &config_fields[i]))
+            printf("%s%s", off++ ? ", " : "off: ", config_fields[i].name);
+    printf("%s\n", off ? "" : "all on");
+    printf("  data       %s: %zu samples in %d file%s, %d classes, latents %d x %d x %d, features %d x %d\n",
+           d->name, d->count, d->shard_count, d->shard_count > 1 ? "s" : "", d->K, d->C, d->S, d->S,
+           d->tokens, d->Z);
+    printf("  run        steps %d to %d, batch %d in %d part%s, lr %g, seed %llu\n", step, run->steps,
+           run->batch, run->accum, run->accum > 1 ? "s" : "", c->lr, (unsigned long long)run->seed);
+    printf("  memory     %.1f MB of parameters, gradients, moments and EMA, %.1f MB of activations\n",
+           (double)m->parameter_bytes / 1e6, (double)m->activation_bytes / 1e6);
+    printf("  build      %s, vectors of %d bytes, ", sizeof(real) == 4 ? "float" : "double", VBYTES);
+#ifdef _OPENMP
+    printf("OpenMP with %d thread%s\n\n", omp_get_max_threads(), omp_get_max_threads() > 1 ? "s" : "");
+#else
+    printf("no OpenMP: one thread\n\n");
+#endif
+    fflush(stdout);
+}
+
+// 10 rows of samples, a column a class, as a PNG and in the terminal
+static void write_samples(const char *path, const Backend *backend, Model *m, const Run *run, const Data *d,
+                          int step) {
+    const Config *c = &m->c;
+    int columns = imin(d->K, 10), n = 10 * columns;
+    if (strcmp(d->decoder, "pixels") || (c->in_channels != 1 && c->in_channels != 3)) {
+        printf("pictures of this data need its decoder: ./sample CHECKPOINT --decoder FILE\n");
+        return;
+    }
+    double start = now_seconds();
+    Sampling s = sampling_default();
+    s.steps = run->sample_steps, s.seed = run->seed;
+    size_t latent = (size_t)n * (size_t)latent_of(c);
+    double *x = (double *)alloc_zero(latent, sizeof(double));
+    double *cls = (double *)alloc_zero((size_t)n * (size_t)c->z_dim, sizeof(double));
+    int *y = (int *)alloc_zero((size_t)n, sizeof(int));
+    for (int i = 0; i < n; i++) y[i] = i % columns;
+    sampler_noise(x, cls, c, &s, 0, n);
+    sample_euler_maruyama(x, cls, backend, m, &s, y, n, NULL, NULL);
+    int S = c->input_size;
+    Picture p = picture_grid(x, n, c->in_channels, S, columns, imax(1, 48 / S), 2);
+    SafePair text[4] = {pair_text("Software", "SR-DiT in C"), pair_text("model", run->model),
+                        pair_number("step", step), pair_number("seed", (double)run->seed)};
+    png_write(path, p.pixels, p.width, p.height, p.channels, text, 4);
+    printf("%s: %d samples, one column a class, %d sampling steps, %.1f s\n", path, n, s.steps,
+           now_seconds() - start);
+    if (isatty(STDOUT_FILENO)) {
+        Picture small = picture_grid(x, n, c->in_channels, S, columns, 1, 1);
+        picture_show(&small);
+        free(small.pixels);
+    }
+    fflush(stdout);
+    free(p.pixels), free(x), free(cls), free(y);
+}
+
+// log.csv: a fresh one, or on resume the rows up to `step` of the one that is there
+static FILE *log_open(const char *path, int step) {
+    char line[1024], *kept = NULL;
+    size_t length = 0;
+    FILE *memory = open_memstream(&kept, &length), *old = step ? fopen(path, "r") : NULL;
+    if (!memory) die("%s: out of memory", path);
+    fprintf(memory, "step,loss,denoise,cls,proj,cfm,grad_norm,lr,ms_per_step,images_per_s\n");
+    while (old && fgets(line, sizeof(line), old))
+        if (isdigit((unsigned char)line[0]) && atoi(line) <= step && strchr(line, '\n')) fputs(line, memory);
+    if (old) fclose(old);
+    fclose(memory);
+    FILE *log = fopen(path, "w");
+    if (!log || fwrite(kept, 1, length, log) != length || fflush(log))
+        die("%s: cannot be written: %s", path, strerror(errno));
+    free(kept);
+    return log;
+}
+
+static int train_main(int argc, char **argv, const Backend *backend) {
+    char *default_data[] = {(char *)"data/digits.safetensors"};
+    Config c = config_default();
+    Run run = {default_data, 1, "nano", "out", NULL, NULL, 0, 1, 0, 50, 500, 0, 50, 0, 1};
+    int given[NUM_FIELDS] = {0}, step = 0, help = 0;
+    SafeFile *resume = NULL;
+    for (int i = 1; i < argc; i++) {   // these two come first, whatever their place
+        if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h")) help = 1;
+        if (i + 1 >= argc) continue;
+        if (!strcmp(argv[i], "--model")) run.model = argv[i + 1];
+        if (!strcmp(argv[i], "--resume")) run.resume = argv[i + 1];
+    }
+    if (run.resume && !help) {
+        resume = checkpoint_open(run.resume, &c);
+        if (strcmp(safe_metadata(resume, "format"), "srdit-checkpoint-1"))
+            die("%s: an export holds only weights; resume from a checkpoint", run.resume);
+        const char *name = safe_metadata(resume, "model"), *seed = safe_metadata(resume, "seed");
+        run.model = name ? name : "custom";
+        step = (int)safe_number(resume, "step", 0), run.steps = (int)safe_number(resume, "steps", 0);
+        run.batch = (int)safe_number(resume, "batch", 64), run.accum = (int)safe_number(resume, "accum", 1);
+        run.seed = seed ? strtoull(seed, NULL, 10) : 1;
+    } else {
+        if (!model_preset(&c, run.model))
+            die("--model %s: there is no such model; there are nano and S/1 S/2 S/4 B/1 ... XL/4", run.model);
+        run.batch = strcmp(run.model, "nano") ? 256 : 64,
+        run.steps = strcmp(run.model, "nano") ? 400000 : 1000;
+    }
+    if (help) {
+        print_help(argv[0], &c, &run);
+        return 0;
+    }
+    Config before = c;
+    const char *model_name = run.model;
+    parse_flags(&c, &run, given, argc, argv);
+    if (resume && strcmp(model_name, run.model))
+        die("--model %s: the checkpoint's model is %s", run.model, model_name);
+    if (run.batch % run.accum) die("--accum %d does not divide --batch %d", run.accum, run.batch);
+    if (run.threads) omp_set_num_threads(run.threads);
+
+    Data *d = data_open(run.data, run.data_count);
+    if (resume) {   // the run must go on with what it was begun with
+        for (int i = 0; i < NUM_FIELDS; i++) {
+            const Field *f = &config_fields[i];
+            int shapes = f->kind == 'i' ? f->offset != offsetof(Config, ema_warmup)
+                                        : f->offset == offsetof(Config, mlp_ratio) ||
+                                              f->offset == offsetof(Config, align) ||
+                                              f->offset == offsetof(Config, cls) ||
+                                              f->offset == offsetof(Config, qk_norm) ||
+                                              f->offset == offsetof(Config, value_residual);
+            if (shapes && field_get(&c, f) != field_get(&before, f))
+                die("%s: its %s is %g; it cannot be changed to %g", run.resume, f->name,
+                    field_get(&before, f), field_get(&c, f));
+        }
+        const char *name = safe_metadata(resume, "data"), *decoder = safe_metadata(resume, "decoder");
+        if (name && strcmp(name, d->name))
+            die("%s: it was trained on %s, and %s is %s", run.resume, name, run.data[0], d->name);
+        if (decoder && strcmp(decoder, d->decoder))
+            die("%s: its decoder is %s, that of %s is %s", run.resume, decoder, run.data[0], d->decoder);
+        if (safe_number(resume, "latent_scale", d->scale) != d->scale ||
+            safe_number(resume, "latent_offset", d->offset) != d->offset)
+            die("%s: its latent scale and offset are %g, %g; those of %s are %g, %g", run.resume,
+                safe_number(resume, "latent_scale", 0), safe_number(resume, "latent_offset", 0), run.data[0],
+                d->scale, d->offset);
+    } else {        // what the data dictates, where no flag says otherwise
+        int *sizes[] = {&c.in_channels, &c.input_size, &c.num_classes, &c.z_dim},
+            from_data[] = {d->C, d->S, d->K, d->Z};
+        for (int i = 0; i < 4; i++) {
+            int flagged = 0;
+            for (int k = 0; k < NUM_FIELDS; k++)
+                flagged |= given[k] && (char *)&c + config_fields[k].offset == (char *)sizes[i];
+            if (!flagged && from_data[i]) *sizes[i] = from_data[i];
+        }
+    }
+    config_check(&c, "the model");
+    data_check(d, &c);
+
+    char path[PATH_MAX], picture[PATH_MAX], log_path[PATH_MAX];
+    make_folder(run.out);
+    snprintf(path, sizeof(path), "%s/checkpoint.safetensors", run.out);
+    snprintf(picture, sizeof(picture), "%s/samples.png", run.out);
+    snprintf(log_path, sizeof(log_path), "%s/log.csv", run.out);
+    Model *m = backend->create(&c, run.batch / run.accum, run.seed);
+    if (resume) checkpoint_load(backend, m, resume);
+    print_start(&c, &run, d, m, backend, step);
+    Batch *batch = batch_create(&c, run.batch / run.accum);
+    FILE *log = log_open(log_path, step);
+    struct sigaction action;
+    memset(&action, 0, sizeof(action));
+    action.sa_handler = on_interrupt, action.sa_flags = (int)SA_RESETHAND;   // a second Ctrl-C ends at once
+    sigaction(SIGINT, &action, NULL), sigaction(SIGTERM, &action, NULL);
+
+    Losses sum;
+    memset(&sum, 0, sizeof(sum));
+    int first = step, counted = 0, saved = -1;
+    double begin = now_seconds(), since = begin, paused = 0;   // pauses: pictures and checkpoints
+    while (step < run.steps && !interrupted) {
+        backend->zero_gradients(m);
+        for (int k = 0; k < run.accum; k++) {
+            batch_load(batch, d, &c, run.seed, step, k * batch->B, run.batch);
+            backend->forward_backward(m, batch);
+        }
+        backend->update(m, ++step);
+        counted++;
+        int last = step == run.steps || interrupted, save = last || step % run.save_every == 0;
+        int log_now = last || save || step % run.log_every == 0 || step == 1;
+        if (backend == &cpu_backend ||
+            log_now) {   // reading waits for a GPU, so there only where a line is due
+            Losses now = backend->read_losses(m);
+            if (!(fabs(now.total) < INFINITY && now.grad_norm < INFINITY)) {
+                char bad[96];
+                backend->find_bad(bad, m, batch);
+                die("step %d: the loss or its gradient is not a finite number; first bad: %s. %s%s; try a "
+                    "smaller --lr",
+                    step, bad[0] ? bad : "unknown",
+                    saved >= 0 ? "The last good checkpoint is " : "No checkpoint was written yet",
+                    saved >= 0 ? path : "");
+            }
+            sum.total += now.total, sum.denoise += now.denoise, sum.cls += now.cls, sum.proj += now.proj,
+                sum.cfm += now.cfm;
+            sum.grad_norm = now.grad_norm;
+        }
+        if (log_now) {
+            double time = now_seconds(), ms = 1000 * (time - since) / counted, k = 1.0 / counted;
+            double left = (time - begin - paused) / (step - first) * (run.steps - step);
+            printf("step %*d/%d  loss %8.5f  denoise %.4f  cls %.4f  align %7.4f  cfm %8.4f  norm %6.3f  lr "
+                   "%.1e  %6.1f ms  %6.0f "
+                   "img/s  left %d:%02d\n",
+                   run.steps > 9999 ? 6 : 4, step, run.steps, sum.total * k, sum.denoise * k, sum.cls * k,
+                   sum.proj * k, sum.cfm * k, sum.grad_norm, c.lr, ms, 1000 * run.batch / ms, (int)left / 60,
+                   (int)left % 60);
+            fprintf(log, "%d,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%g,%.4g,%.5g\n", step, sum.total * k,
+                    sum.denoise * k, sum.cls * k, sum.proj * k, sum.cfm * k, sum.grad_norm, c.lr, ms,
+                    1000 * run.batch / ms);
+            fflush(stdout);
+            if (fflush(log)) die("%s: cannot be written: %s", log_path, strerror(errno));
+            memset(&sum, 0, sizeof(sum)), counted = 0;
+        }
+        if (save) checkpoint_write(path, backend, m, &run, d, step), saved = step;
+        if (!last && run.sample_every && step % run.sample_every == 0)
+            write_samples(picture, backend, m, &run, d, step);
+        if (log_now) paused += now_seconds() - since, since = now_seconds();
+    }
+    fclose(log);
+    if (interrupted) {
+        printf("\ninterrupted after step %d; to go on:  %s --resume %s", step, argv[0], path);
+        for (int i = 0; i < run.data_count; i++) printf("%s %s", i ? "" : " --data", run.data[i]);
+        printf(" --out %s\n", run.out);
+    } else {
+        if (step > first) printf("\n%s: written after step %d, %.1f s\n", path, step, now_seconds() - begin);
+        write_samples(picture, backend, m, &run, d, step);
+    }
+    if (run.export_to) {
+        export_write(run.export_to, backend, m, &run, d, step);
+        printf("%s: the EMA of step %d\n", run.export_to, step);
+    }
+    batch_free(batch);
+    backend->destroy(m);
+    if (resume) safe_close(resume);
+    data_close(d);
+    return interrupted ? 130 : 0;
+}
+
+#ifndef TRAIN_SRDIT_NO_MAIN
+int main(int argc, char **argv) { return train_main(argc, argv, &cpu_backend); }
+#endif

@@ -1,0 +1,928 @@
+// Tests of the trainer: reference files replayed, gradients against finite differences, and everything that a
+// run relies on. `make test` needs no Python.
+//
+//   ./test_srdit              all tests, on the files of dev/ref
+//   ./test_srdit FILE ...     replay these reference files (F64 files in double, F32 files in float)
+//
+// This file is compiled twice into one program: over a trainer in float, and over the CPU trainer in double
+// (-DUSE_DOUBLE), whose copy of the code is reached by the functions that end in _double.
+#define TRAIN_SRDIT_NO_MAIN
+#pragma GCC diagnostic ignored "-Wunused-function"   // a test program does not call everything it includes
+#include "train_srdit.c"
+#include <glob.h>
+#include <sys/wait.h>
+static const Backend *const backend = &cpu_backend;
+
+#ifdef USE_DOUBLE
+static const char *const precision = "double";
+#else
+static const char *const precision = "float";
+#endif
+static int passed, failed;
+
+// One test: prints its line and counts it
+__attribute__((format(printf, 3, 4)))
+static void result(int good, const char *name, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    printf("%-4s %-28s ", good ? "ok" : "FAIL", name);
+    vprintf(format, args);
+    printf("\n");
+    fflush(stdout);
+    va_end(args);
+    if (good) passed++;
+    else failed++;
+}
+
+// One comparison: the largest |got - want| over the tensor, as a share of what is allowed
+typedef struct { char name[96]; double error, tolerance, share; } Check;
+typedef struct { Check *checks; int count, room, failed; double override_tolerance; } Report;
+
+static void report_add(Report *r, const char *name, double error, double tolerance) {
+    if (r->count == r->room) {
+        r->room = 2 * r->room + 64;
+        r->checks = (Check *)realloc(r->checks, sizeof(Check) * (size_t)r->room);
+        if (!r->checks) die("out of memory for the report");
+    }
+    Check *c = &r->checks[r->count++];
+    snprintf(c->name, sizeof(c->name), "%s", name);
+    c->error = error, c->tolerance = tolerance, c->share = error / tolerance;
+    if (!(error <= tolerance)) r->failed++;   // so that NaN fails
+}
+
+// Largest difference relative to the largest magnitude of `want`; extra is allowed on top, in absolute units
+static void compare(Report *r, const char *name, const real *got, const double *want, size_t n,
+                    double tolerance, double extra) {
+    double most = 0, error = 0;
+    for (size_t i = 0; i < n; i++) {
+        double d = fabs((double)got[i] - want[i]);
+        if (!(fabs(want[i]) <= most)) most = fabs(want[i]);
+        if (!(d <= error)) error = d;
+    }
+    if (r->override_tolerance > 0) tolerance = r->override_tolerance, extra = 0;
+    report_add(r, name, error, tolerance * most + extra + 1e-300);
+}
+
+static double *want_read(const SafeFile *f, const char *name, size_t n) {
+    const SafeTensor *t = safe_find(f, name);
+    if (!t) return NULL;
+    if (safe_elements(t) != n)
+        die("%s: tensor %s: %zu elements where %zu are expected", f->path, name, safe_elements(t), n);
+    double *out = (double *)alloc_zero(n, sizeof(double));
+    for (size_t i = 0; i < n; i++) out[i] = element(safe_data(f, t), t->dtype, i);
+    return out;
+}
+
+// Compares tensor `name` of the file, if it is there, with what was computed
+static void compare_named(Report *r, const SafeFile *f, const char *name, const real *got, size_t n,
+                          double tolerance, double extra) {
+    double *want = want_read(f, name, n);
+    if (want) compare(r, name, got, want, n, tolerance, extra);
+    free(want);
+}
+
+static void need(real *out, const SafeFile *f, const char *name, size_t n) {
+    double *x = want_read(f, name, n);
+    if (!x) die("%s: tensor %s is missing", f->path, name);
+    for (size_t i = 0; i < n; i++) out[i] = (real)x[i];
+    free(x);
+}
+static void need_int(int *out, const SafeFile *f, const char *name, size_t n, int low, int high) {
+    double *x = want_read(f, name, n);
+    if (!x) die("%s: tensor %s is missing", f->path, name);
+    for (size_t i = 0; i < n; i++) {
+        if (!(x[i] >= low && x[i] <= high))
+            die("%s: tensor %s: %g is not from %d to %d", f->path, name, x[i], low, high);
+        out[i] = (int)x[i];
+    }
+    free(x);
+}
+static int batch_of(const SafeFile *f, const char *name) {
+    const SafeTensor *t = safe_find(f, name);
+    if (!t->ndim || !t->shape[0] || t->shape[0] > 100000)
+        die("%s: tensor %s: no usable batch", f->path, name);
+    return (int)t->shape[0];
+}
+static int named_in(const char *list, const char *name) {
+    size_t n = strlen(name);
+    for (const char *at = list; at && (at = strstr(at, name)); at += n)
+        if ((at == list || strchr(", ", at[-1])) && (!at[n] || strchr(", ", at[n]))) return 1;
+    return 0;
+}
+
+// Tolerances. Double: the format's 1e-9. Float: errors grow with the length of the sums and the depth; over
+// the cases of dev/ref and random ones of `dev/reference.py random`, 2000 epsilons (2.4e-4) of the largest
+// element hold everywhere. A parameter after a step may be off by a part of the learning rate there, since
+// Adam divides small gradients by their own size: a gradient that is off by the tolerance moves its parameter
+// by up to lr.
+static double tolerance_of(void) { return sizeof(real) == 8 ? 1e-9 : 2000 * REAL_EPS; }
+
+static void replay_training(Report *r, const SafeFile *f, Model *m) {
+    const Config *c = &m->c;
+    int B = batch_of(f, "in.x"), steps = (int)safe_number(f, "steps", 0);
+    size_t b = (size_t)B, latent = (size_t)latent_of(c), Z = (size_t)c->z_dim, T = (size_t)tokens_of(c);
+    const char *skip = safe_metadata(f, "no_gradient");
+    double tol = tolerance_of();
+    Batch *batch = batch_create(c, B);
+    need(batch->x, f, "in.x", b * latent), need(batch->noise, f, "in.noise", b * latent);
+    for (size_t i = 0; i < latent; i++)
+        batch->v_before[i] = batch->noise[(b - 1) * latent + i] - batch->x[(b - 1) * latent + i];
+    if (c->cls) need(batch->cls, f, "in.cls", b * Z), need(batch->noise_cls, f, "in.noise_cls", b * Z);
+    if (c->align) need(batch->feats, f, "in.feats", b * T * Z);
+    double *t = want_read(f, "in.t", b);
+    if (!t) die("%s: tensor in.t is missing", f->path);
+    for (int i = 0; i < B; i++) batch->t[i] = (real)shift_time(c, t[i]);
+    free(t);
+    need_int(batch->y, f, "in.y", b, 0, c->num_classes);
+    int *drop = (int *)alloc_zero(b, sizeof(int)), path_drop = 0;
+    if (safe_find(f, "in.drop")) need_int(drop, f, "in.drop", b, 0, 1);
+    for (int i = 0; i < B; i++)
+        if (drop[i]) batch->y[i] = c->num_classes;
+    free(drop);
+    for (size_t i = 0; i < b * T; i++) batch->ids[i] = (int)(i % T);
+    if (c->routing && safe_find(f, "in.ids_keep"))
+        need_int(batch->ids, f, "in.ids_keep", b * (size_t)kept_of(c), 0, (int)T - 1);
+    else if (kept_of(c) < (int)T) die("%s: tensor in.ids_keep is missing", f->path);
+    if (safe_find(f, "in.path_drop")) need_int(&path_drop, f, "in.path_drop", 1, 0, 1);
+
+    // Sparse blocks on a path-drop step: what they computed before it was discarded
+    for (int dropped = path_drop; dropped >= 0; dropped--) {
+        batch->path_drop = dropped ? 0 : path_drop;
+        backend->zero_gradients(m);
+        backend->read_losses(m);
+        backend->forward_backward(m, batch);
+        for (int i = -6; i < c->depth; i++) {
+            static const char *const names[] = {"embed", "cond", "fused", "zs", "out", "cls_out"};
+            char name[64], full[80];
+            size_t n = 0;
+            if (i < 0) snprintf(name, sizeof(name), "%s", names[i + 6]);
+            else snprintf(name, sizeof(name), "block.%d", i);
+            int sparse = i >= 0 && is_sparse(c, i);
+            if (dropped ? !sparse : sparse && path_drop) continue;
+            snprintf(full, sizeof(full), "act.%s", name);
+            const real *x = backend->activation(m, name, &n);
+            if (x) compare_named(r, f, full, x, b * n, tol, 0);
+        }
+    }
+    Losses sum = backend->read_losses(m);
+    real losses[5] = {(real)sum.denoise, (real)sum.cls, (real)sum.proj, (real)sum.cfm, (real)sum.total};
+    static const char *const names[] = {"loss.denoise", "loss.cls", "loss.proj", "loss.cfm", "loss.total"};
+    for (int i = 0; i < 5; i++) compare_named(r, f, names[i], &losses[i], 1, tol, 0);
+
+    real *host = (real *)alloc_zero(m->table.total, sizeof(real));
+    backend->get_block(host, m, GRADS);
+    for (int i = 0; i < m->table.count; i++) {
+        const Tensor *p = &m->table.tensors[i];
+        char name[96];
+        snprintf(name, sizeof(name), "grad.%s", p->name);
+        if (p->start < POSITIONS) compare_named(r, f, name, host + p->offset, p->size, tol, 0);
+    }
+    for (int k = 1; k <= steps; k++) {
+        if (k > 1) backend->zero_gradients(m), backend->forward_backward(m, batch);
+        backend->update(m, k);
+        real norm = (real)backend->read_losses(m).grad_norm;
+        if (k == 1) compare_named(r, f, "grad_norm", &norm, 1, tol, 0);
+        for (int e = 0; e < 2; e++) {
+            backend->get_block(host, m, e ? EMA : PARAMS);
+            for (int i = 0; i < m->table.count; i++) {
+                const Tensor *p = &m->table.tensors[i];
+                char name[96];
+                snprintf(name, sizeof(name), "%s%d.%s", e ? "ema" : "after", k, p->name);
+                double extra = sizeof(real) == 8 ? 0 : 0.2 * k * c->lr;
+                if (!named_in(skip, p->name))
+                    compare_named(r, f, name, host + p->offset, p->size, tol, extra);
+            }
+        }
+    }
+    free(host);
+    batch_free(batch);
+}
+
+static void replay_evaluation(Report *r, const SafeFile *f, Model *m) {
+    const Config *c = &m->c;
+    int B = batch_of(f, "eval.x_t");
+    size_t b = (size_t)B, latent = b * (size_t)latent_of(c), Z = b * (size_t)c->z_dim;
+    SamplerWork w = sampler_work(c, B);
+    need(w.x, f, "eval.x_t", latent), need(w.t, f, "eval.t", b),
+        need_int(w.y, f, "eval.y", b, 0, c->num_classes);
+    if (c->cls) need(w.cls, f, "eval.cls_t", Z);
+    for (int uncond = 0; uncond < 2; uncond++) {
+        backend->velocity(m, w.v[0], w.v_cls[0], w.x, w.cls, w.t, uncond ? w.no_class : w.y, 0, uncond, B);
+        compare_named(r, f, uncond ? "eval.v_uncond" : "eval.v", w.v[0], latent, tolerance_of(), 0);
+        if (c->cls)
+            compare_named(r, f, uncond ? "eval.v_cls_uncond" : "eval.v_cls", w.v_cls[0], Z, tolerance_of(),
+                          0);
+    }
+    sampler_work_free(&w);
+}
+
+static void replay_sampling(Report *r, const SafeFile *f, Model *m) {
+    const Config *c = &m->c;
+    int B = batch_of(f, "sample.latents");
+    size_t b = (size_t)B, latent = b * (size_t)latent_of(c), Z = b * (size_t)c->z_dim;
+    Sampling s = sampling_default();
+    s.steps = (int)safe_number(f, "sample_steps", 50), s.use_ema = 0;
+    if (s.steps < 1) die("%s: sample_steps is %d", f->path, s.steps);
+    s.cfg = safe_number(f, "sample_cfg_scale", 1), s.cls_cfg = safe_number(f, "sample_cls_cfg_scale", 0);
+    s.low = safe_number(f, "sample_guidance_low", 0), s.high = safe_number(f, "sample_guidance_high", 1);
+    s.path_drop = (int)safe_number(f, "sample_path_drop", 0);
+    double *x = want_read(f, "sample.latents", latent),
+           *cls = c->cls ? want_read(f, "sample.cls_latents", Z) : NULL;
+    double *eps = want_read(f, "sample.eps", latent * (size_t)(s.steps - 1));
+    double *cls_eps = c->cls ? want_read(f, "sample.cls_eps", Z * (size_t)(s.steps - 1)) : eps;
+    if (!eps || !cls_eps || (c->cls && !cls)) die("%s: a tensor sample.* is missing", f->path);
+    s.eps = eps, s.cls_eps = cls_eps;
+    int *y = (int *)alloc_zero(b, sizeof(int));
+    need_int(y, f, "sample.y", b, 0, c->num_classes);
+    sample_euler_maruyama(x, cls, backend, m, &s, y, B, NULL, NULL);
+    real *out = (real *)alloc_zero(latent, sizeof(real));
+    for (size_t i = 0; i < latent; i++) out[i] = (real)x[i];
+    compare_named(r, f, "sample.out", out, latent, tolerance_of(), 0);
+    free(x), free(cls), free(eps), free(y), free(out);
+    if (c->cls) free(cls_eps);
+}
+
+static void replay_sit(Report *r, const SafeFile *f) {
+    Config c = config_default();
+    config_read(&c, f);
+    int B = 1;
+    static const char *const inputs[] = {"in.x", "eval.x_t", "sample.latents"};
+    for (int i = 0; i < 3; i++)
+        if (safe_find(f, inputs[i])) B = imax(B, batch_of(f, inputs[i]));
+    Model *m = backend->create(&c, B, 1);
+    real *own = (real *)alloc_zero(m->table.total, sizeof(real)),
+         *given = (real *)alloc_zero(m->table.total, sizeof(real));
+    backend->get_block(own, m, PARAMS);
+    for (int i = 0; i < m->table.count; i++) {
+        const Tensor *t = &m->table.tensors[i];
+        char name[96];
+        snprintf(name, sizeof(name), "param.%s", t->name);
+        memcpy(given + t->offset, own + t->offset, t->size * sizeof(real));
+        if (t->start < POSITIONS) need(given + t->offset, f, name, t->size);
+        else   // fixed tables: ours against the file's. Positions are stored as floats, and so is what an F32
+               // file has.
+            compare_named(r, f, name, own + t->offset, t->size,
+                          t->start == POSITIONS || sizeof(real) == 4 ? 4e-6 : tolerance_of(), 0);
+    }
+    backend->put_block(m, given, PARAMS), backend->put_block(m, given, EMA);
+    if (safe_find(f, "eval.x_t")) replay_evaluation(r, f, m);
+    if (safe_find(f, "sample.latents")) replay_sampling(r, f, m);
+    if (safe_find(f, "in.x")) replay_training(r, f, m);
+    free(own), free(given);
+    backend->destroy(m);
+}
+
+static int worst_first(const void *a, const void *b) {
+    double x = ((const Check *)a)->share, y = ((const Check *)b)->share;
+    if (isnan(x) || isnan(y)) return isnan(y) - isnan(x);
+    return x < y ? 1 : x > y ? -1 : strcmp(((const Check *)a)->name, ((const Check *)b)->name);
+}
+
+// Replays one reference file and prints its tensors, worst first (`most` of them, and all that are off)
+static void replay(const char *path, double override_tolerance, int most) {
+    Report r;
+    memset(&r, 0, sizeof(r));
+    r.override_tolerance = override_tolerance;
+    SafeFile *f = safe_open(path);
+    const char *format = safe_metadata(f, "format"), *kind = safe_metadata(f, "kind");
+    if (!format || strcmp(format, "srdit-ref-1"))
+        die("%s: not a reference file: its format is not srdit-ref-1", path);
+    if (kind && !strcmp(kind, "invae")) return;
+    replay_sit(&r, f);
+    if (r.count) qsort(r.checks, (size_t)r.count, sizeof(Check), worst_first);
+    const Check nothing = {"nothing to compare", NAN, 0, NAN}, *worst = r.count ? r.checks : &nothing;
+    char name[64];
+    const char *slash = strrchr(path, '/');
+    snprintf(name, sizeof(name), "replay %s", slash ? slash + 1 : path);
+    result(!r.failed && r.count, name, "%s, %d tensors, %d off; worst %s at %.3f of its tolerance %.1e",
+           precision, r.count, r.failed, worst->name, worst->share, worst->tolerance);
+    for (int i = 0; i < r.count && (i < most || !(r.checks[i].share <= 1)); i++)
+        printf("     %-48s error %9.2e  allowed %9.2e  share %7.3f%s\n", r.checks[i].name, r.checks[i].error,
+               r.checks[i].tolerance, r.checks[i].share, r.checks[i].share <= 1 ? "" : "  <-- off");
+    free(r.checks), safe_close(f);
+}
+
+// ----------------------------------------------------------------------------------------------------------
+// Models and batches with random numbers everywhere: at the model's own start the gates are zero, most
+// gradients vanish, and a wrong attention would pass
+
+static Config small_config(void) {
+    Config c = config_default();
+    c.depth = 5, c.hidden_size = 24, c.num_heads = 3, c.patch_size = 2, c.in_channels = 3, c.input_size = 8;
+    c.num_classes = 5, c.z_dim = 10, c.projector_dim = 14, c.num_f = 2, c.num_h = 2, c.shift_base = 64;
+    return c;
+}
+
+static void randomize(Model *m, uint64_t seed) {
+    real *p = (real *)alloc_zero(m->table.total, sizeof(real));
+    backend->get_block(p, m, PARAMS);
+    for (int i = 0; i < m->table.count; i++) {
+        const Tensor *t = &m->table.tensors[i];
+        real *x = p + t->offset;
+        if (t->start >= POSITIONS) continue;
+        fill_normal(x, t->size, seed, 99, 0, (uint32_t)i);
+        real middle = t->start == ONE ? 1 : t->start == HALF ? (real)0.5 : 0;
+        real spread = (real)(t->ndim == 2 ? 1 / sqrt((double)t->shape[1]) : 0.2);
+        for (size_t k = 0; k < t->size; k++) x[k] = middle + spread * x[k];
+    }
+    backend->put_block(m, p, PARAMS), backend->put_block(m, p, EMA);
+    free(p);
+}
+
+// A batch of random data, of samples first ... first+B of `whole`
+static Batch *random_batch(const Config *c, int B, int first, int whole, uint64_t seed, int path_drop) {
+    Batch *b = batch_create(c, B);
+    size_t latent = (size_t)latent_of(c), Z = (size_t)c->z_dim, T = (size_t)tokens_of(c);
+    real *before = (real *)alloc_zero(latent, sizeof(real));
+    b->first = first, b->whole = whole, b->path_drop = path_drop;
+    for (int i = -1; i < B; i++) {
+        uint32_t n = (uint32_t)((first + i + whole) % whole);
+        size_t k = (size_t)imax(i, 0);
+        fill_normal(i < 0 ? before : b->x + k * latent, latent, seed, 100, 0, n);
+        fill_normal(i < 0 ? b->v_before : b->noise + k * latent, latent, seed, 101, 0, n);
+        if (i < 0) continue;
+        fill_normal(b->cls + k * Z, Z, seed, 102, 0, n),
+            fill_normal(b->noise_cls + k * Z, Z, seed, 103, 0, n);
+        fill_normal(b->feats + k * T * Z, T * Z, seed, 104, 0, n);
+        b->t[k] = (real)shift_time(c, uniform(seed, 105, 0, n));
+        b->y[k] = (int)(n % (uint32_t)(c->num_classes + 1));
+        for (size_t j = 0; j < T; j++) b->ids[k * (size_t)kept_of(c) + j % (size_t)kept_of(c)] = (int)j;
+        draw_kept(b->ids + k * (size_t)kept_of(c), kept_of(c), (int)T, seed, 0, n);
+    }
+    for (size_t j = 0; j < latent; j++) b->v_before[j] -= before[j];
+    free(before);
+    return b;
+}
+
+static Losses loss_of(Model *m, const Batch *b) {
+    backend->zero_gradients(m);
+    backend->read_losses(m);
+    backend->forward_backward(m, b);
+    return backend->read_losses(m);
+}
+
+// Gradients against finite differences of the total loss: entries of every parameter tensor, in double.
+// (8 (f(h) - f(-h)) - (f(2h) - f(-2h))) / 12h is off by O(h^4) and by rounding over h: some 1e-11 at h =
+// 1e-3. Returns the largest difference as a share of what is allowed: 1e-9 where gradients are of the order
+// of 1.
+static double finite_differences(Config c, int path_drop, char worst[64], int *count) {
+    Model *m = backend->create(&c, 3, 1);
+    randomize(m, 5);
+    Batch *b = random_batch(&c, 3, 0, 3, 6, path_drop);
+    real *g = (real *)alloc_zero(m->table.total, sizeof(real));
+    loss_of(m, b);
+    backend->get_block(g, m, GRADS);
+    double most = 0, h = 1e-3;
+    *count = 0;
+    for (int i = 0; i < m->table.count; i++) {
+        const Tensor *t = &m->table.tensors[i];
+        if (t->start >= POSITIONS) continue;
+        for (uint32_t k = 0; k < 4 && k < t->size; k++) {
+            size_t at = t->offset + (t->size <= 4 ? k : draw4(7, 106, (uint32_t)i, k, 0).v[0] % t->size);
+            real x = m->params[at];
+            double f[5];
+            for (int s = -2; s <= 2; s++)
+                if (s) m->params[at] = x + (real)(s * h), f[s + 2] = loss_of(m, b).total;
+            m->params[at] = x;
+            double slope = (8 * (f[3] - f[1]) - (f[4] - f[0])) / (12 * h),
+                   error = fabs(slope - (double)g[at]) / 1e-9;
+            ++*count;
+            if (!(error <= most)) most = error, snprintf(worst, 64, "%s", t->name);
+        }
+    }
+    free(g), batch_free(b), backend->destroy(m);
+    return most;
+}
+
+static void test_finite_differences(void) {
+    char worst[64] = "", name[96], flag[80];
+    int count;
+    double share = finite_differences(small_config(), 0, worst, &count);
+    result(share <= 1, "finite differences", "%d entries of every tensor; worst %s at %.3f of 1e-9", count,
+           worst, share);
+    share = finite_differences(small_config(), 1, worst, &count);
+    result(share <= 1, "finite differences, drop", "path dropped; worst %s at %.3f of 1e-9", worst, share);
+    for (int i = 0; i < NUM_FIELDS;
+         i++) {   // each technique's switch changes the loss, and its gradients stay right
+        Config c = small_config(), on = c;
+        const Field *f = &config_fields[i];
+        if (f->kind != 's') continue;
+        field_set(&c, f, 0, "test");
+        share = finite_differences(c, 0, worst, &count);
+        Model *a = backend->create(&on, 3, 1), *b = backend->create(&c, 3, 1);
+        Batch *batch_on = random_batch(&on, 3, 0, 3, 6, 0), *batch_off = random_batch(&c, 3, 0, 3, 6, 0);
+        randomize(a, 5), randomize(b, 5);
+        double with = loss_of(a, batch_on).total, without = loss_of(b, batch_off).total;
+        // three act on the draws or on the update, not on the loss of a given batch
+        int elsewhere =
+            !strcmp(f->name, "path_drop") || !strcmp(f->name, "label_dropout") || !strcmp(f->name, "ema");
+        flag_of(flag, f->name);
+        snprintf(name, sizeof(name), "switch --no-%s", flag + 2);
+        result(share <= 1 && (elsewhere ? with == without : with != without), name,
+               "loss %.6f, without %.6f%s; worst %s at %.3f of 1e-9", with, without,
+               elsewhere ? " (acts elsewhere)" : "", worst, share);
+        batch_free(batch_on), batch_free(batch_off), backend->destroy(a), backend->destroy(b);
+    }
+}
+
+// Gradients of one batch of 6 and of the same in 2 or 3 parts, contrastive pairs included
+static void test_accumulation(void) {
+    Config c = small_config();
+    Model *m = backend->create(&c, 6, 1);
+    randomize(m, 5);
+    size_t n = m->table.total;
+    real *whole = (real *)alloc_zero(n, sizeof(real)), *parts = (real *)alloc_zero(n, sizeof(real));
+    double loss[3] = {0, 0, 0}, worst = 0;
+    for (int k = 1; k <= 3; k++) {
+        backend->zero_gradients(m), backend->read_losses(m);
+        for (int i = 0; i < k; i++) {
+            Batch *b = random_batch(&c, 6 / k, i * 6 / k, 6, 8, 0);
+            backend->forward_backward(m, b);
+            batch_free(b);
+        }
+        loss[k - 1] = backend->read_losses(m).total;
+        backend->get_block(k == 1 ? whole : parts, m, GRADS);
+        for (int i = 0; k > 1 && i < m->table.count; i++) {
+            const Tensor *t = &m->table.tensors[i];
+            double most = 0, error = 0;
+            for (size_t j = t->offset; j < t->offset + t->size; j++) {
+                most = fmax(most, fabs((double)whole[j]));
+                error =
+                    !(fabs((double)whole[j] - parts[j]) <= error) ? fabs((double)whole[j] - parts[j]) : error;
+            }
+            if (!(error <= worst * most)) worst = error / most;
+        }
+    }
+    double allowed = sizeof(real) == 8 ? 1e-12 : 100 * REAL_EPS;
+    result(worst <= allowed && fabs(loss[1] - loss[0]) < allowed * 10 &&
+               fabs(loss[2] - loss[0]) < allowed * 10,
+           "accumulation", "%s: 1 x 6 = 2 x 3 = 3 x 2, gradients to %.1e (allowed %.1e)", precision, worst,
+           allowed);
+    free(whole), free(parts), backend->destroy(m);
+}
+
+// The matrix product against its naive form, all shapes of op, bias and edge; and the same bits for 1 and 3
+// threads
+static void test_matmul(void) {
+    double worst = 0;
+    int same = 1, cases = 0, threads = omp_get_max_threads();
+    for (uint32_t i = 0; i < 150; i++) {
+        Philox r = draw4(11, 107, 0, i, 0);
+        int M = 1 + (int)(r.v[0] % 70), N = 1 + (int)(r.v[1] % 70),
+            K = 1 + (int)(r.v[2] % (i % 9 ? 90 : 1300));
+        int ta = r.v[3] & 1, tb = r.v[3] >> 1 & 1, add = r.v[3] >> 2 & 1,
+            with_bias = !add && (r.v[3] >> 3 & 1);
+        size_t m = (size_t)M, n = (size_t)N, k = (size_t)K;
+        real *a = (real *)alloc_zero(m * k, sizeof(real)), *b = (real *)alloc_zero(n * k, sizeof(real));
+        real *bias = (real *)alloc_zero(n, sizeof(real)), *c[2];
+        fill_normal(a, m * k, 12, 1, 0, i), fill_normal(b, n * k, 12, 2, 0, i),
+            fill_normal(bias, n, 12, 3, 0, i);
+        for (int t = 0; t < 2; t++) {
+            c[t] = (real *)alloc_zero(m * n, sizeof(real));
+            fill_normal(c[t], m * n, 12, 4, 0, i);
+            real *start = (real *)alloc_zero(m * n, sizeof(real));
+            memcpy(start, c[t], m * n * sizeof(real));
+            omp_set_num_threads(t ? 3 : 1);
+            matmul(c[t], a, b, with_bias ? bias : NULL, M, N, K, ta, tb, add);
+            for (size_t y = 0; y < m && !t; y++)
+                for (size_t x = 0; x < n; x++) {
+                    double sum = with_bias ? bias[x] : add ? start[y * n + x] : 0;
+                    for (size_t z = 0; z < k; z++)
+                        sum += (double)(ta ? a[z * m + y] : a[y * k + z]) *
+                               (double)(tb ? b[x * k + z] : b[z * n + x]);
+                    double error = fabs(sum - c[0][y * n + x]) / (2 * REAL_EPS * (K + 4));
+                    if (!(error <= worst)) worst = error;
+                }
+            free(start);
+        }
+        same &= !memcmp(c[0], c[1], m * n * sizeof(real));
+        free(a), free(b), free(bias), free(c[0]), free(c[1]);
+        cases++;
+    }
+    omp_set_num_threads(threads);
+    result(worst <= 1 && same, "matrix product",
+           "%s: %d random cases, error %.2f of 2 eps (K + 4); 1 and 3 threads %s", precision, cases, worst,
+           same ? "the same bits" : "DIFFER");
+}
+
+#ifdef USE_DOUBLE
+
+void replay_double(const char *path, double tolerance, int most, int counts[2]);
+void replay_double(const char *path, double tolerance, int most, int counts[2]) {
+    passed = failed = 0;
+    replay(path, tolerance, most);
+    counts[0] += passed, counts[1] += failed;
+}
+void tests_double(int counts[2]);
+void tests_double(int counts[2]) {
+    passed = failed = 0;
+    test_matmul();
+    test_accumulation();
+    test_finite_differences();
+    counts[0] += passed, counts[1] += failed;
+}
+
+#else
+void replay_double(const char *path, double tolerance, int most, int counts[2]);
+void tests_double(int counts[2]);
+static int double_counts[2];
+
+// ----------------------------------------------------------------------------------------------------------
+// Random numbers, tables, functions
+
+static void test_random(void) {
+    static const uint32_t known[3][10] = {
+        // counter, key, output: the Random123 library's known answers
+        {0, 0, 0, 0, 0, 0, 0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8},
+        {~0u, ~0u, ~0u, ~0u, ~0u, ~0u, 0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd},
+        {0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344, 0xa4093822, 0x299f31d0, 0xd16cfe09, 0x94fdcceb,
+         0x5001e420, 0x24126ea1}};
+    int good = 1;
+    for (int i = 0; i < 3; i++) {
+        const uint32_t *k = known[i];
+        Philox r = philox((uint64_t)k[5] << 32 | k[4], k[0], k[1], k[2], k[3]);
+        good &= !memcmp(r.v, k + 6, 16);
+    }
+    result(good, "Philox", "three known answers");
+
+    good = 1;
+    for (uint32_t n = 1; n < 3000; n += n < 20 ? 1 : 331) {
+        char *seen = (char *)alloc_zero(n, 1);
+        for (uint32_t i = 0; i < n; i++) {
+            uint32_t at = permuted(i, n, 3, 1);
+            good &= at < n && !seen[at];
+            if (at < n) seen[at] = 1;
+        }
+        free(seen);
+    }
+    result(good, "data order", "every sample once an epoch, for many sizes");
+
+    enum { N = 100000 };
+    real *z = (real *)alloc_zero(N, sizeof(real));
+    fill_normal(z, N, 1, 2, 3, 4);
+    double mean = 0, square = 0, fourth = 0;
+    for (int i = 0; i < N; i++) mean += z[i], square += (double)z[i] * z[i], fourth += pow(z[i], 4);
+    mean /= N, square /= N, fourth /= N;   // 4.4 standard errors each
+    result(fabs(mean) < 0.014 && fabs(square - 1) < 0.02 && fabs(fourth - 3) < 0.14, "normal draws",
+           "mean %.4f, variance %.4f, fourth moment %.3f", mean, square, fourth);
+    free(z);
+
+    int count[65] = {0}, ids[16];
+    good = 1;
+    for (uint32_t s = 0; s < 4000; s++) {
+        draw_kept(ids, 16, 65, 9, 0, s);
+        for (int i = 0; i < 16; i++) {
+            good &= ids[i] >= 0 && ids[i] < 65 && (!i || ids[i] > ids[i - 1]);
+            count[ids[i]]++;
+        }
+    }
+    double most = 0;   // each token is kept with probability 16/65: standard deviation 27 of 985
+    for (int i = 0; i < 65; i++) most = fmax(most, fabs(count[i] - 4000 * 16 / 65.0));
+    result(good && most < 27.3 * 4.4, "routing",
+           "16 of 65 tokens, distinct, in order, CLS too; count off by at most %.0f", most);
+}
+
+static double ulps(double got, double want) {
+    int e;
+    frexp(want, &e);
+    return fabs(got - want) / ldexp(1, (e < -125 ? -125 : e) - 24);
+}
+static void test_functions(void) {
+    double worst[2] = {0, 0};
+    for (uint32_t bits = 0; bits < 0xffffff00u; bits += 977) {
+        float x;
+        memcpy(&x, &bits, 4);
+        if (!(fabsf(x) < 80)) continue;
+        if (fabsf(x) > 1e-30f) worst[0] = fmax(worst[0], ulps(fast_exp(x), exp((double)x)));
+        if (fabsf(x) > 1e-30f) worst[1] = fmax(worst[1], ulps(fast_tanh(x), tanh((double)x)));
+    }
+    int nan = isnan(fast_exp(NAN)) && isnan(fast_tanh(NAN));
+    result(worst[0] <= 1.1 && worst[1] <= 1.4 && nan, "exp and tanh",
+           "within %.2f and %.2f units in the last place; NaN stays", worst[0], worst[1]);
+
+    Config c = config_default();
+    model_preset(&c, "B/1");
+    Params w;
+    Table t = params_table(&w, &c, NULL);
+    size_t n = count_trained(&t);
+    free(t.tensors);
+    result(n == 140037675 && tokens_of(&c) == 257 && kept_of(&c) == 64, "B/1",
+           "%zu trained parameters, %d tokens, %d kept", n, tokens_of(&c), kept_of(&c));
+    c.shift_base = 4096;
+    int clamped = 1;
+    for (int i = 0; i < 100; i++) c.in_channels = 1 + i, clamped &= shift_time(&c, 1) <= 1;
+    result(clamped && shift_time(&c, 0) == 0, "time shift", "never beyond 1");
+}
+
+// ----------------------------------------------------------------------------------------------------------
+// Whole runs, as a user starts them: this program runs itself as the trainer
+
+static const char *self;
+static char folder[] = "/tmp/srdit-test-XXXXXX";
+
+// Runs this program with the arguments (split at blanks); its output goes to `folder`/out and /err. Returns
+// the status.
+__attribute__((format(printf, 2, 3)))
+static int run_self(int interrupt_after_ms, const char *format, ...) {
+    char line[2048], *argv[64], out[64], err[64];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(line, sizeof(line), format, args);
+    va_end(args);
+    int n = 0, status;
+    argv[n++] = (char *)self;
+    for (char *word = strtok(line, " "); word && n < 63; word = strtok(NULL, " ")) argv[n++] = word;
+    argv[n] = NULL;
+    snprintf(out, sizeof(out), "%s/out", folder), snprintf(err, sizeof(err), "%s/err", folder);
+    fflush(stdout);
+    pid_t pid = fork();
+    if (pid < 0) die("cannot fork: %s", strerror(errno));
+    if (!pid) {
+        if (!freopen(out, "w", stdout) || !freopen(err, "w", stderr)) _exit(99);
+        execv(self, argv);
+        _exit(98);
+    }
+    if (interrupt_after_ms) usleep(1000 * (useconds_t)interrupt_after_ms), kill(pid, SIGINT);
+    if (waitpid(pid, &status, 0) < 0) die("cannot wait: %s", strerror(errno));
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 1000 + WTERMSIG(status);
+}
+
+static char *file_text(const char *path, size_t *n) {
+    FILE *f = fopen(path, "rb");
+    char *text = (char *)alloc_zero(1 << 26, 1);
+    *n = f ? fread(text, 1, (1 << 26) - 1, f) : 0;
+    if (f) fclose(f);
+    return text;
+}
+static char *in_folder(const char *name) {   // the last eight of these stay valid
+    static char paths[8][PATH_MAX];
+    static int next;
+    next = (next + 1) % 8;
+    snprintf(paths[next], PATH_MAX, "%s/%s", folder, name);
+    return paths[next];
+}
+static int same_files(const char *a, const char *b) {
+    size_t n, m;
+    char *x = file_text(a, &n), *y = file_text(b, &m);
+    int same = n && n == m && !memcmp(x, y, n);
+    free(x), free(y);
+    return same;
+}
+// Did the last run say one sentence, an error that holds `words`?
+static int complained(const char *words) {
+    size_t n;
+    char *text = file_text(in_folder("err"), &n);
+    int good =
+        n > 8 && !strncmp(text, "error: ", 7) && strchr(text, '\n') == text + n - 1 && strstr(text, words);
+    if (!good) printf("     it said: %s\n", text);
+    free(text);
+    return good;
+}
+
+#define NANO \
+    "--as-trainer --depth 3 --num-f 1 --num-h 1 --hidden-size 16 --num-heads 2 --projector-dim 8 --batch 6 "
+static void test_runs(void) {
+    char *a = in_folder("a"), *b = in_folder("b"), path[PATH_MAX];
+    int first = run_self(0, NANO "--steps 8 --sample-steps 2 --threads 2 --path-drop-prob 0.3 --out %s", a);
+    int half = run_self(0, NANO "--steps 4 --sample-steps 2 --threads 2 --path-drop-prob 0.3 --out %s", b);
+    snprintf(path, sizeof(path), "%s/checkpoint.safetensors", b);
+    int rest =
+        run_self(0, "--as-trainer --resume %s --steps 8 --sample-steps 2 --threads 2 --out %s", path, b);
+    char a_path[PATH_MAX];
+    snprintf(a_path, sizeof(a_path), "%s/checkpoint.safetensors", a);
+    result(!first && !half && !rest && same_files(a_path, path), "resume",
+           "8 steps = 4 + resume + 4, bit for bit");
+    int one = run_self(0, NANO "--steps 8 --sample-steps 2 --threads 1 --path-drop-prob 0.3 --out %s", b);
+    result(!one && same_files(a_path, path) &&
+               same_files(in_folder("a/samples.png"), in_folder("b/samples.png")),
+           "threads", "1 and 2 threads, the same checkpoint and pictures bit for bit");
+    int stopped = run_self(1500, NANO "--steps 1000000 --sample-steps 2 --out %s", in_folder("c"));
+    int on = run_self(0, "--as-trainer --resume %s --steps 1 --sample-steps 2 --out %s --export %s",
+                      in_folder("c/checkpoint.safetensors"), in_folder("c"), in_folder("export.safetensors"));
+    result(stopped == 130 && !on, "Ctrl-C",
+           "the step is finished, the checkpoint written and good to resume and export");
+    SafeFile *f = safe_open(in_folder("export.safetensors"));
+    Config c = config_default();
+    config_read(&c, f);
+    Params w;
+    Table t = params_table(&w, &c, NULL);
+    int all = f->count == t.count;
+    for (int i = 0; i < t.count; i++) all &= safe_find(f, t.tensors[i].name) != NULL;
+    result(all, "export", "%d tensors under the reference implementation's names", f->count);
+    free(t.tensors), safe_close(f);
+}
+
+// Mistakes: a non-zero exit and one sentence that says what is wrong
+static void expect(const char *name, int status, const char *words) {
+    int good = status == 1 && complained(words);
+    result(good, name, "refused: ... %s ...", words);
+}
+
+static void test_mistakes(void) {
+    expect("unknown flag", run_self(0, "--as-trainer --stps 3"), "did you mean --steps");
+    expect("no such file", run_self(0, "--as-trainer --data %s", in_folder("none")), "cannot be opened");
+    expect("not a number", run_self(0, "--as-trainer --lr fast"), "not a number");
+    expect("out of range", run_self(0, "--as-trainer --batch 0"), "--batch is 0");
+    expect("no such model", run_self(0, "--as-trainer --model B/3"), "no such model");
+    expect("width and heads", run_self(0, "--as-trainer --hidden-size 30"), "multiple of 4");
+    expect("patch size", run_self(0, "--as-trainer --patch-size 3"), "does not divide");
+    expect("patches and features", run_self(0, "--as-trainer --patch-size 2"), "features for 65 tokens");
+    expect("width of the features", run_self(0, "--as-trainer --z-dim 31"), "--z-dim");
+    expect("classes", run_self(0, "--as-trainer --num-classes 9"), "10 classes");
+    expect("accumulation", run_self(0, "--as-trainer --accum 7"), "does not divide");
+    expect("folder", run_self(0, "--as-trainer --steps 1 --out /dev/null/x"), "/dev/null");
+    expect("other shapes on resume",
+           run_self(0, "--as-trainer --resume %s --hidden-size 32", in_folder("a/checkpoint.safetensors")),
+           "hidden_size");
+    // NaN: the checkpoint before it stays
+    run_self(0, NANO "--steps 2 --sample-steps 1 --out %s", in_folder("n"));
+    size_t n, m;
+    char *before = file_text(in_folder("n/checkpoint.safetensors"), &n);
+    expect("NaN in the loss",
+           run_self(0, "--as-trainer --resume %s --lr 1e6 --steps 50 --out %s",
+                    in_folder("n/checkpoint.safetensors"), in_folder("n")),
+           "not a finite number; first bad: ");
+    char *after = file_text(in_folder("n/checkpoint.safetensors"), &m);
+    result(n == m && !memcmp(before, after, n), "NaN and the checkpoint", "the last good one is untouched");
+    free(after);
+    // a full disk, played by /dev/full under the temporary name
+    if (symlink("/dev/full", in_folder("n/checkpoint.safetensors.part")))
+        die("cannot link: %s", strerror(errno));
+    expect("full disk", run_self(0, "--as-trainer --resume %s --steps 3 --sample-steps 1 --out %s",
+                                 in_folder("n/checkpoint.safetensors"), in_folder("n")), "No space left");
+    after = file_text(in_folder("n/checkpoint.safetensors"), &m);
+    result(n == m && !memcmp(before, after, n), "full disk, checkpoint", "the last good one is untouched");
+    free(before), free(after);
+}
+
+// safetensors files with one thing wrong each: a header and so many bytes of data
+static void write_raw(const char *path, uint64_t length, const char *header, size_t data_bytes) {
+    FILE *f = fopen(path, "wb");
+    if (!f) die("%s: cannot be written", path);
+    for (int i = 0; i < 8; i++) fputc((int)(length >> (8 * i) & 255), f);
+    fputs(header, f);
+    for (size_t i = 0; i < data_bytes; i++) fputc(0, f);
+    fclose(f);
+}
+static void test_damaged(void) {
+#define T(name, dtype, shape, from, to) \
+    "\"" name "\":{\"dtype\":\"" dtype "\",\"shape\":[" shape "],\"data_offsets\":[" from "," to "]}"
+    static const struct { const char *name, *header; size_t bytes; const char *words;
+    } cases[] = {
+        {"truncated", "{" T("a", "F32", "4", "0", "16") "}", 12, "outside the file"},
+        {"overlap", "{" T("a", "F32", "4", "0", "16") "," T("b", "F32", "4", "12", "28") "}", 28, "overlaps"},
+        {"hole", "{" T("a", "F32", "4", "0", "16") "," T("b", "F32", "4", "20", "36") "}", 36, "hole"},
+        {"trailing bytes", "{" T("a", "F32", "4", "0", "16") "}", 17, "follow the last tensor"},
+        {"duplicate name", "{" T("a", "F32", "4", "0", "16") "," T("a", "F32", "4", "16", "32") "}", 32,
+         "twice"},
+        {"size", "{" T("a", "F32", "5", "0", "16") "}", 16, "needs 20 bytes"},
+        {"unknown dtype", "{" T("a", "F33", "4", "0", "16") "}", 16, "unknown dtype"},
+        {"overflow", "{" T("a", "F32", "4294967296,4294967296,4294967296", "0", "16") "}", 16, "overflows"},
+        {"overflow to 0", "{" T("a", "F32", "4611686018427387904,4", "0", "0") "}", 0, "number is too large"},
+        {"negative offset", "{" T("a", "F32", "4", "-16", "0") "}", 16, "whole number"},
+        {"offsets backwards", "{" T("a", "F32", "4", "16", "0") "}", 16, "outside"},
+        {"many dimensions", "{" T("a", "F32", "1,1,1,1,1,1,1,1,1", "0", "4") "}", 4, "dimensions"},
+        {"no shape", "{\"a\":{\"dtype\":\"F32\",\"data_offsets\":[0,4]}}", 4, "missing"},
+        {"extra key", "{\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4],\"x\":[1]}}", 4,
+         "unknown or repeated"},
+        {"not JSON", "hello", 0, "does not begin"},
+        {"unfinished JSON", "{\"a\":{\"dtype\":\"F32\"", 0, "expected"},
+        {"unfinished string", "{\"a", 0, "does not end"},
+        {"metadata not text", "{\"__metadata__\":{\"a\":3}}", 0, "expected"},
+        {"metadata twice", "{\"__metadata__\":{},\"__metadata__\":{}}", 0, "twice"},
+        {"after the end", "{} {}", 0, "something follows"}};
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        char name[64];
+        write_raw(in_folder("bad"), strlen(cases[i].header), cases[i].header, cases[i].bytes);
+        snprintf(name, sizeof(name), "safetensors: %s", cases[i].name);
+        expect(name, run_self(0, "--open %s", in_folder("bad")), cases[i].words);
+    }
+    write_raw(in_folder("bad"), 1ull << 40, "{}", 0);
+    expect("safetensors: huge header", run_self(0, "--open %s", in_folder("bad")), "header claims");
+    write_raw(in_folder("bad"), 1000, "{}", 0);
+    expect("safetensors: short file", run_self(0, "--open %s", in_folder("bad")), "header claims");
+    static const char good[] = "{ \"__metadata__\" : {\"k\\u00e9y\":\"v\\n\"} , " T(
+        "b", "U8", "", "0", "1") "," T("a", "BF16", "2,0", "1", "1") "}  ";
+    write_raw(in_folder("good"), strlen(good), good, 1);
+    result(!run_self(0, "--open %s", in_folder("good")), "safetensors: unusual",
+           "blanks, escapes, scalar, empty tensor are read");
+
+    // data and checkpoints that are sound files but wrong ones
+    static const char *const shard = "{\"__metadata__\":{\"classes\":\"3\"},%s,%s}";
+    static const struct {
+        const char *name, *latents, *labels;
+        size_t bytes;
+        int label;
+        const char *words;
+    } data[] = {{"data: label", T("latents", "U8", "2,1,2,2", "0", "8"), T("labels", "U8", "2", "8", "10"),
+                 10, 7, "sample 1 has label 7"},
+                {"data: count", T("latents", "U8", "2,1,2,2", "0", "8"), T("labels", "U8", "3", "8", "11"),
+                 11, 0, "3 labels for 2"},
+                {"data: label type", T("latents", "U8", "2,1,2,2", "0", "8"),
+                 T("labels", "F32", "2", "8", "16"), 16, 0, "no integer type"},
+                {"data: not square", T("latents", "U8", "2,1,2,3", "0", "12"),
+                 T("labels", "U8", "2", "12", "14"), 14, 0, "differ"},
+                {"data: no labels", T("latents", "U8", "2,1,2,2", "0", "8"),
+                 T("lables", "U8", "2", "8", "10"), 10, 0, "labels is missing"},
+                {"data: no features", T("latents", "U8", "2,1,2,2", "0", "8"),
+                 T("labels", "U8", "2", "8", "10"), 10, 0, "--no-align"}};
+    for (size_t i = 0; i < sizeof(data) / sizeof(data[0]); i++) {
+        char header[1024];
+        snprintf(header, sizeof(header), shard, data[i].latents, data[i].labels);
+        write_raw(in_folder("bad"), strlen(header), header, data[i].bytes - 1);
+        FILE *f = fopen(in_folder("bad"), "ab");
+        if (!f) die("cannot append");
+        fputc(data[i].label, f), fclose(f);
+        expect(data[i].name, run_self(0, "--as-trainer --data %s", in_folder("bad")), data[i].words);
+    }
+    size_t n;
+    char *text = file_text(in_folder("a/checkpoint.safetensors"), &n);
+    static const struct { const char *name, *from, *to, *words;
+    } edits[] = {
+        {"checkpoint: wrong shape", "\"shape\":[16,32],", "\"shape\":[32,16],", "its shape is not that"},
+        {"checkpoint: no tensor", "\"model.mask_token\"", "\"model.mask_tokem\"",
+         "model.mask_token is missing"},
+        {"checkpoint: wrong data", "\"data\":\"digits\"", "\"data\":\"widgit\"", "was trained on widgit"},
+        {"checkpoint: scale", "\"latent_scale\":\"0.125\"", "\"latent_scale\":\"0.129\"", "latent scale"},
+        {"checkpoint: depth", "\"depth\":\"3\"", "\"depth\":\"9\"", "is missing"},
+        {"checkpoint: bad setting", "\"depth\":\"3\"", "\"depth\":\"x\"", "not a number"}};
+    for (size_t i = 0; i < sizeof(edits) / sizeof(edits[0]); i++) {
+        char *copy = (char *)alloc_zero(n, 1), *at;
+        memcpy(copy, text, n);
+        at = (char *)memmem(copy, n, edits[i].from, strlen(edits[i].from));
+        if (at) memcpy(at, edits[i].to, strlen(edits[i].to));
+        FILE *f = fopen(in_folder("bad"), "wb");
+        if (!f || fwrite(copy, 1, n, f) != n || fclose(f)) die("cannot write");
+        free(copy);
+        if (!at) result(0, edits[i].name, "the text to change was not found");
+        else
+            expect(edits[i].name,
+                   run_self(0, "--as-trainer --resume %s --out %s", in_folder("bad"), in_folder("o")),
+                   edits[i].words);
+    }
+    free(text);
+}
+
+int main(int argc, char **argv) {
+    self = "/proc/self/exe";
+    if (access(self, X_OK)) self = argv[0];
+    if (argc > 1 && !strcmp(argv[1], "--as-trainer")) return train_main(argc - 1, argv + 1, backend);
+    if (argc > 2 && !strcmp(argv[1], "--open")) {
+        safe_close(safe_open(argv[2]));
+        return 0;
+    }
+    double tolerance = 0, start = now_seconds();
+    int files = 0;
+    for (int i = 1; i < argc; i++) {
+        if (!strcmp(argv[i], "--help")) {
+            printf("%s                      all tests\n%s FILE ...             replay these reference files\n"
+                   "  --tolerance X   relative error allowed, instead of 1e-9 (F64 files) and %.1e (F32 "
+                   "files)\n",
+                   argv[0], argv[0], tolerance_of());
+            return 0;
+        }
+        if (!strcmp(argv[i], "--tolerance")) {
+            if (i + 1 >= argc) die("--tolerance needs a value");
+            tolerance = text_number(argv[++i], "command line", "--tolerance");
+            continue;
+        }
+        if (!strncmp(argv[i], "--", 2)) die("unknown argument %s (--help lists all)", argv[i]);
+        SafeFile *f = safe_open(argv[i]);
+        int is_double = 0;
+        for (int k = 0; k < f->count; k++) is_double |= !strcmp(f->tensors[k].dtype, "F64");
+        safe_close(f);
+        if (is_double) replay_double(argv[i], tolerance, 8, double_counts);
+        else replay(argv[i], tolerance, 8);
+        files++;
+    }
+    if (!files) {
+        glob_t g;
+        if (glob("dev/ref/*.safetensors", 0, NULL, &g))
+            die("no reference files in dev/ref: run this from the project's folder");
+        if (!mkdtemp(folder)) die("%s: cannot be made: %s", folder, strerror(errno));
+        test_random();
+        test_functions();
+        test_matmul();
+        for (size_t i = 0; i < g.gl_pathc; i++) {
+            SafeFile *f = safe_open(g.gl_pathv[i]);
+            const char *dtype = safe_metadata(f, "dtype");
+            int is_double = dtype && !strcmp(dtype, "float64");
+            safe_close(f);
+            if (is_double) replay_double(g.gl_pathv[i], tolerance, 0, double_counts);
+            replay(g.gl_pathv[i], tolerance, 0);
+        }
+        globfree(&g);
+        test_accumulation();
+        tests_double(double_counts);
+        test_runs();
+        test_mistakes();
+        test_damaged();
+        char command[64];
+        snprintf(command, sizeof(command), "rm -rf %s", folder);
+        if (system(command)) printf("     %s could not be removed\n", folder);
+    }
+    passed += double_counts[0], failed += double_counts[1];
+    printf("\n%.1f s\n%d passed, %d failed\n", now_seconds() - start, passed, failed);
+    return failed || !passed;
+}
+#endif
