@@ -111,11 +111,11 @@ static int named_in(const char *list, const char *name) {
 }
 
 // Tolerances. Double: the format's 1e-9. Float: errors grow with the length of the sums and the depth; over
-// the cases of dev/ref and random ones of `dev/reference.py random`, 2000 epsilons (2.4e-4) of the largest
+// the cases of dev/ref and random ones of `dev/reference.py random`, 1000 epsilons (1.2e-4) of the largest
 // element hold everywhere. A parameter after a step may be off by a part of the learning rate there, since
 // Adam divides small gradients by their own size: a gradient that is off by the tolerance moves its parameter
 // by up to lr.
-static double tolerance_of(void) { return sizeof(real) == 8 ? 1e-9 : 2000 * REAL_EPS; }
+static double tolerance_of(void) { return sizeof(real) == 8 ? 1e-9 : 1000 * REAL_EPS; }
 
 static void replay_training(Report *r, const SafeFile *f, Model *m) {
     const Config *c = &m->c;
@@ -167,7 +167,9 @@ static void replay_training(Report *r, const SafeFile *f, Model *m) {
     Losses sum = backend->read_losses(m);
     real losses[5] = {(real)sum.denoise, (real)sum.cls, (real)sum.proj, (real)sum.cfm, (real)sum.total};
     static const char *const names[] = {"loss.denoise", "loss.cls", "loss.proj", "loss.cfm", "loss.total"};
-    for (int i = 0; i < 5; i++) compare_named(r, f, names[i], &losses[i], 1, tol, 0);
+    // In float a loss may be small because its terms cancel: their rounding does not
+    double cancelled = sizeof(real) == 8 ? 0 : 0.1 * tol;
+    for (int i = 0; i < 5; i++) compare_named(r, f, names[i], &losses[i], 1, tol, cancelled);
 
     real *host = (real *)alloc_zero(m->table.total, sizeof(real));
     backend->get_block(host, m, GRADS);
@@ -845,6 +847,8 @@ static void test_damaged(void) {
         {"checkpoint: wrong data", "\"data\":\"digits\"", "\"data\":\"widgit\"", "was trained on widgit"},
         {"checkpoint: scale", "\"latent_scale\":\"0.125\"", "\"latent_scale\":\"0.129\"", "latent scale"},
         {"checkpoint: depth", "\"depth\":\"3\"", "\"depth\":\"9\"", "is missing"},
+        {"checkpoint: wrong dtype", "\"model.mask_token\":{\"dtype\":\"F32\"",
+         "\"model.mask_token\":{\"dtype\":\"I32\"", "floating point is expected"},
         {"checkpoint: bad setting", "\"depth\":\"3\"", "\"depth\":\"x\"", "not a number"}};
     for (size_t i = 0; i < sizeof(edits) / sizeof(edits[0]); i++) {
         char *copy = (char *)alloc_zero(n, 1), *at;
@@ -891,8 +895,8 @@ int main(int argc, char **argv) {
         int is_double = 0;
         for (int k = 0; k < f->count; k++) is_double |= !strcmp(f->tensors[k].dtype, "F64");
         safe_close(f);
-        if (is_double) replay_double(argv[i], tolerance, 8, double_counts);
-        else replay(argv[i], tolerance, 8);
+        if (is_double) replay_double(argv[i], tolerance, INT_MAX, double_counts);
+        else replay(argv[i], tolerance, INT_MAX);
         files++;
     }
     if (!files) {

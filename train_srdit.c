@@ -896,25 +896,26 @@ typedef real vec __attribute__((vector_size(VBYTES), aligned(sizeof(real)), may_
 #define UNROLL
 #endif
 
-// c[mr][nr] = (bias, or c, or 0) + a[mr][kc] b[kc][NR]; inlined, so that mr is a constant
+// c[mr][nr] = (bias, or c, or 0) + a[mr][kc] b[kc][nv vectors]; inlined, so that mr and nv are constants
 static inline __attribute__((always_inline))
-void matmul_tile(real *c, long ldc, int mr, int nr, int kc, const real *a, long lda, const real *b, long ldb,
-                 const real *bias, int add) {
+void matmul_tile(real *c, long ldc, int mr, int nv, int nr, int kc, const real *a, long lda, const real *b,
+                 long ldb, const real *bias, int add) {
     vec sum[MR][NV];
     const vec zero = {0};
-    UNROLL for (int i = 0; i < mr; i++) UNROLL for (int v = 0; v < NV; v++) sum[i][v] = zero;
+    int narrow = nr < nv * (int)VL;                         // stored by way of edge
+    UNROLL for (int i = 0; i < mr; i++) UNROLL for (int v = 0; v < nv; v++) sum[i][v] = zero;
     for (int k = 0; k < kc; k++)
-        UNROLL for (int i = 0; i < mr; i++) UNROLL for (int v = 0; v < NV; v++)
+        UNROLL for (int i = 0; i < mr; i++) UNROLL for (int v = 0; v < nv; v++)
             sum[i][v] += a[i * lda + k] * ((const vec *)(b + k * ldb))[v];
     UNROLL for (int i = 0; i < mr; i++) {
-        real edge[NR], *to = nr < NR ? edge : c + i * ldc;   // a narrow tile is stored by way of edge
-        for (int j = 0; j < NR && nr < NR; j++)
+        real edge[NR], *to = narrow ? edge : c + i * ldc;
+        for (int j = 0; j < NR && narrow; j++)
             edge[j] = j >= nr ? 0 : bias ? bias[j] : add ? c[i * ldc + j] : 0;
-        UNROLL for (int v = 0; v < NV; v++) {
+        UNROLL for (int v = 0; v < nv; v++) {
             vec *p = (vec *)to + v;
-            *p = sum[i][v] + (nr < NR ? *p : bias ? ((const vec *)bias)[v] : add ? *p : zero);
+            *p = sum[i][v] + (narrow ? *p : bias ? ((const vec *)bias)[v] : add ? *p : zero);
         }
-        for (int j = 0; j < nr && nr < NR; j++) c[i * ldc + j] = edge[j];
+        for (int j = 0; j < nr && narrow; j++) c[i * ldc + j] = edge[j];
     }
 }
 
@@ -964,11 +965,20 @@ static void matmul_rows(real *C, long ldc, int m, int N, int kc, const real *a, 
     long step = ldb ? ldb : (long)NR;
     for (int j = 0; j < N; j += NR) {
         const real *bj = ldb ? b + j : b + (long)j * kc, *bi = bias ? bias + j : NULL;
-        int i = 0, nr = imin(NR, N - j);
-        for (; i + MR <= m; i += MR)
-            matmul_tile(C + i * ldc + j, ldc, MR, nr, kc, a + i * lda, lda, bj, step, bi, add);
-        for (; i < m; i++)
-            matmul_tile(C + i * ldc + j, ldc, 1, nr, kc, a + i * lda, lda, bj, step, bi, add);
+        int nr = imin(NR, N - j), one = nr <= (int)VL;       // the last panel may need only one vector
+        for (int i = 0; i < m;) {
+            real *c = C + i * ldc + j;
+            const real *ai = a + i * lda;
+            if (i + MR <= m) {
+                if (one) matmul_tile(c, ldc, MR, 1, nr, kc, ai, lda, bj, step, bi, add);
+                else matmul_tile(c, ldc, MR, NV, nr, kc, ai, lda, bj, step, bi, add);
+                i += MR;
+            } else {
+                if (one) matmul_tile(c, ldc, 1, 1, nr, kc, ai, lda, bj, step, bi, add);
+                else matmul_tile(c, ldc, 1, NV, nr, kc, ai, lda, bj, step, bi, add);
+                i++;
+            }
+        }
     }
 }
 
@@ -1251,10 +1261,20 @@ typedef struct {
 } Places;
 static int place_of(const Places *p, int b, int t, int T) { return p->ids ? p->ids[(size_t)b * T + t] : t; }
 
+// RoPE in place: each pair of neighbours (a, b) of x[Dh] turns by +-angle: (a cos - b sin, b cos + a sin)
+static void rotate_pairs(real *__restrict x, const Places *p, int patch, int sign, int Dh) {
+    const real *__restrict cs = p->rope_cos + (size_t)patch * Dh;
+    const real *__restrict sn = p->rope_sin + (size_t)patch * Dh;
+    for (int i = 0; i < Dh; i += 2) {
+        real a = x[i], b = x[i + 1], s = sign * sn[i];
+        x[i] = a * cs[i] - b * s;
+        x[i + 1] = b * cs[i] + a * s;
+    }
+}
+
 // out[B,T,3D] from qkv[B,T,3D]; r [B,T,2H] is kept.
-//   q, k:  n = q r (RMSNorm over the head, eps 2^-23), m = n w, then RoPE on each pair (a, b) of neighbours:
-//          (a cos - b sin, b cos + a sin)                         wq, wk [Dh] NULL: no norm
-//   v:     lambda v1 + (1 - lambda) v                             v1 [B,tokens,3D] NULL: v itself
+//   q, k:  n = q r (RMSNorm over the head, eps 2^-23), m = n w, then RoPE     wq, wk [Dh] NULL: no norm
+//   v:     lambda v1 + (1 - lambda) v                                         v1 [B,tokens,3D] NULL: v itself
 static void qkv_mix_forward(real *out, real *r, const real *qkv, const real *wq, const real *wk,
                             const real *v1, real lambda, const Places *places, int B, int T, int H, int Dh) {
     int D = H * Dh;
@@ -1267,13 +1287,8 @@ static void qkv_mix_forward(real *out, real *r, const real *qkv, const real *wq,
             real *o = out + (size_t)n * 3 * D + (size_t)h * Dh;
             real rn = 1;
             if (w) rn = r[(size_t)n * 2 * H + h] = rms_scale(x, Dh, 1.1920928955078125e-07);
-            const real *cs = places->rope_cos + (rotate ? (size_t)patch * Dh : 0);
-            const real *sn = places->rope_sin + (rotate ? (size_t)patch * Dh : 0);
-            for (int i = 0; i < Dh; i += 2) {
-                real a = w ? x[i] * rn * w[i] : x[i], b = w ? x[i + 1] * rn * w[i + 1] : x[i + 1];
-                o[i] = rotate ? a * cs[i] - b * sn[i] : a;
-                o[i + 1] = rotate ? b * cs[i] + a * sn[i] : b;
-            }
+            for (int i = 0; i < Dh; i++) o[i] = w ? x[i] * rn * w[i] : x[i];
+            if (rotate) rotate_pairs(o, places, patch, 1, Dh);
         }
         const real *v = qkv + (size_t)n * 3 * D + 2 * D;
         real *o = out + (size_t)n * 3 * D + 2 * D;
@@ -1285,11 +1300,10 @@ static void qkv_mix_forward(real *out, real *r, const real *qkv, const real *wq,
     }
 }
 
-// The transposed rotation undoes RoPE: (da, db) = (dx cos + dy sin, dy cos - dx sin); then dm = (da, db), dw
-// += dm n, dn = dm w, dq = r (dn - n mean(dn n)).  v' = lambda v1 + (1 - lambda) v:  dv = (1 - lambda) dv',
-// dv1 += lambda dv' at the original token, dlambda += sum (v1 - v) dv'.  dv1 [B,tokens,D] (row length D, not
-// 3D). parts [B, 2 Dh + 1] holds each sample's sums for wq, wk and lambda, added up afterwards in the order
-// of the samples.
+// The rotation's transpose is the rotation by -angle: dm = RoPE^-1 dq';  then dw += dm n, dn = dm w,
+// dq = r (dn - n mean(dn n)).  And v' = lambda v1 + (1 - lambda) v:  dv = (1 - lambda) dv', dv1 += lambda dv'
+// at the original token, dlambda += sum (v1 - v) dv'.  dv1 is [B,tokens,D]: rows of D, not of 3D. parts [B, 2
+// Dh + 1] holds each sample's sums for wq, wk and lambda, added up in the order of the samples.
 static void qkv_mix_backward(real *dqkv, real *dwq, real *dwk, real *dv1, real *dlambda, real *parts,
                              const real *dout, const real *qkv, const real *r, const real *wq, const real *wk,
                              const real *v1, real lambda, const Places *places, int B, int T, int H, int Dh) {
@@ -1304,13 +1318,9 @@ static void qkv_mix_backward(real *dqkv, real *dwq, real *dwk, real *dv1, real *
             for (int h = 0; h < 2 * H; h++) {
                 size_t at = (size_t)n * 3 * D + (size_t)h * Dh;
                 const real *x = qkv + at, *d = dout + at, *w = h < H ? wq : wk;
-                const real *cs = places->rope_cos + (rotate ? (size_t)patch * Dh : 0);
-                const real *sn = places->rope_sin + (rotate ? (size_t)patch * Dh : 0);
                 real *dx = dqkv + at, *dw = part + (h < H ? 0 : Dh);
-                for (int i = 0; i < Dh; i += 2) {
-                    dx[i] = rotate ? d[i] * cs[i] + d[i + 1] * sn[i] : d[i];
-                    dx[i + 1] = rotate ? d[i + 1] * cs[i] - d[i] * sn[i] : d[i + 1];
-                }
+                memcpy(dx, d, sizeof(real) * (size_t)Dh);
+                if (rotate) rotate_pairs(dx, places, patch, -1, Dh);
                 if (!w) continue;
                 real rn = r[(size_t)n * 2 * H + h], sum = 0;
                 for (int i = 0; i < Dh; i++) {
@@ -1465,6 +1475,9 @@ static void copy_tokens(real *part, real *tokens, int to_tokens, int B, int n, i
 // split.
 typedef struct {
     int B, first, whole, path_drop;
+    int on_device;           // 1: noises and ids are left to a GPU, which draws them from (seed, step) itself
+    uint64_t seed;
+    int step;
     real *x, *noise;         // [B,C,S,S]
     real *v_before;          // [C,S,S] v of the sample before the first; before sample 0 comes the last
     real *cls, *noise_cls;   // [B,Z]
@@ -2196,6 +2209,9 @@ static Data *data_open(char **paths, int count) {
         one.Z = s->feats ? (int)s->feats->shape[2] : s->cls ? (int)s->cls->shape[1] : 0;
         one.scale = safe_number(f, "latent_scale", 1), one.offset = safe_number(f, "latent_offset", 0);
         const char *name = safe_metadata(f, "name"), *decoder = safe_metadata(f, "decoder");
+        const char *format = safe_metadata(f, "format");
+        if (format && strcmp(format, "srdit-data-1"))
+            die("%s: its format is %s, and a data shard's is srdit-data-1", f->path, format);
         snprintf(one.name, sizeof(one.name), "%s", name ? name : "unnamed");
         snprintf(one.decoder, sizeof(one.decoder), "%s", decoder ? decoder : "pixels");
         if (strcmp(one.decoder, "pixels") && strcmp(one.decoder, "invae"))
@@ -2318,7 +2334,7 @@ static void batch_load(Batch *batch, const Data *d, const Config *c, uint64_t se
     size_t latent = (size_t)latent_of(c), Z = (size_t)c->z_dim, T = (size_t)tokens_of(c),
            Tk = (size_t)kept_of(c);
     uint32_t n = (uint32_t)d->count, s = (uint32_t)step;
-    batch->first = first, batch->whole = whole;
+    batch->first = first, batch->whole = whole, batch->seed = seed, batch->step = step;
     batch->path_drop = c->path_drop && uniform(seed, STREAM_PATH_DROP, s, 0) < c->path_drop_prob;
 #pragma omp parallel for
     for (int b = -1; b < batch->B; b++) {   // -1: the sample before the first, for the contrastive pair
@@ -2328,19 +2344,20 @@ static void batch_load(Batch *batch, const Data *d, const Config *c, uint64_t se
         if (b < 0) {
             real *noise = (real *)alloc_zero(latent, sizeof(real));
             data_get(d, c, at, batch->v_before, NULL, NULL, NULL);
-            fill_normal(noise, latent, seed, STREAM_NOISE, s, sample);
+            if (!batch->on_device) fill_normal(noise, latent, seed, STREAM_NOISE, s, sample);
             for (size_t i = 0; i < latent; i++) batch->v_before[i] = noise[i] - batch->v_before[i];
             free(noise);
             continue;
         }
         size_t k = (size_t)b;
         data_get(d, c, at, batch->x + k * latent, &batch->y[b], batch->cls + k * Z, batch->feats + k * T * Z);
-        fill_normal(batch->noise + k * latent, latent, seed, STREAM_NOISE, s, sample);
-        if (c->cls) fill_normal(batch->noise_cls + k * Z, Z, seed, STREAM_NOISE_CLS, s, sample);
+        if (!batch->on_device) fill_normal(batch->noise + k * latent, latent, seed, STREAM_NOISE, s, sample);
+        if (c->cls && !batch->on_device)
+            fill_normal(batch->noise_cls + k * Z, Z, seed, STREAM_NOISE_CLS, s, sample);
         batch->t[b] = (real)shift_time(c, uniform(seed, STREAM_TIME, s, sample));
         if (c->label_dropout && uniform(seed, STREAM_LABEL_DROP, s, sample) < c->class_dropout_prob)
             batch->y[b] = c->num_classes;
-        if (c->routing) draw_kept(batch->ids + k * Tk, (int)Tk, (int)T, seed, s, sample);
+        if (c->routing && !batch->on_device) draw_kept(batch->ids + k * Tk, (int)Tk, (int)T, seed, s, sample);
         else
             for (size_t i = 0; i < T; i++) batch->ids[k * T + i] = (int)i;
     }
@@ -2859,7 +2876,7 @@ static int train_main(int argc, char **argv, const Backend *backend) {
         if (!model_preset(&c, run.model))
             die("--model %s: there is no such model; there are nano and S/1 S/2 S/4 B/1 ... XL/4", run.model);
         run.batch = strcmp(run.model, "nano") ? 256 : 64,
-        run.steps = strcmp(run.model, "nano") ? 400000 : 1000;
+        run.steps = strcmp(run.model, "nano") ? 400000 : 800;
     }
     if (help) {
         print_help(argv[0], &c, &run);
@@ -2919,6 +2936,7 @@ static int train_main(int argc, char **argv, const Backend *backend) {
     if (resume) checkpoint_load(backend, m, resume);
     print_start(&c, &run, d, m, backend, step);
     Batch *batch = batch_create(&c, run.batch / run.accum);
+    batch->on_device = backend != &cpu_backend;
     FILE *log = log_open(log_path, step);
     struct sigaction action;
     memset(&action, 0, sizeof(action));

@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Damaged files against the safetensors reader and all that reads through it (checkpoints, data), under the
+# address and undefined-behaviour sanitizers. Ends with status 1, and the file, where one crashes the reader.
+#
+#   dev/fuzz_safetensors.sh [SECONDS]          default 60; FUZZER=libfuzzer or mutator chooses, else by what is here
+#   dev/fuzz_safetensors.sh --replay FILE ...  run the reader on these files alone
+set -euo pipefail
+cd "$(dirname "$0")/.."
+case ${1:-} in --help|-h) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
+out=build/fuzz
+mkdir -p "$out/seeds" "$out/found"
+
+# Small sound files to begin with: NAME, header, bytes of data
+seed() {
+    local header=$2 n=${#2} i
+    {
+        for i in 0 8 16 24 32 40 48 56; do printf "\\x$(printf %02x $((n >> i & 255)))"; done
+        printf %s "$header"
+        head -c "$3" /dev/zero
+    } > "$out/seeds/$1"
+}
+t() { printf '"%s":{"dtype":"%s","shape":[%s],"data_offsets":[%s]}' "$@"; }
+seed empty '{}' 0
+seed types "{$(t a F32 2 0,8),$(t b BF16 2,1 8,12),$(t c F16 1,1,3 12,18),$(t d I8 '' 18,19),$(t e U64 1 19,27)}" 27
+seed spaced "{ \"__metadata__\" : {\"k\\u00e9y\":\"v\\n\\\"\"} , $(t a BOOL 0,7 0,0), $(t b F64 1 0,8) }  " 8
+seed checkpoint '{"__metadata__":{"format":"srdit-checkpoint-1","depth":"2","num_f":"1","num_h":"1",
+"hidden_size":"4","num_heads":"1","in_channels":"1","input_size":"1","z_dim":"1","projector_dim":"1",
+"num_classes":"1","switch_off":"rope,cfm","step":"3","lr":"1e-3"},'"$(t model.mask_token F32 1,1,4 0,16)}" 16
+shard='"__metadata__":{"classes":"3","name":"x","decoder":"pixels","latent_scale":"0.1","train_samples":"2"}'
+seed shard "{$shard,$(t latents U8 2,1,2,2 0,8),$(t labels I64 2 8,24),$(t feats I8 2,5,2 24,44),$(t cls F32 2,2 44,60)}" 60
+for word in '"__metadata__":{' '"format":"srdit-checkpoint-1"' '"classes":"' '"dtype":"' '"shape":[' \
+    '"data_offsets":[' F32 BF16 F16 U8 I64 BOOL 18446744073709551615 9223372036854775808 4294967296 65536 1e308 \
+    nan -1 '\u0000' '\ud83d' '\\' '\"' ,0 '},' '"a":{' '"latents":{' '"labels":{' '"feats":{' '"cls":{' \
+    '"input_size":"' '"in_channels":"' '"patch_size":"' '"depth":"' '"mlp_ratio":"' '"latent_scale":"' \
+    '"train_samples":"' '"switch_off":"'; do printf '%s\n' "$word"; done > "$out/words"
+sed 's/[\\"]/\\&/g; s/.*/"&"/' "$out/words" > "$out/dictionary"
+
+sanitize="-g -O1 -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all"
+flags="-std=gnu11 -w $sanitize"
+if [ -z "${FUZZER:-}" ]; then
+    FUZZER=mutator
+    echo 'int LLVMFuzzerTestOneInput(const char *p, long n) { return p && n < 0; }' > "$out/probe.c"
+    clang -fsanitize=fuzzer "$out/probe.c" -o "$out/probe" 2>/dev/null && FUZZER=libfuzzer
+fi
+export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:abort_on_error=1
+if [ "$FUZZER" = libfuzzer ]; then
+    clang $flags -fsanitize=fuzzer -DLIBFUZZER dev/fuzz_safetensors.c -o "$out/fuzz" -lm
+    if [ "${1:-}" = --replay ]; then shift; exec "$out/fuzz" "$@"; fi
+    mkdir -p "$out/corpus"
+    "$out/fuzz" -max_total_time="${1:-60}" -max_len=4096 -close_fd_mask=1 -print_final_stats=1 -verbosity=0 \
+        -dict="$out/dictionary" -artifact_prefix="$out/found/" "$out/corpus" "$out/seeds" 2> "$out/log" || {
+        grep -E -A 12 'runtime error|ERROR:|Test unit' "$out/log" || tail -n 20 "$out/log"
+        exit 1
+    }
+    echo "$(sed -n 's/stat::number_of_executed_units: *//p' "$out/log") damaged files (libFuzzer), no crash"
+else
+    ${CC:-gcc} $flags dev/fuzz_safetensors.c -o "$out/fuzz" -lm
+    [ "${1:-}" = --replay ] && { echo "--replay needs clang's libFuzzer" >&2; exit 2; }
+    "$out/fuzz" "${1:-60}" "$out/words" "$out/found/crash" "$out"/seeds/*
+fi
