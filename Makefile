@@ -27,10 +27,10 @@ sample: sample.c train_srdit.c Makefile
 	$(CC) $(CFLAGS) sample.c -o $@ $(LDLIBS)
 
 # The tests are compiled twice, over the trainer in float and in double, and linked into one program.
-build/test_double.o: test_srdit.c train_srdit.c Makefile
+build/test_double.o: test_srdit.c sample.c train_srdit.c Makefile
 	@mkdir -p build
 	$(CC) $(CFLAGS) -DUSE_DOUBLE -c test_srdit.c -o $@
-test_srdit: test_srdit.c train_srdit.c build/test_double.o Makefile
+test_srdit: test_srdit.c sample.c train_srdit.c build/test_double.o Makefile
 	$(CC) $(CFLAGS) test_srdit.c build/test_double.o -o $@ $(LDLIBS)
 
 test: found test_srdit train_srdit

@@ -6,9 +6,12 @@
 //
 // This file is compiled twice into one program: over a trainer in float, and over the CPU trainer in double
 // (-DUSE_DOUBLE), whose copy of the code is reached by the functions that end in _double.
-#define TRAIN_SRDIT_NO_MAIN
+#ifdef TEST_CUDA
+#define SAMPLE_CUDA
+#endif
+#define SAMPLE_NO_MAIN
 #pragma GCC diagnostic ignored "-Wunused-function"   // a test program does not call everything it includes
-#include "train_srdit.c"
+#include "sample.c"   // and with it the trainer
 #include <glob.h>
 #include <sys/wait.h>
 static const Backend *const backend = &cpu_backend;
@@ -274,6 +277,30 @@ static void replay_sit(Report *r, const SafeFile *f) {
     backend->destroy(m);
 }
 
+// A decoder file: latents to an image, and to bytes
+static void replay_decoder(Report *r, const SafeFile *f) {
+    Decoder *d = decoder_open(f, "param.");
+    const SafeTensor *in = safe_find(f, "in.z");
+    if (!in || in->ndim != 4 || in->shape[0] > 1000 || in->shape[2] > 1000 || in->shape[3] > 1000)
+        die("%s: tensor in.z is missing or has no usable size", f->path);
+    int B = (int)in->shape[0], h = (int)in->shape[2], w = (int)in->shape[3], k = decoder_factor(d);
+    size_t H = (size_t)(h * k), W = (size_t)(w * k), ch = (size_t)d->out_ch, n = (size_t)B * ch * H * W;
+    real *z = (real *)alloc_zero(safe_elements(in), sizeof(real)),
+         *image = (real *)alloc_zero(n, sizeof(real));
+    real *bytes = (real *)alloc_zero(n, sizeof(real));
+    need(z, f, "in.z", (size_t)(B * d->z * h * w));
+    decoder_decode(image, d, z, B, h, w);
+    compare_named(r, f, "out.image", image, n, tolerance_of(), 0);
+    for (size_t i = 0; i < n;
+         i++)   // [B,3,H,W] to bytes [B,H,W,3]; truncating may turn a rounding into one step
+        bytes[((i / (ch * H * W) * H + i / W % H) * W + i % W) * ch + i / (H * W) % ch] = pixel_of(image[i]);
+    double override_tolerance = r->override_tolerance;
+    r->override_tolerance = 0;
+    compare_named(r, f, "out.pixels", bytes, n, 0, sizeof(real) == 8 ? 0 : 1);
+    r->override_tolerance = override_tolerance;
+    free(z), free(image), free(bytes), decoder_close(d);
+}
+
 static int worst_first(const void *a, const void *b) {
     double x = ((const Check *)a)->share, y = ((const Check *)b)->share;
     if (isnan(x) || isnan(y)) return isnan(y) - isnan(x);
@@ -289,8 +316,8 @@ static void replay(const char *path, double override_tolerance, int most) {
     const char *format = safe_metadata(f, "format"), *kind = safe_metadata(f, "kind");
     if (!format || strcmp(format, "srdit-ref-1"))
         die("%s: not a reference file: its format is not srdit-ref-1", path);
-    if (kind && !strcmp(kind, "invae")) return;
-    replay_sit(&r, f);
+    if (kind && !strcmp(kind, "invae")) replay_decoder(&r, f);
+    else replay_sit(&r, f);
     if (r.count) qsort(r.checks, (size_t)r.count, sizeof(Check), worst_first);
     const Check nothing = {"nothing to compare", NAN, 0, NAN}, *worst = r.count ? r.checks : &nothing;
     char name[64];
@@ -463,6 +490,46 @@ static void test_accumulation(void) {
     free(whole), free(parts), backend->destroy(m);
 }
 
+// The solvers on a smooth field in place of the network, dx/dt = x cos(3t) + t: halving the step divides
+// Euler's error by about 2 and Heun's by about 4.
+static void smooth_velocity(Model *m, real *v, real *v_cls, const real *x, const real *cls, const real *t,
+                            const int *y, int use_ema, int path_drop, int B) {
+    (void)y, (void)use_ema, (void)path_drop;
+    size_t latent = (size_t)latent_of(&m->c), Z = (size_t)m->c.z_dim;
+    for (size_t i = 0; i < (size_t)B * latent; i++)
+        v[i] = x[i] * (real)cos(3 * (double)t[i / latent]) + t[i / latent];
+    for (size_t i = 0; i < (size_t)B * Z; i++)
+        v_cls[i] = cls[i] * (real)cos(3 * (double)t[i / Z]) + t[i / Z];
+}
+static void test_solvers(void) {
+    Model stub;
+    memset(&stub, 0, sizeof(stub));
+    stub.c = small_config();
+    Backend field = *backend;
+    field.velocity = smooth_velocity;
+    size_t latent = (size_t)latent_of(&stub.c), Z = (size_t)stub.c.z_dim;
+    double *x = (double *)alloc_zero(latent, sizeof(double)), *cls = (double *)alloc_zero(Z, sizeof(double));
+    double ends[2][4];
+    int y = 0;
+    for (int heun = 0; heun < 2; heun++)
+        for (int k = 0; k < 4; k++) {   // 40, 80, 160 steps, and the limit
+            Sampling s = sampling_default();
+            s.steps = k == 3 ? 20000 : 40 << k;
+            for (size_t i = 0; i < latent; i++) x[i] = 1;
+            for (size_t i = 0; i < Z; i++) cls[i] = 1;
+            sample_ode(x, cls, &field, &stub, &s, heun || k == 3, &y, 1, NULL, NULL);
+            ends[heun][k] = x[0] + cls[0];
+        }
+    double ratio[2][2];
+    for (int heun = 0; heun < 2; heun++)
+        for (int k = 0; k < 2; k++)
+            ratio[heun][k] = (ends[heun][k] - ends[heun][3]) / (ends[heun][k + 1] - ends[heun][3]);
+    result(fabs(ratio[0][1] - 2) < 0.1 && fabs(ratio[1][1] - 4) < 0.3, "ODE solvers",
+           "half the step divides the error by %.2f, %.2f (Euler) and %.2f, %.2f (Heun)", ratio[0][0],
+           ratio[0][1], ratio[1][0], ratio[1][1]);
+    free(x), free(cls);
+}
+
 // The matrix product against its naive form, all shapes of op, bias and edge; and the same bits for 1 and 3
 // threads
 static void test_matmul(void) {
@@ -521,6 +588,7 @@ void tests_double(int counts[2]) {
     test_matmul();
     test_accumulation();
     test_finite_differences();
+    test_solvers();
     counts[0] += passed, counts[1] += failed;
 }
 
@@ -868,6 +936,7 @@ static void test_damaged(void) {
 }
 
 int main(int argc, char **argv) {
+    wait_calmly(argv);
     self = "/proc/self/exe";
     if (access(self, X_OK)) self = argv[0];
     if (argc > 1 && !strcmp(argv[1], "--as-trainer")) return train_main(argc - 1, argv + 1, backend);

@@ -985,11 +985,44 @@ static void matmul_rows(real *C, long ldc, int m, int N, int kc, const real *a, 
 // This thread's part of a scratch memory with `each` elements a thread
 static real *thread_work(real *work, size_t each) { return work + (size_t)omp_get_thread_num() * each; }
 
+// For the tests of train_srdit.cu: where round_like_gpu is set, matrix products read their operands rounded
+// to bf16, and what passes through `stored` is rounded too, as on the GPU. What that changes is the measure
+// of what the GPU may be off by.
+static int round_like_gpu;
+static void round_bf16(real *x, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        float f = (float)x[i];
+        uint32_t bits;
+        memcpy(&bits, &f, 4);
+        bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;   // to nearest, ties to even
+        memcpy(&f, &bits, 4);
+        x[i] = f;
+    }
+}
+static void stored(real *x, size_t n) {
+    if (round_like_gpu) round_bf16(x, n);
+}
+static real *rounded_copy(const real *x, long ld, int rows, int cols) {
+    real *copy = (real *)alloc_zero((size_t)rows * (size_t)cols, sizeof(real));
+    for (int i = 0; i < rows; i++) memcpy(copy + (size_t)i * cols, x + i * ld, sizeof(real) * (size_t)cols);
+    round_bf16(copy, (size_t)rows * (size_t)cols);
+    return copy;
+}
+
 // C[M,N] = op(A)[M,K] op(B)[K,N] (+ bias, or + C where add). Matrices are whole; op transposes where ta, tb.
 // Memory for panels is kept between calls (so this is not for use inside a parallel region: see
 // matmul_small).
 static void matmul(real *C, const real *A, const real *B, const real *bias, int M, int N, int K, int ta,
                    int tb, int add) {
+    if (round_like_gpu) {
+        real *a = rounded_copy(A, ta ? M : K, ta ? K : M, ta ? M : K);
+        real *b = rounded_copy(B, tb ? K : N, tb ? N : K, tb ? K : N);
+        round_like_gpu = 0;
+        matmul(C, a, b, bias, M, N, K, ta, tb, add);
+        round_like_gpu = 1;
+        free(a), free(b);
+        return;
+    }
     int panels = (N + NR - 1) / NR, blocks = (K + KC - 1) / KC, threads = omp_get_max_threads();
     int strips = (M + threads * MC - 1) / (threads * MC) * threads;   // the same number for each thread
     int copy = tb || N > 512 || N % NR;   // short rows of B are near enough to each other to be read in place
@@ -1031,6 +1064,13 @@ static void matmul_small(real *C, long ldc, const real *A, long lda, int ta, con
     for (int p = 0; p < panels; p++)
         matmul_panel(work + (size_t)p * NR * (size_t)K, B, ldb, tb, p * NR, imin(NR, N - p * NR), K);
     if (ta) transpose(pa, K, A, lda, K, M);
+    if (round_like_gpu) {
+        real *a = rounded_copy(ta ? pa : A, ta ? K : lda, M, K);
+        round_bf16(work, (size_t)panels * NR * (size_t)K);
+        matmul_rows(C, ldc, M, N, K, a, K, work, 0, NULL, 0);
+        free(a);
+        return;
+    }
     matmul_rows(C, ldc, M, N, K, ta ? pa : A, ta ? K : lda, work, 0, NULL, 0);
 }
 
@@ -1100,7 +1140,9 @@ static void linear_forward(real *out, const real *in, const real *w, const real 
 // din[N,I] = dout[N,O] w (NULL: not wanted; += where add_din);  dw[O,I] += dout^T in;  db[O] += sum_n dout
 static void linear_backward(real *din, real *dw, real *db, const real *dout, const real *in, const real *w,
                             int N, int I, int O, int add_din) {
+    stored((real *)dout, (size_t)N * O);   // (does nothing, see there; all callers' dout is scratch)
     if (din) matmul(din, dout, w, NULL, N, I, O, 0, 0, add_din);
+    if (din && !add_din) stored(din, (size_t)N * I);
     matmul(dw, dout, in, NULL, O, I, N, 1, 0, 1);
 #pragma omp parallel for
     for (int o0 = 0; o0 < O; o0 += 64) {
@@ -1612,16 +1654,16 @@ static void block_forward(BlockActs *k, const BlockParams *w, const real *in, co
     const real *shift1 = k->mod, *scale1 = k->mod + D, *gate1 = k->mod + 2 * D;
     const real *shift2 = k->mod + 3 * D, *scale2 = k->mod + 4 * D, *gate2 = k->mod + 5 * D;
     norm_modulate_forward(k->h1, k->r1, in, shift1, scale1, 6 * D, B, n, D);
-    linear_forward(k->qkv, k->h1, w->qkv_w, w->qkv_b, N, D, 3 * D);
+    linear_forward(k->qkv, k->h1, w->qkv_w, w->qkv_b, N, D, 3 * D), stored(k->qkv, (size_t)N * 3 * D);
     qkv_mix_forward(k->mix, k->r_qk, k->qkv, w->q_norm, w->k_norm, v1, v1 ? *w->v1_lambda : 0, &places, B, n,
                     H, D / H);
     attention_forward(k->a, k->att, k->mix, a->work, B, n, H, D / H);
-    linear_forward(k->proj, k->a, w->proj_w, w->proj_b, N, D, D);
+    linear_forward(k->proj, k->a, w->proj_w, w->proj_b, N, D, D), stored(k->proj, (size_t)N * D);
     gate_forward(k->mid, in, gate1, k->proj, 6 * D, B, n, D);
     norm_modulate_forward(k->h2, k->r2, k->mid, shift2, scale2, 6 * D, B, n, D);
-    linear_forward(k->fc1, k->h2, w->fc1_w, w->fc1_b, N, D, F);
+    linear_forward(k->fc1, k->h2, w->fc1_w, w->fc1_b, N, D, F), stored(k->fc1, (size_t)N * F);
     gelu_forward(k->gelu, k->fc1, (size_t)N * F);
-    linear_forward(k->fc2, k->gelu, w->fc2_w, w->fc2_b, N, F, D);
+    linear_forward(k->fc2, k->gelu, w->fc2_w, w->fc2_b, N, F, D), stored(k->fc2, (size_t)N * D);
     gate_forward(k->out, k->mid, gate2, k->fc2, 6 * D, B, n, D);
 }
 
@@ -1669,6 +1711,7 @@ static void network_forward(Model *model, const Params *w, const real *t, const 
     // tokens: patches, CLS before them, positions
     patchify(a->patches, a->x_t, c, B);
     linear_forward(a->patch_tokens, a->patches, w->x_w, w->x_b, B * P, X, D);
+    stored(a->patch_tokens, (size_t)B * P * D);
     copy_tokens(a->patch_tokens, a->embed, 1, B, P, c->cls, T, D);
     if (c->cls) {
         linear_forward(a->cls_proj, a->cls_t, w->cls_w, w->cls_b, B, Z, D);
@@ -1698,7 +1741,7 @@ static void network_forward(Model *model, const Params *w, const real *t, const 
         silu_forward(a->p0_silu, a->p0, (size_t)B * T * M);
         linear_forward(a->p2, a->p0_silu, w->p2_w, w->p2_b, B * T, M, M);
         silu_forward(a->p2_silu, a->p2, (size_t)B * T * M);
-        linear_forward(a->zs, a->p2_silu, w->p4_w, w->p4_b, B * T, M, Z);
+        linear_forward(a->zs, a->p2_silu, w->p4_w, w->p4_b, B * T, M, Z), stored(a->zs, (size_t)B * T * Z);
     }
     // sparse middle g on the kept tokens
     if (!path_drop) {
@@ -2851,6 +2894,18 @@ static FILE *log_open(const char *path, int step) {
     return log;
 }
 
+// OpenMP's threads wait for each other by spinning, which on a machine that has anything else to do costs a
+// multiple of what it saves (measured: dev/README.md). The library reads its setting before main, so the
+// program starts anew.
+static void wait_calmly(char **argv) {
+#ifdef _OPENMP
+    if (getenv("OMP_WAIT_POLICY") || setenv("OMP_WAIT_POLICY", "passive", 1)) return;
+    execv("/proc/self/exe", argv);   // where there is no such file, it spins
+#else
+    (void)argv;
+#endif
+}
+
 static int train_main(int argc, char **argv, const Backend *backend) {
     char *default_data[] = {(char *)"data/digits.safetensors"};
     Config c = config_default();
@@ -2876,7 +2931,7 @@ static int train_main(int argc, char **argv, const Backend *backend) {
         if (!model_preset(&c, run.model))
             die("--model %s: there is no such model; there are nano and S/1 S/2 S/4 B/1 ... XL/4", run.model);
         run.batch = strcmp(run.model, "nano") ? 256 : 64,
-        run.steps = strcmp(run.model, "nano") ? 400000 : 800;
+        run.steps = strcmp(run.model, "nano") ? 400000 : 900;
     }
     if (help) {
         print_help(argv[0], &c, &run);
@@ -2945,8 +3000,12 @@ static int train_main(int argc, char **argv, const Backend *backend) {
 
     Losses sum;
     memset(&sum, 0, sizeof(sum));
-    int first = step, counted = 0, saved = -1;
-    double begin = now_seconds(), since = begin, paused = 0;   // pauses: pictures and checkpoints
+    int first = step, counted = 0, saved = -1, lines = 0, width;
+    char total[16];
+    snprintf(total, sizeof(total), "%d", run.steps);
+    width = 2 * (int)strlen(total) + 1;
+    double begin = now_seconds(), since = begin, logged = begin,
+           paused = 0;   // pauses: pictures and checkpoints
     while (step < run.steps && !interrupted) {
         backend->zero_gradients(m);
         for (int k = 0; k < run.accum; k++) {
@@ -2974,25 +3033,27 @@ static int train_main(int argc, char **argv, const Backend *backend) {
             sum.grad_norm = now.grad_norm;
         }
         if (log_now) {
-            double time = now_seconds(), ms = 1000 * (time - since) / counted, k = 1.0 / counted;
-            double left = (time - begin - paused) / (step - first) * (run.steps - step);
-            printf("step %*d/%d  loss %8.5f  denoise %.4f  cls %.4f  align %7.4f  cfm %8.4f  norm %6.3f  lr "
-                   "%.1e  %6.1f ms  %6.0f "
-                   "img/s  left %d:%02d\n",
-                   run.steps > 9999 ? 6 : 4, step, run.steps, sum.total * k, sum.denoise * k, sum.cls * k,
-                   sum.proj * k, sum.cfm * k, sum.grad_norm, c.lr, ms, 1000 * run.batch / ms, (int)left / 60,
-                   (int)left % 60);
+            double ms = 1000 * (now_seconds() - since) / counted, k = 1.0 / counted;
+            double left = (now_seconds() - begin - paused) / (step - first) * (run.steps - step);
+            if (lines++ % 20 == 0)
+                printf("%*s      loss  denoise     cls    align      cfm     norm       lr      ms   img/s   "
+                       " left\n",
+                       width, "step");
+            printf("%*d/%d %9.5f %8.5f %7.4f %8.4f %8.4f %8.4f %8.1e %7.1f %7.0f %4d:%02d\n",
+                   width - 1 - (int)strlen(total), step, run.steps, sum.total * k, sum.denoise * k,
+                   sum.cls * k, sum.proj * k, sum.cfm * k, sum.grad_norm, c.lr, ms, 1000 * run.batch / ms,
+                   (int)left / 60, (int)left % 60);
             fprintf(log, "%d,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%g,%.4g,%.5g\n", step, sum.total * k,
                     sum.denoise * k, sum.cls * k, sum.proj * k, sum.cfm * k, sum.grad_norm, c.lr, ms,
                     1000 * run.batch / ms);
             fflush(stdout);
             if (fflush(log)) die("%s: cannot be written: %s", log_path, strerror(errno));
-            memset(&sum, 0, sizeof(sum)), counted = 0;
+            memset(&sum, 0, sizeof(sum)), counted = 0, logged = now_seconds();
         }
         if (save) checkpoint_write(path, backend, m, &run, d, step), saved = step;
         if (!last && run.sample_every && step % run.sample_every == 0)
             write_samples(picture, backend, m, &run, d, step);
-        if (log_now) paused += now_seconds() - since, since = now_seconds();
+        if (log_now) paused += now_seconds() - logged, since = now_seconds();
     }
     fclose(log);
     if (interrupted) {
@@ -3015,5 +3076,8 @@ static int train_main(int argc, char **argv, const Backend *backend) {
 }
 
 #ifndef TRAIN_SRDIT_NO_MAIN
-int main(int argc, char **argv) { return train_main(argc, argv, &cpu_backend); }
+int main(int argc, char **argv) {
+    wait_calmly(argv);
+    return train_main(argc, argv, &cpu_backend);
+}
 #endif

@@ -2,18 +2,19 @@
 """Carries weights between this project and PyTorch, in both directions, bit for bit.
 
   python3 dev/convert.py from-pt 0400000.pt out/b1.safetensors       the reference implementation's checkpoint
-                                                                     (model, ema, opt, args, steps), or a state_dict
+                                              (model, ema, opt, args, steps), or a state_dict
   python3 dev/convert.py decoder e2e-invae-400k.pt out/invae.safetensors         what ./sample --decoder reads
-  python3 dev/convert.py to-pt out/checkpoint.safetensors out/ema.pt             a state_dict for load_state_dict
+  python3 dev/convert.py to-pt out/checkpoint.safetensors out/ema.pt      a state_dict for load_state_dict
   python3 dev/convert.py selftest                                    all of it, on small random models
 
 Then  ./sample out/b1.safetensors --decoder out/invae.safetensors --class 207  makes pictures, and
 ./train_srdit --resume out/b1.safetensors --data ...  goes on training, AdamW's moments included.
 
-A .pt file holds a pickle, which can run any program when it is read. PyTorch's own safe reading (weights_only)
-refuses the Namespace that the reference stores, or in older releases cannot be told to let it pass (and Debian's
-torch 1.13 ignores the pickle_module that it is given), so the file is read here, by an unpickler that knows tensors
-and Namespace and nothing else. What it refuses to become: a reader of every framework's files.
+A .pt file holds a pickle, which can run any program when it is read. PyTorch's own safe reading
+(weights_only) refuses the Namespace that the reference stores, or in older releases cannot be told to let it
+pass (and Debian's torch 1.13 ignores the pickle_module that it is given), so the file is read here, by an
+unpickler that knows tensors and Namespace and nothing else. What it refuses to become: a reader of every
+framework's files.
 """
 import argparse, collections, json, math, os, pickle, re, struct, sys, zipfile
 
@@ -21,14 +22,16 @@ try:
     import numpy as np
     import torch
 except ImportError as error:
-    sys.exit("convert.py: %s; on Debian: apt-get install python3-torch, then /usr/bin/python3 %s" % (error, sys.argv[0]))
+    sys.exit("convert.py: %s; on Debian: apt-get install python3-torch, then /usr/bin/python3 %s" %
+             (error, sys.argv[0]))
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 FIXED = ("pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin")     # tables, not trained
 PRESETS = {(12, 384): ("S", 6), (12, 768): ("B", 12), (24, 1024): ("L", 16), (28, 1152): ("XL", 16)}
 # Names that the reference's args may have, and ours: (theirs, ours)
 ARGS = (("learning_rate", "lr"), ("adam_beta1", "beta1"), ("adam_beta2", "beta2"), ("adam_epsilon", "eps"),
-        ("adam_weight_decay", "weight_decay"), ("max_grad_norm", "max_grad_norm"), ("proj_coeff", "proj_coeff"),
+        ("adam_weight_decay", "weight_decay"), ("max_grad_norm", "max_grad_norm"),
+        ("proj_coeff", "proj_coeff"),
         ("cfm_coeff", "cfm_coeff"), ("cls", "cls_coeff"), ("cfg_prob", "class_dropout_prob"),
         ("path_drop_prob", "path_drop_prob"), ("max_train_steps", "steps"), ("batch_size", "batch"))
 
@@ -37,7 +40,8 @@ def fail(text):
 
 # ------------------------------------------------------------------------------------------------ safetensors
 
-ST = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+ST = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16",
+      torch.int64: "I64"}
 NUMPY = {"F32": "<f4", "F64": "<f8", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "u1"}
 
 def write_safetensors(path, meta, tensors):
@@ -82,19 +86,22 @@ def read_safetensors(path):
         out[name] = x.reshape(h["shape"])
     return meta, out
 
-# --------------------------------------------------------------------------------- reading a .pt without running it
+# ------------------------------------------------------------------------ reading a .pt without running it
 
 STORAGES = {"FloatStorage": ("<f4", torch.float32), "DoubleStorage": ("<f8", torch.float64),
             "HalfStorage": ("<f2", torch.float16), "BFloat16Storage": ("<i2", torch.bfloat16),
-            "LongStorage": ("<i8", torch.int64), "IntStorage": ("<i4", torch.int32), "ShortStorage": ("<i2", torch.int16),
-            "CharStorage": ("i1", torch.int8), "ByteStorage": ("u1", torch.uint8), "BoolStorage": ("?", torch.bool)}
+            "LongStorage": ("<i8", torch.int64), "IntStorage": ("<i4", torch.int32),
+            "ShortStorage": ("<i2", torch.int16),
+            "CharStorage": ("i1", torch.int8), "ByteStorage": ("u1", torch.uint8),
+            "BoolStorage": ("?", torch.bool)}
 
 def tensor_of(storage, offset, size, stride, *_):       # stands for torch._utils._rebuild_tensor_v2
     return storage.as_strided(size, stride, offset).clone()
 
 class Unpickler(pickle.Unpickler):
     """Knows how tensors are put together, and Namespace; whatever else a pickle asks for is refused."""
-    ALLOWED = {("collections", "OrderedDict"): collections.OrderedDict, ("argparse", "Namespace"): argparse.Namespace,
+    ALLOWED = {("collections", "OrderedDict"): collections.OrderedDict,
+               ("argparse", "Namespace"): argparse.Namespace,
                ("torch", "Size"): torch.Size, ("torch._utils", "_rebuild_tensor_v2"): tensor_of,
                ("torch._utils", "_rebuild_parameter"): lambda data, *_: data}
 
@@ -115,12 +122,13 @@ class Unpickler(pickle.Unpickler):
             raise pickle.UnpicklingError("it refers to %s %s" % (what, kind))
         if key not in self.storages:
             numpy, dtype = STORAGES[kind]
-            array = torch.from_numpy(np.frombuffer(self.archive.read(self.folder + "data/" + key), numpy).copy())
+            array = torch.from_numpy(np.frombuffer(self.archive.read(self.folder + "data/" + key),
+                                                   numpy).copy())
             self.storages[key] = array.view(dtype) if dtype == torch.bfloat16 else array
         return self.storages[key]
 
 def load_pt(path):
-    """A .pt file since PyTorch 1.6: a zip archive of data.pkl, the structure, and data/0, data/1 ..., the numbers."""
+    """A .pt file since PyTorch 1.6: a zip archive of data.pkl, the structure, and data/0 ..., the numbers."""
     try:
         with zipfile.ZipFile(path) as archive:
             folder = [n for n in archive.namelist() if n.endswith("data.pkl")][0][:-len("data.pkl")]
@@ -130,9 +138,11 @@ def load_pt(path):
             return Unpickler(archive, folder).load()
     except zipfile.BadZipFile:
         fail("%s is not a PyTorch file, or a truncated one, or one from before PyTorch 1.6" % path)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError,
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError,
+            TypeError,
             AttributeError, UnicodeDecodeError) as error:
-        fail("%s cannot be read: %s" % (path, str(error).splitlines()[0] if str(error) else type(error).__name__))
+        fail("%s cannot be read: %s" % (path,
+                                        str(error).splitlines()[0] if str(error) else type(error).__name__))
 
 def clean(state, path):
     """The tensors of a state_dict, without the prefixes that wrappers put before names."""
@@ -145,7 +155,7 @@ def clean(state, path):
         out[name] = x
     return out
 
-# ------------------------------------------------------------------------------------------- what the shapes say
+# ---------------------------------------------------------------------------------- what the shapes say
 
 def config_of(state, args, options, path):
     """Our metadata from the tensors' shapes; what no shape tells comes from args, flags or the paper."""
@@ -154,7 +164,8 @@ def config_of(state, args, options, path):
             fail("%s: tensor %s is missing: not an SR-DiT checkpoint" % (path, name))
         return tuple(state[name].shape)
     D, C, p, _ = shape("x_embedder.proj.weight")
-    depth = 1 + max((int(m.group(1)) for m in (re.match(r"blocks\.(\d+)\.", n) for n in state) if m), default=-1)
+    depth = 1 + max((int(m.group(1)) for m in (re.match(r"blocks\.(\d+)\.", n) for n in state) if m),
+                    default=-1)
     on = lambda name: int(name in state)
     c = collections.OrderedDict(depth=depth, hidden_size=D, patch_size=p, in_channels=C)
     if on("blocks.0.attn.q_norm.weight"):
@@ -166,7 +177,8 @@ def config_of(state, args, options, path):
     else:
         fail("%s: no tensor tells the number of heads" % path)
     cls = on("cls_projectors2.weight")
-    side = math.isqrt(shape("pos_embed")[1] - cls) if on("pos_embed") else math.isqrt(shape("feat_rope.freqs_cos")[0])
+    patches = shape("pos_embed")[1] - cls if on("pos_embed") else shape("feat_rope.freqs_cos")[0]
+    side = math.isqrt(patches)
     c["input_size"] = side * p
     c["num_classes"] = shape("y_embedder.embedding_table.weight")[0] - 1
     if cls:
@@ -208,7 +220,7 @@ def rope(Dh, side):
     angle = np.concatenate([r[:, None] * w, c[:, None] * w], 1)
     return torch.from_numpy(np.cos(angle).astype("f4")), torch.from_numpy(np.sin(angle).astype("f4"))
 
-# -------------------------------------------------------------------------------------------------- the commands
+# ----------------------------------------------------------------------------------------- the commands
 
 def from_pt(options):
     """The reference's checkpoint -> ours. A bare state_dict becomes an export: weights to sample from."""
@@ -228,10 +240,11 @@ def from_pt(options):
     moments = {"adam.m.": {}, "adam.v.": {}}
     opt = whole.get("opt")
     if opt:
-        # AdamW numbers parameters in the order of model.parameters(), which is that of the state_dict without buffers
+        # AdamW numbers parameters in the order of model.parameters(): that of the state_dict without buffers
         count = sum(len(g["params"]) for g in opt["param_groups"])
         order = [n for n in model if not n.startswith("feat_rope.")]
-        order = order if len(order) == count else names      # pos_embed is counted where it is a frozen parameter
+        # pos_embed is counted where it is a frozen parameter
+        order = order if len(order) == count else names
         if len(order) != count:
             fail("%s: AdamW knows %d parameters, but the model has %d" % (options.input, count, len(names)))
         for i, name in enumerate(order):
@@ -243,7 +256,8 @@ def from_pt(options):
                     fail("%s: AdamW's %s of %s has another shape" % (options.input, key, name))
                 moments[prefix][name] = state[key]
     tensors = collections.OrderedDict()
-    for prefix, source in (("model.", model), ("ema.", ema), ("adam.m.", moments["adam.m."]), ("adam.v.", moments["adam.v."])):
+    for prefix, source in (("model.", model), ("ema.", ema), ("adam.m.", moments["adam.m."]),
+                           ("adam.v.", moments["adam.v."])):
         for name in names:
             if prefix == "ema." and (name not in ema or ema[name].shape != model[name].shape):
                 fail("%s: the moving average of %s is missing or has another shape" % (options.input, name))
@@ -265,7 +279,8 @@ def to_pt(options):
         fail("%s: an export holds only the moving average" % options.input)
     def state(prefix):
         out = collections.OrderedDict((n[len(prefix):], x) for n, x in tensors.items()
-                                      if n.startswith(prefix) and not (prefix == "" and n.startswith("adam.")))
+                                      if n.startswith(prefix) and not (prefix == "" and
+                                                                       n.startswith("adam.")))
         number = lambda key: int(float(meta[key]))
         side = number("input_size") // number("patch_size")
         D, Dh = number("hidden_size"), number("hidden_size") // number("num_heads")
@@ -281,10 +296,11 @@ def to_pt(options):
     torch.save(result, options.output + ".part")
     os.replace(options.output + ".part", options.output)
     print("%s: %s of step %s" % (options.output, "model, ema, steps, args" if options.full else
-                                 "the weights" if options.raw else "the moving average", meta.get("step", "?")))
+                                 "the weights" if options.raw else "the moving average", meta.get("step",
+                                                                                                  "?")))
 
 def decoder(options):
-    """A state_dict of the INVAE (or of more, wrapped or not) -> decoder.* and post_quant_conv.* in safetensors."""
+    """A state_dict of the INVAE, wrapped or not -> decoder.* and post_quant_conv.* in safetensors."""
     state = load_pt(options.input)
     for key in ("ema", "model", "state_dict", "vae"):
         state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
@@ -298,12 +314,14 @@ def decoder(options):
     meta = {"format": "srdit-decoder-1", "latent_scale": options.latent_scale or "0.3099",
             "num_groups": options.num_groups, "norm_eps": "1e-06"}
     write_safetensors(options.output, meta, found)
-    print("%s: %d tensors, %d parameters" % (options.output, len(found), sum(x.numel() for x in found.values())))
+    print("%s: %d tensors, %d parameters" %
+          (options.output, len(found), sum(x.numel() for x in found.values())))
 
-# -------------------------------------------------------------------------------------------------- the self test
+# ---------------------------------------------------------------------------------------- the self test
 
 def same(a, b):
-    return a.dtype == b.dtype and a.shape == b.shape and a.detach().numpy().tobytes() == b.detach().numpy().tobytes()
+    a, b = a.detach(), b.detach()
+    return a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
 
 def selftest(options):
     import contextlib, io, subprocess, tempfile
@@ -325,7 +343,8 @@ def selftest(options):
     with tempfile.TemporaryDirectory() as folder:
         at = lambda name: os.path.join(folder, name)
         torch.manual_seed(1)
-        cfg = reference.Config(depth=5, hidden_size=32, num_heads=4, patch_size=2, in_channels=1, input_size=8, num_classes=10,
+        cfg = reference.Config(depth=5, hidden_size=32, num_heads=4, patch_size=2, in_channels=1,
+                               input_size=8, num_classes=10,
                                z_dim=12, projector_dim=24, num_f=2, num_h=2, dtype="float32")
         models = [reference.SRDiT(cfg) for _ in range(2)]
         for m in models:
@@ -340,14 +359,17 @@ def selftest(options):
         for k, p in enumerate(p for p in m.parameters() if p.requires_grad):
             p.grad = torch.randn_like(p)
         opt.step()
-        args = argparse.Namespace(model="SiT-tiny", learning_rate=3e-4, adam_beta1=0.9, batch_size=8, cls=0.03, extra=[1, "a"])
+        args = argparse.Namespace(model="SiT-tiny", learning_rate=3e-4, adam_beta1=0.9, batch_size=8,
+                                  cls=0.03, extra=[1, "a"])
         whole = {"model": collections.OrderedDict(("module." + n, x) for n, x in m.state_dict().items()),
                  "ema": ema.state_dict(), "opt": opt.state_dict(), "args": args, "steps": 7}
         torch.save(whole, at("ref.pt"))
 
-        check("from-pt runs", run("from-pt", at("ref.pt"), at("ours.safetensors"), "--decoder", "pixels") == "")
+        check("from-pt runs", run("from-pt", at("ref.pt"), at("ours.safetensors"), "--decoder",
+                                  "pixels") == "")
         meta, ours = read_safetensors(at("ours.safetensors"))
-        check("sizes come from the shapes", [meta[k] for k in ("depth", "hidden_size", "num_heads", "patch_size", "input_size",
+        check("sizes come from the shapes",
+              [meta[k] for k in ("depth", "hidden_size", "num_heads", "patch_size", "input_size",
               "num_classes", "z_dim", "projector_dim", "step", "lr", "batch")] ==
               ["5", "32", "4", "2", "8", "10", "12", "24", "7", "0.0003", "8"])
         trained = dict(m.named_parameters())
@@ -366,7 +388,8 @@ def selftest(options):
               all(same(x, back[n]) for n, x in ema.state_dict().items()) and
               all(same(x, load_pt(at("raw.pt"))[n]) for n, x in m.state_dict().items()))
         full = load_pt(at("full.pt"))
-        check("--full has ema, steps and args", full["steps"] == 7 and full["args"].depth == "5" and len(full["ema"]) == len(back))
+        check("--full has ema, steps and args", full["steps"] == 7 and full["args"].depth == "5" and
+              len(full["ema"]) == len(back))
         for n in FIXED:                  # a checkpoint that our trainer wrote has no tables: they are made
             ours.pop("ema." + n), ours.pop("model." + n)
         write_safetensors(at("trained.safetensors"), meta, ours)
@@ -375,7 +398,8 @@ def selftest(options):
         check("tables that a checkpoint lacks are made", set(made) == set(back) and
               all((made[n] - back[n]).abs().max() < 1e-6 for n in FIXED))
         torch.save(ema.state_dict(), at("bare.pt"))
-        check("a bare state_dict becomes an export", run("from-pt", at("bare.pt"), at("bare.safetensors"), "--decoder", "pixels") == "" and
+        check("a bare state_dict becomes an export", run("from-pt", at("bare.pt"), at("bare.safetensors"),
+                                                         "--decoder", "pixels") == "" and
               run("to-pt", at("bare.safetensors"), at("bare2.pt")) == "" and
               all(same(x, load_pt(at("bare2.pt"))[n]) for n, x in ema.state_dict().items()))
 
@@ -386,7 +410,8 @@ def selftest(options):
         torch.save({"state_dict": d.state_dict(), "args": argparse.Namespace(a=1)}, at("vae.pt"))
         check("decoder runs", run("decoder", at("vae.pt"), at("vae.safetensors"), "--num-groups", "2") == "")
         kept = read_safetensors(at("vae.safetensors"))[1]
-        check("decoder bit for bit, without the encoder", set(kept) == {n for n in d.state_dict() if not n.startswith("encoder")} and
+        check("decoder bit for bit, without the encoder",
+              set(kept) == {n for n in d.state_dict() if not n.startswith("encoder")} and
               all(same(x, d.state_dict()[n]) for n, x in kept.items()))
 
         class Evil:
@@ -394,23 +419,28 @@ def selftest(options):
                 return os.mkdir, (at("pwned"),)
         torch.save({"model": {}, "ema": Evil()}, at("evil.pt"))
         refused = run("from-pt", at("evil.pt"), at("evil.safetensors"))
-        check("a .pt that runs a program is refused", "no part of weights" in refused and not os.path.exists(at("pwned")))
-        mixed = {"a": torch.randn(5, 7).t()[1:4, ::2], "b": torch.randn(3).bfloat16(), "c": torch.arange(5), "d": torch.randn(2).half(),
+        check("a .pt that runs a program is refused", "no part of weights" in refused and
+              not os.path.exists(at("pwned")))
+        mixed = {"a": torch.randn(5, 7).t()[1:4, ::2], "b": torch.randn(3).bfloat16(), "c": torch.arange(5),
+                 "d": torch.randn(2).half(),
                  "e": torch.nn.Parameter(torch.randn(2, 2)), "f": torch.tensor(True)}
         torch.save(mixed, at("mixed.pt"))
         same_as_torch = load_pt(at("mixed.pt"))
-        check("views and types as torch.load reads them", all(torch.equal(same_as_torch[n], x) and same_as_torch[n].dtype == x.dtype
+        check("views and types as torch.load reads them",
+              all(torch.equal(same_as_torch[n], x) and same_as_torch[n].dtype == x.dtype
                                                               for n, x in mixed.items()))
         with open(at("short.pt"), "wb") as f:
             f.write(open(at("ref.pt"), "rb").read()[:2000])
-        check("a truncated .pt is one sentence", run("from-pt", at("short.pt"), at("x")).startswith("error: "))
+        check("a truncated .pt is one sentence",
+              run("from-pt", at("short.pt"), at("x")).startswith("error: "))
         check("another network is one sentence", "not an SR-DiT" in run("from-pt", at("vae.pt"), at("x")) and
               "not a decoder" in run("decoder", at("ref.pt"), at("x")))
 
         sample = os.path.join(os.path.dirname(HERE), "sample")
         if os.path.exists(sample):
             results = [subprocess.run([sample, at(name), "--num", "2", "--steps", "2", "--out", at(name + ".png")],
-                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for name in ("ours.safetensors", "bare.safetensors")]
+                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                       for name in ("ours.safetensors", "bare.safetensors")]
             check("./sample draws from both", all(r.returncode == 0 for r in results))
     print("%d failed" % len(failed) if failed else "all passed, torch %s" % torch.__version__)
     sys.exit(1 if failed else 0)
@@ -430,17 +460,21 @@ def main(argv=None):
         p.add_argument("input")
         p.add_argument("output")
         if name == "from-pt":
-            p.add_argument("--num-f", type=int, default=2, help="dense encoder blocks, which no shape tells [2]")
+            p.add_argument("--num-f", type=int, default=2,
+                           help="dense encoder blocks, which no shape tells [2]")
             p.add_argument("--num-h", type=int, default=2, help="dense decoder blocks [2]")
-            p.add_argument("--decoder", choices=("invae", "pixels"), help="what the latents are [invae if 32 channels]")
+            p.add_argument("--decoder", choices=("invae", "pixels"),
+                           help="what the latents are [invae if 32 channels]")
             p.add_argument("--data-name", help="the data shards' name, checked when training goes on")
         if name in ("from-pt", "decoder"):
-            p.add_argument("--latent-scale", help="latents were multiplied by this [0.3099 for invae, else 1]")
+            p.add_argument("--latent-scale",
+                           help="latents were multiplied by this [0.3099 for invae, else 1]")
         if name == "decoder":
             p.add_argument("--num-groups", default="32", help="groups of every GroupNorm [32]")
         if name == "to-pt":
             p.add_argument("--raw", action="store_true", help="the weights instead of their moving average")
-            p.add_argument("--full", action="store_true", help="model, ema, steps and args (no opt), as the reference's files")
+            p.add_argument("--full", action="store_true",
+                           help="model, ema, steps and args (no opt), as the reference's files")
     options = parser.parse_args(argv)
     if not options.command:
         parser.error("a command is needed: from-pt, to-pt, decoder or selftest (--help has examples)")

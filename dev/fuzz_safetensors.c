@@ -1,9 +1,9 @@
 // Damaged files against the reader of train_srdit.c: built and run by dev/fuzz_safetensors.sh, over libFuzzer
 // where clang has it (-DLIBFUZZER), else over the small mutator at the end.
 //
-// The trainer is included as it is, with a few library calls renamed: a file is the bytes of the input, its map
-// is a block of exactly that many bytes, so that the address sanitizer sees one byte too many; die() jumps back
-// instead of ending the program; and what a refused file left allocated is freed after each input.
+// The trainer is included as it is, with a few library calls renamed: a file is the bytes of the input, its
+// map is a block of exactly that many bytes, so that the address sanitizer sees one byte too many; die()
+// jumps back instead of ending the program; and what a refused file left allocated is freed after each input.
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
@@ -39,7 +39,7 @@ static void forget(void *p) {
             break;
         }
 }
-// The largest block: nothing that a file says may ask for more than a small multiple of its size.
+// More than 2 GB counts as refused: the real program says "out of memory".
 static void *fuzz_calloc(size_t n, size_t size) {
     if (size && n > ((size_t)1 << 31) / size) longjmp(refused, 1);
     return keep(calloc(n, size));
@@ -70,7 +70,7 @@ static void *fuzz_mmap(size_t size) {
 #define fstat(fd, st) ((void)(fd), fuzz_fstat(st))
 #define mmap(at, size, protection, flags, fd, offset) fuzz_mmap(size)
 #define munmap(at, size) fuzz_free(at)
-#define vfprintf(file, format, args) vsnprintf(message, sizeof(message), format, args)   // reads its arguments
+#define vfprintf(file, format, args) vsnprintf(message, sizeof(message), format, args)
 #define fputs(text, file) ((void)(text), 0)
 #define fputc(c, file) ((void)(c), 0)
 #pragma GCC diagnostic ignored "-Wunused-function"
@@ -110,7 +110,9 @@ static void read_checkpoint(void) {
     SafeFile *f = checkpoint_open("input", &c);
     Params w;
     Table t = params_table(&w, &c, NULL);
-    keep(t.tensors), forget(t.tensors);
+    static Acts acts;
+    Arena arena = {NULL, 0};
+    acts_layout(&acts, &arena, &c, 1, 1);   // sizes only
     real *host = t.total < 1 << 16 ? (real *)fuzz_calloc(t.total, sizeof(real)) : NULL;
     if (host) checkpoint_block(host, &t, f, "model.");
 }
@@ -139,8 +141,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     return 0;
 }
 
-// Most damage to a header also breaks the length before it, and nothing behind that check would be reached: so
-// half of all inputs get the right one.
+// Most damage to a header also breaks the length before it, and nothing behind that check would be reached:
+// so half of all inputs get the right one.
 static size_t mend_length(uint8_t *data, size_t size) {
     size_t end = size;
     while (end > 9 && data[end - 1] != '}') end--;

@@ -2,7 +2,7 @@
 # Damaged files against the safetensors reader and all that reads through it (checkpoints, data), under the
 # address and undefined-behaviour sanitizers. Ends with status 1, and the file, where one crashes the reader.
 #
-#   dev/fuzz_safetensors.sh [SECONDS]          default 60; FUZZER=libfuzzer or mutator chooses, else by what is here
+#   dev/fuzz_safetensors.sh [SECONDS]          default 60; FUZZER=libfuzzer or mutator, else what is there
 #   dev/fuzz_safetensors.sh --replay FILE ...  run the reader on these files alone
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -21,18 +21,23 @@ seed() {
 }
 t() { printf '"%s":{"dtype":"%s","shape":[%s],"data_offsets":[%s]}' "$@"; }
 seed empty '{}' 0
-seed types "{$(t a F32 2 0,8),$(t b BF16 2,1 8,12),$(t c F16 1,1,3 12,18),$(t d I8 '' 18,19),$(t e U64 1 19,27)}" 27
-seed spaced "{ \"__metadata__\" : {\"k\\u00e9y\":\"v\\n\\\"\"} , $(t a BOOL 0,7 0,0), $(t b F64 1 0,8) }  " 8
+seed types "{$(t a F32 2 0,8),$(t b BF16 2,1 8,12),$(t c F16 1,1,3 12,18),$(t d U64 '' 18,26)}" 26
+seed spaced '{ "__metadata__" : {"k\u00e9y":"v\n\""} , '"$(t a BOOL 0,7 0,0), $(t b F64 1 0,8) }  " 8
 seed checkpoint '{"__metadata__":{"format":"srdit-checkpoint-1","depth":"2","num_f":"1","num_h":"1",
 "hidden_size":"4","num_heads":"1","in_channels":"1","input_size":"1","z_dim":"1","projector_dim":"1",
-"num_classes":"1","switch_off":"rope,cfm","step":"3","lr":"1e-3"},'"$(t model.mask_token F32 1,1,4 0,16)}" 16
+"num_classes":"1","patch_size":"1","switch_off":"rope,cfm","step":"3","lr":"1e-3"},'"$(
+    t model.x_embedder.proj.weight F32 4,1,1,1 0,16),$(t model.x_embedder.proj.bias F16 4 16,24)}" 24
+seed huge '{"__metadata__":{"format":"srdit-checkpoint-1","depth":"128","num_f":"1","num_h":"1",
+"hidden_size":"65536","num_heads":"1024","patch_size":"1024","in_channels":"65536","input_size":"4096",
+"z_dim":"65536","projector_dim":"65536","num_classes":"10000000","mlp_ratio":"64"}}' 0
 shard='"__metadata__":{"classes":"3","name":"x","decoder":"pixels","latent_scale":"0.1","train_samples":"2"}'
-seed shard "{$shard,$(t latents U8 2,1,2,2 0,8),$(t labels I64 2 8,24),$(t feats I8 2,5,2 24,44),$(t cls F32 2,2 44,60)}" 60
+shard="$shard,$(t latents U8 2,1,2,2 0,8),$(t labels I64 2 8,24)"
+seed shard "{$shard,$(t feats I8 2,5,2 24,44),$(t cls F32 2,2 44,60)}" 60
 for word in '"__metadata__":{' '"format":"srdit-checkpoint-1"' '"classes":"' '"dtype":"' '"shape":[' \
-    '"data_offsets":[' F32 BF16 F16 U8 I64 BOOL 18446744073709551615 9223372036854775808 4294967296 65536 1e308 \
-    nan -1 '\u0000' '\ud83d' '\\' '\"' ,0 '},' '"a":{' '"latents":{' '"labels":{' '"feats":{' '"cls":{' \
-    '"input_size":"' '"in_channels":"' '"patch_size":"' '"depth":"' '"mlp_ratio":"' '"latent_scale":"' \
-    '"train_samples":"' '"switch_off":"'; do printf '%s\n' "$word"; done > "$out/words"
+    '"data_offsets":[' F32 BF16 F16 U8 I64 BOOL 18446744073709551615 9223372036854775808 4294967296 65536 \
+    1e308 nan -1 '\u0000' '\ud83d' '\\' '\"' ,0 '},' '"a":{' '"latents":{' '"labels":{' '"feats":{' \
+    '"cls":{' '"input_size":"' '"in_channels":"' '"patch_size":"' '"depth":"' '"mlp_ratio":"' \
+    '"latent_scale":"' '"train_samples":"' '"switch_off":"'; do printf '%s\n' "$word"; done > "$out/words"
 sed 's/[\\"]/\\&/g; s/.*/"&"/' "$out/words" > "$out/dictionary"
 
 sanitize="-g -O1 -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all"
@@ -49,7 +54,10 @@ if [ "$FUZZER" = libfuzzer ]; then
     mkdir -p "$out/corpus"
     "$out/fuzz" -max_total_time="${1:-60}" -max_len=4096 -close_fd_mask=1 -print_final_stats=1 -verbosity=0 \
         -dict="$out/dictionary" -artifact_prefix="$out/found/" "$out/corpus" "$out/seeds" 2> "$out/log" || {
-        grep -E -A 12 'runtime error|ERROR:|Test unit' "$out/log" || tail -n 20 "$out/log"
+        grep -m 1 -E 'runtime error|ERROR: AddressSanitizer' "$out/log" || tail -n 20 "$out/log"
+        sed -nE 's/^ +#[0-9]+ 0x[0-9a-f]+ (.*(train_srdit|fuzz_safetensors)\.c)/    \1/p' "$out/log" |
+            head -n 6
+        sed -n 's/.*Test unit written to /the file: /p' "$out/log" | head -n 1
         exit 1
     }
     echo "$(sed -n 's/stat::number_of_executed_units: *//p' "$out/log") damaged files (libFuzzer), no crash"

@@ -1,0 +1,93 @@
+// What dev/bench_cpu.py measures of ours: a shared library over train_srdit.c, which it builds and loads with
+// ctypes, so that OpenBLAS and PyTorch run in the same process, turn by turn.
+#pragma GCC diagnostic ignored "-Wunused-function"
+#define MATMUL_VERSIONS_NO_MAIN
+#include "matmul_versions.c"
+
+#define EXPORT __attribute__((visibility("default")))
+
+// C = op(A) op(B) (+ C), by version of dev/matmul_versions.c, `times` times over
+EXPORT void bench_matmul(int version, int times, real *C, const real *A, const real *B, int M, int N, int K,
+                         int ta, int tb, int add) {
+    for (int i = 0; i < times; i++) matmul_version(version, C, A, B, M, N, K, ta, tb, add);
+}
+
+// The same with OpenBLAS, which the caller has loaded: 101 row-major; 111 as it is, 112 turned
+typedef void Sgemm(int order, int ta, int tb, int M, int N, int K, float alpha, const float *A, int lda,
+                   const float *B, int ldb, float beta, float *C, int ldc);
+EXPORT void bench_sgemm(Sgemm *sgemm, int times, float *C, const float *A, const float *B, int M, int N,
+                        int K, int ta, int tb, int add) {
+    for (int i = 0; i < times; i++)
+        sgemm(101, 111 + ta, 111 + tb, M, N, K, 1, A, ta ? M : K, B, tb ? K : N, (float)add, C, N);
+}
+
+// out = f(in) for n elements, `times` times over, on one thread: ours 0 exp, 1 tanh, 2 GELU; libm's 3, 4, 5
+EXPORT void bench_function(int which, int times, float *out, const float *in, int n) {
+    int threads = omp_get_max_threads();
+    omp_set_num_threads(1);
+    for (int k = 0; k < times; k++) {
+        if (which == 0) for (int i = 0; i < n; i++) out[i] = fast_exp(in[i]);
+        if (which == 1) for (int i = 0; i < n; i++) out[i] = fast_tanh(in[i]);
+        if (which == 2) gelu_forward(out, in, (size_t)n);
+        if (which == 3) for (int i = 0; i < n; i++) out[i] = expf(in[i]);
+        if (which == 4) for (int i = 0; i < n; i++) out[i] = tanhf(in[i]);
+        if (which == 5)
+            for (int i = 0; i < n; i++)
+                out[i] = 0.5f * in[i] * (1 + tanhf(GELU_A * (in[i] + GELU_B * in[i] * in[i] * in[i])));
+        __asm__ volatile("" ::: "memory");   // so that no repetition is left out
+    }
+    omp_set_num_threads(threads);
+}
+
+// A whole training step: a model, and a batch that the caller fills
+typedef struct { Model *model; Batch *batch; } Training;
+EXPORT Training *bench_create(const char *name, int B) {
+    Config c = config_default();
+    if (!model_preset(&c, name)) die("no model %s", name);
+    if (!strcmp(name, "nano"))   // the bundled digits
+        c.in_channels = 1, c.input_size = 8, c.num_classes = 10, c.z_dim = 32;
+    Training *t = (Training *)alloc_zero(1, sizeof(Training));
+    t->model = model_create(&c, B, 1);
+    t->batch = batch_create(&c, B);
+    return t;
+}
+EXPORT void bench_destroy(Training *t) { model_destroy(t->model), batch_free(t->batch), free(t); }
+
+EXPORT double bench_setting(const Training *t, const char *name) {
+    const Field *f = field_find(name);
+    return f ? field_get(&t->model->c, f) : NAN;
+}
+// Parameter tensor i: its name, place and size; NULL after the last
+EXPORT const char *bench_parameter(const Training *t, int i, real **data, size_t *size) {
+    const Tensor *x = &t->model->table.tensors[i];
+    if (i >= t->model->table.count) return NULL;
+    *data = t->model->params + x->offset, *size = x->size;
+    return x->name;
+}
+EXPORT void *bench_input(Training *t, const char *name) {
+    Batch *b = t->batch;
+    const struct { const char *name; void *data; } list[] = {
+        {"x", b->x}, {"noise", b->noise}, {"cls", b->cls}, {"noise_cls", b->noise_cls}, {"t", b->t},
+        {"y", b->y}, {"ids_keep", b->ids}, {"feats", b->feats}, {"v_before", b->v_before}};
+    for (size_t i = 0; i < sizeof(list) / sizeof(list[0]); i++)
+        if (!strcmp(name, list[i].name)) return list[i].data;
+    return NULL;
+}
+EXPORT void bench_start(Training *t) {   // the EMA starts at the parameters that were put in
+    memcpy(t->model->ema, t->model->params, t->model->table.total * sizeof(real));
+}
+// Zero, forward, backward, clipping, AdamW, EMA; the total loss
+EXPORT double bench_step(Training *t, int step) {
+    zero_gradients(t->model);
+    forward_backward(t->model, t->batch);
+    update(t->model, step);
+    return read_losses(t->model).total;
+}
+EXPORT int bench_vector_bytes(void) { return VBYTES; }
+EXPORT const char *bench_compiler(void) {
+#ifdef __clang__
+    return "clang " __VERSION__;
+#else
+    return "gcc " __VERSION__;
+#endif
+}

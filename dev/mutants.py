@@ -1,0 +1,213 @@
+#!/usr/bin/env python3
+"""Can the tests fail? Each mutant below is train_srdit.c with one line made wrong. It is built in a temporary
+folder and must be caught: by the reference files, or else by the whole test program.
+
+  python3 dev/mutants.py                 all; some minutes
+  python3 dev/mutants.py --only RoPE     those with this text in their name
+  python3 dev/mutants.py --whole         the whole test program for each: which tests catch it, all of them
+  python3 dev/mutants.py --check         only whether each can still be made; a second
+
+A mutant names the function, the text there and what takes its place. Text that is not there exactly once is
+an error: the code has moved on, and the mutant must follow. Ends with status 1 if one survives. Needs gcc or
+clang ($CC) and no packages.
+"""
+import argparse, glob, os, re, shutil, subprocess, sys, tempfile, time
+
+MUTANTS = [   # name, function, text, replacement
+    # layers, forward
+    ("RMSNorm: another eps", "norm_modulate_forward", "rms_scale(xn, D, 1e-6)", "rms_scale(xn, D, 1e-5)"),
+    ("QK-norm: eps of the other norms", "qkv_mix_forward", "1.1920928955078125e-07", "1e-6"),
+    ("QK-norm: k normed with q's weight", "qkv_mix_forward", "h < H ? wq : wk", "wq"),
+    ("v residual: lambda at the wrong v", "qkv_mix_forward", "lambda * first[i] + (1 - lambda) * v[i]",
+     "lambda * v[i] + (1 - lambda) * first[i]"),
+    ("v residual: v1 of the wrong token", "qkv_mix_forward", "places->tokens + token)",
+     "places->tokens + n % T)"),
+    ("RoPE: sparse tokens at their new places", "place_of", "p->ids ? p->ids[(size_t)b * T + t] : t", "t"),
+    ("RoPE: CLS counted as a patch", "qkv_mix_forward", "patch = token - places->cls",
+     "patch = token - places->cls * (token > 1)"),
+    ("softmax: scale of the whole width", "attention_forward", "sqrt((double)Dh)", "sqrt((double)D)"),
+    ("GELU: 0.0447", None, "((real)0.044715)", "((real)0.0447)"),
+    ("SiLU: sign", "silu_forward", "fast_exp(-in[i])", "fast_exp(in[i])"),
+    ("adaLN: no 1 +", "norm_modulate_forward", "(1 + sc[i])", "sc[i]"),
+    ("time features: 127", "time_features", "-k / 128.0", "-k / 127.0"),
+    ("patches: rows and columns exchanged", "patchify", "i / p % p, z", "i % p, z"),
+    ("unpatchify: channels first", "unpatchify", "ch = i % C", "ch = i / (p * p)"),
+    # layers, backward
+    ("linear: bias gradient overwritten", "linear_backward", "db[o] += sum", "db[o] = sum"),
+    ("linear: weight gradient overwritten", "linear_backward", "O, I, N, 1, 0, 1)", "O, I, N, 1, 0, 0)"),
+    ("RMSNorm backward: no mean term", "norm_modulate_backward", "- xn[i] * rn * mean", ""),
+    ("RMSNorm backward: dscale of x, not n", "norm_modulate_backward", "(dsc + i) += v * nv",
+     "(dsc + i) += v * nv / rn"),
+    ("CLS norm backward: no mean term", "rmsnorm_backward", "- xn[i] * r[n] * (sum / D)", ""),
+    ("gate backward: gate left out", "gate_backward", "dyn[i] = d[i] * g[i]", "dyn[i] = d[i]"),
+    ("GELU backward: 3 left out", "gelu_backward", "3 * GELU_B", "GELU_B"),
+    ("SiLU backward: sign", "silu_backward", "s * (1 - s)", "s * (1 + s)"),
+    ("RoPE backward: turned on, not back", "qkv_mix_backward", "patch, -1, Dh", "patch, 1, Dh"),
+    ("QK-norm backward: no mean term", "qkv_mix_backward", "- x[i] * rn * sum", ""),
+    ("v residual backward: no (1 - lambda)", "qkv_mix_backward", "(1 - lambda) * d[i]", "d[i]"),
+    ("v residual backward: no lambda for v1", "qkv_mix_backward", "+= lambda * d[i]", "+= d[i]"),
+    ("v residual backward: dlambda without v", "qkv_mix_backward", "- dot(d, v, D)", ""),
+    ("v residual backward: dv1 lost at block 0", "block_backward", "if (is_first", "if (0 && is_first"),
+    ("softmax backward: no scale", "attention_backward", "scale * pt[i]", "pt[i]"),
+    ("softmax backward: no sum", "attention_backward", "(row[i] - sum)", "row[i]"),
+    ("adaLN backward: condition overwritten", "block_backward", "w->adaln_w, B, D, 6 * D, 1)",
+     "w->adaln_w, B, D, 6 * D, 0)"),
+    # the network
+    ("align: reads the embedding", "network_forward", "(a->p0, E,", "(a->p0, a->embed,"),
+    ("path drop: g runs at evaluation", "network_forward", "if (!path_drop) {", "if (!path_drop || !ids) {"),
+    ("mask: gradient from kept rows too", "network_backward", "memset(from, 0, sizeof(real) * (size_t)D);",
+     ""),
+    ("mask: kept rows' gradient lost, drop", "network_backward", "i < B * n && !path_drop", "i < B * n"),
+    ("routing backward: g's part of dE lost", "network_backward", "+= a->d_kept[(size_t)i * D + j]",
+     "+= 0 * a->d_kept[(size_t)i * D + j]"),
+    ("align backward: dE overwritten", "network_backward", "D, M, 1);", "D, M, 0);"),
+    ("labels backward: dropped ones forgotten", "network_backward", "dw->label[(size_t)y[b] * D",
+     "dw->label[(size_t)(y[b] % c->num_classes) * D"),
+    # the loss
+    ("flow: t and 1 - t exchanged", "forward_backward", "(1 - t) * batch->x[i] + t * batch->noise[i]",
+     "t * batch->x[i] + (1 - t) * batch->noise[i]"),
+    ("contrastive: the sample after", "loss_and_gradients",
+     "b ? (noise - latent)[i] - (x - latent)[i] : batch->v_before[i]",
+     "b + 1 < batch->B ? (noise + latent)[i] - (x + latent)[i] : batch->noise[i] - batch->x[i]"),
+    ("contrastive: gradient's sign", "loss_and_gradients", "- cfm * 2 * d_before", "+ cfm * 2 * d_before"),
+    ("CLS loss: no coefficient in gradient", "loss_and_gradients", "c->cls_coeff * 2 * d", "2 * d"),
+    ("cosine: loss's sign", "loss_and_gradients", "proj -= cosine", "proj += cosine"),
+    ("cosine: gradient's sign", "loss_and_gradients", "k = -c->proj_coeff", "k = c->proj_coeff"),
+    ("cosine: gradient not at right angles", "loss_and_gradients", "- cosine * z[i] / z_norm", ""),
+    # times and places
+    ("time shift: formula", "shift_time", "(s - 1.0) * u", "(s + 1.0) * u"),
+    ("time shift: not clamped", "shift_time", "t < 0 ? 0 : t > 1 ? 1 : t", "t"),
+    ("positions: CLS has one", "tensor_start", "patch < 0 ? 0 :", "patch < -1 ? 0 :"),
+    ("positions: row and column exchanged", "tensor_start", "k < D / 2 ? patch", "k >= D / 2 ? patch"),
+    ("RoPE table: row and column exchanged", "tensor_start", "k < half ? patch", "k >= half ? patch"),
+    ("kept tokens: rounded, not truncated", "kept_of", "- c->drop_ratio))", "- c->drop_ratio) + 0.5)"),
+    # the optimizer
+    ("clip: also scales up", "update", "clip < 1 ? clip : 1", "clip"),
+    ("clip: never", "update", "clip < 1 ? clip : 1", "1"),
+    ("Adam: first bias correction", "update", "(1 - pow(c->beta1, step))", "1"),
+    ("Adam: second bias correction", "update", "sqrt(1 - pow(c->beta2, step))", "1"),
+    ("Adam: eps inside the root", "update", "(real)sqrt(v) * root + eps", "(real)sqrt(v + eps) * root"),
+    ("Adam: decay not decoupled", "update", "g = model->grads[i] * scale,",
+     "g = model->grads[i] * scale + (1 - decay) * model->params[i],"),
+    ("Adam: no weight decay", "update", "1 - c->lr * c->weight_decay", "1"),
+    ("EMA: of the parameters before", "update", "one_e * p;",
+     "one_e * (p + rate * m / ((real)sqrt(v) * root + eps));"),
+    # the sampler
+    ("sampler: last time 0.05", "sampling_times", "(0.04 - 1)", "(0.05 - 1)"),
+    ("sampler: noise in the last step's place", "euler_maruyama_step", "sqrt(2 * t)", "sqrt(t)"),
+    ("sampler: score without x", "euler_maruyama_step", "(1 - t) * v[i] + x[i]", "(1 - t) * v[i]"),
+    ("guidance: not in its interval", "guided_velocity", "t >= s->low && t <= s->high", "1"),
+    ("guidance: path not dropped", "guided_velocity", "s->use_ema, s->path_drop", "s->use_ema, 0"),
+    ("guidance: CLS guided like the image", "guided_velocity", "s->cls_cfg * (", "s->cfg * ("),
+    # runs
+    ("checkpoint: second moments not loaded", "checkpoint_load", "k < 4", "k < 3"),
+    ("random numbers: nine rounds", "philox", "round < 10", "round < 9"),
+    ("data order: an epoch repeats samples", "permuted", "right = left ^ f", "right = left & f"),
+    ("routing: one token is never kept", "draw_kept", "rank < k", "rank < k && i"),
+]
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
+FLAGS = ["-std=gnu11", "-O1", "-march=native", "-fno-math-errno", "-w"]     # without OpenMP: one thread
+
+def mutate(source, function, text, replacement):
+    """The source with the replacement, or what is wrong."""
+    start, end = 0, len(source)
+    if function:
+        found = list(re.finditer(rf"^(?:[A-Za-z_].*[ *])?{function}\([^;]*?\) \{{.*", source, re.M))
+        if len(found) != 1:
+            return None, f"the function {function} is there {len(found)} times"
+        start = found[0].start()
+        first = found[0].group()
+        one_line = first.count("{") == first.count("}")
+        end = found[0].end() if one_line else source.index("\n}\n", start)
+    count = source.count(text, start, end)
+    if count != 1:
+        return None, f"\"{text}\" is there {count} times in {function or 'the file'}"
+    at = source.index(text, start, end)
+    return source[:at] + replacement + source[at + len(text):], ""
+
+def run(command, folder, seconds):
+    try:
+        return subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              text=True, errors="replace", timeout=seconds, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired as e:
+        return subprocess.CompletedProcess(command, 124, (e.stdout or b"").decode(errors="replace") +
+                                           f"\nno end after {seconds} s")
+
+def compile_here(cc, folder):
+    for command in ([cc, *FLAGS, "-DUSE_DOUBLE", "-c", "test_srdit.c", "-o", "double.o"],
+                    [cc, *FLAGS, "-c", "test_srdit.c", "-o", "float.o"],
+                    [cc, "float.o", "double.o", "-o", "test_srdit", "-lm"]):
+        done = run(command, folder, 600)
+        if done.returncode:
+            return done.stdout
+    return ""
+
+def verdict(done):
+    """What a run of the tests says: the first failed line and how many failed; None if all passed."""
+    failed = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
+    if failed:
+        worst = re.search(r"worst (\S+ at \S+)", failed[0])
+        name = failed[0][5:33].strip() if not failed[0].startswith("FAIL replay") else failed[0].split()[2]
+        return f"{name}{': ' + worst.group(1) if worst else ''}" + (
+            f", and {len(failed) - 1} more" if len(failed) > 1 else "")
+    if done.returncode:
+        last = (done.stdout.strip().splitlines() or ["no output"])[-1]
+        return f"status {done.returncode}: {last[:80]}"
+    return None
+
+def main():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--only", default="", help="mutants with this text in their name")
+    parser.add_argument("--whole", action="store_true", help="the whole test program for each")
+    parser.add_argument("--check", action="store_true", help="only whether each can still be made")
+    parser.add_argument("--cc", default=os.environ.get("CC", "cc"))
+    args = parser.parse_args()
+    chosen = [m for m in MUTANTS if args.only.lower() in m[0].lower()]
+    if not chosen:
+        sys.exit(f"no mutant has {args.only!r} in its name")
+    with open(os.path.join(ROOT, "train_srdit.c")) as f:
+        source = f.read()
+    if args.check:
+        errors = [f"{name}: {error}" for name, *how in chosen for error in [mutate(source, *how)[1]] if error]
+        print("\n".join(errors + [f"{len(chosen) - len(errors)} of {len(chosen)} mutants can be made"]))
+        sys.exit(1 if errors else 0)
+    files = sorted(glob.glob(os.path.join(ROOT, "dev", "ref", "*.safetensors")))
+    begin, bad, rows = time.time(), 0, []
+    with tempfile.TemporaryDirectory(prefix="srdit-mutants-") as folder:
+        for path in glob.glob(os.path.join(ROOT, "*.[ch]")):
+            shutil.copy(path, folder)
+        for name in ("dev", "data"):
+            os.symlink(os.path.join(ROOT, name), os.path.join(folder, name))
+        for name, function, text, replacement in [("(nothing changed)", None, "", None)] + chosen:
+            mutant, error = source, ""
+            if replacement is not None:
+                mutant, error = mutate(source, function, text, replacement)
+            if error:
+                caught, how = False, "NOT MADE: " + error
+            else:
+                with open(os.path.join(folder, "train_srdit.c"), "w") as f:
+                    f.write(mutant)
+                error = compile_here(args.cc, folder)
+                how = "NOT BUILT: " + error.strip().splitlines()[0] if error else None
+                if not error and not args.whole:
+                    how = verdict(run(["./test_srdit", *files], folder, 300))
+                if not error and how is None and replacement is not None:
+                    how = verdict(run(["./test_srdit"], folder, 1800))
+                    how = how and "whole test: " + how
+                caught = how is not None and not error
+                how = how or "SURVIVED"
+            if replacement is None:             # the tests must pass without a mutant
+                bad += caught
+                how = how if caught else "passes, as it must"
+            else:
+                bad += not caught
+            rows.append((name, how))
+            print(f"{name:42s} {how}", flush=True)
+    print(f"\n{time.time() - begin:.0f} s\n{len(chosen) - bad} of {len(chosen)} mutants caught")
+    sys.exit(1 if bad else 0)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1421 @@
+// From a checkpoint to pictures: the sampler's front end, and the decoder of the INVAE latents.
+//
+// What this file is: the solvers that train_srdit.c lacks (Euler and Heun on the probability-flow ODE), the
+// convolutional decoder that turns ImageNet latents into pixels, the places where pictures can go (a PNG
+// grid, one PNG each, an .npz for the ADM evaluator, latents, the terminal), and the command line. What it
+// refuses to become: an image library. The network, Euler-Maruyama, random numbers, safetensors and PNG are
+// train_srdit.c's.
+//
+//   make && ./sample out/checkpoint.safetensors --show
+//   ./sample --help             every flag with its default
+//
+// Every number is addressed by (seed, step, global index of the sample), so sample 17 of a seed is the same
+// picture whatever the batch, the number of threads or the place where an interrupted run went on.
+#ifndef TRAIN_SRDIT_NO_MAIN
+#define TRAIN_SRDIT_NO_MAIN
+#endif
+#ifndef SAMPLE_NO_TRAINER               // test_srdit.c has included the trainer already
+#ifdef __GNUC__
+#pragma GCC diagnostic ignored "-Wunused-function"   // this program does not train
+#endif
+#ifdef SAMPLE_CUDA
+#include "train_srdit.cu"
+#else
+#include "train_srdit.c"
+#endif
+#endif
+#include <sys/file.h>
+#include <sys/ioctl.h>
+
+// ----------------------------------------------------------------------------------------------------------
+// The decoder (srdit_spec: "Latents and the decoder"). A map of C channels and H x W pixels lies channels
+// last and with a border of one pixel: [H+2, W+2, C]. With the border zero, a 3x3 convolution is three matrix
+// products without any copy (no im2col): for kernel row ky, the 3 C numbers that pixel q sees are one stretch
+// of memory, which starts C numbers after that of pixel q-1. So they are the rows of a matrix whose rows
+// overlap, [pixels, 3C] with a row length of C. All pixels are one such matrix; what is computed at the
+// border between two rows of pixels is never read.
+//
+//   H x W x C         whose      x          the residual stream; its border holds anything
+//                                n          what a convolution reads; its border is zero
+//                                h          what a convolution wrote; its border holds anything
+
+// A convolution of taps x taps, 1 or 3. w: for each row of the kernel and each block of at most KC of its
+// taps * in inputs, panels of NR outputs as matmul_rows wants them, made once when the file is opened.
+typedef struct { int taps, in, out; real *w, *b; } Conv;
+typedef struct { int channels; real *w, *b; } Norm;
+typedef struct { Norm norm1, norm2; Conv conv1, conv2, shortcut; } ResBlock;     // shortcut.w NULL: none
+// [3C,C], [3C], [C,C], [C]; w NULL: none
+typedef struct { Norm norm; real *qkv_w, *qkv_b, *proj_w, *proj_b; } AttnBlock;
+
+enum { MAX_LEVELS = 8, MAX_RES = 8 };
+// up.w NULL: no upsampling
+typedef struct { ResBlock block[MAX_RES]; AttnBlock attn[MAX_RES]; Conv up; } Level;
+typedef struct {
+    int levels, blocks, groups, z, out_ch, width;    // width: channels of the smallest map
+    double eps;
+    Conv post_quant, conv_in, conv_out;
+    ResBlock mid1, mid2;
+    AttnBlock mid_attn;
+    Level level[MAX_LEVELS];
+    Norm norm_out;
+    size_t weight_bytes;
+} Decoder;
+
+static size_t map_elements(int H, int W, int C) { return (size_t)(H + 2) * (size_t)(W + 2) * (size_t)C; }
+
+static real *decoder_alloc(Decoder *d, size_t n) {
+    d->weight_bytes += n * sizeof(real);
+    return (real *)alloc_zero(n, sizeof(real));
+}
+
+// Tensor prefix + name of the file: of this shape (c, e 0: fewer dimensions), as `real`
+static real *decoder_tensor(Decoder *d, const SafeFile *f, const char *prefix, const char *name, int a, int b,
+                            int taps) {
+    char full[160];
+    snprintf(full, sizeof(full), "%s%s", prefix, name);
+    const SafeTensor *t = safe_find(f, full);
+    if (!t)
+        die("%s: tensor %s is missing: not a decoder of INVAE latents, or not a whole one", f->path, full);
+    uint64_t shape[4] = {(uint64_t)a, (uint64_t)b, (uint64_t)taps, (uint64_t)taps};
+    int same = t->ndim == (taps ? 4 : 1);
+    for (int i = 0; same && i < t->ndim; i++) same = t->shape[i] == shape[i];
+    if (!same) die("%s: tensor %s: its shape does not fit the tensors before it", f->path, full);
+    if (!strchr("FB", t->dtype[0]) || !strcmp(t->dtype, "BOOL"))
+        die("%s: tensor %s: dtype %s where floating point is expected", f->path, full, t->dtype);
+    size_t n = safe_elements(t);
+    real *out = decoder_alloc(d, n);
+    safe_read(out, f, t);
+    if (!all_finite(out, n)) die("%s: tensor %s holds a number that is not finite", f->path, full);
+    return out;
+}
+
+// Size of a dimension of a tensor that decides the decoder's sizes, from 1 to 65536
+static int decoder_size(const SafeFile *f, const char *prefix, const char *name, int dim) {
+    char full[160];
+    snprintf(full, sizeof(full), "%s%s", prefix, name);
+    const SafeTensor *t = safe_find(f, full);
+    if (!t)
+        die("%s: tensor %s is missing: not a decoder of INVAE latents, or not a whole one", f->path, full);
+    if (t->ndim <= dim || !t->shape[dim] || t->shape[dim] > 65536)
+        die("%s: tensor %s: its shape is not one of a convolution", f->path, full);
+    return (int)t->shape[dim];
+}
+
+// of one row of the kernel
+static int conv_blocks(const Conv *c) { return (c->taps * c->in + KC - 1) / KC; }
+
+// w [out,in,taps,taps] of the file, packed: each row of the kernel becomes [taps * in, out], cut into blocks
+// and panels
+static Conv conv_open(Decoder *d, const SafeFile *f, const char *prefix, const char *name, int in, int out,
+                      int taps) {
+    char full[128];
+    Conv c = {taps, in, out, NULL, NULL};
+    snprintf(full, sizeof(full), "%s.bias", name);
+    c.b = decoder_tensor(d, f, prefix, full, out, 0, 0);
+    snprintf(full, sizeof(full), "%s.weight", name);
+    real *w = decoder_tensor(d, f, prefix, full, out, in, taps);
+    int K = taps * in, panels = (out + NR - 1) / NR, blocks = conv_blocks(&c);
+    real *row = (real *)alloc_zero((size_t)out * (size_t)K, sizeof(real));
+    c.w = decoder_alloc(d, (size_t)taps * (size_t)K * (size_t)panels * NR);
+    for (int ky = 0; ky < taps; ky++) {
+#pragma omp parallel for
+        for (int o = 0; o < out; o++)
+            for (int kx = 0; kx < taps; kx++)
+                for (int i = 0; i < in; i++)
+                    row[(size_t)o * K + kx * in + i] = w[(((size_t)o * in + i) * taps + ky) * taps + kx];
+        for (int q = 0; q < blocks; q++) {
+            int k0 = (int)((long)K * q / blocks), kc = (int)((long)K * (q + 1) / blocks) - k0;
+            real *to = c.w + ((size_t)ky * (size_t)K + (size_t)k0) * (size_t)panels * NR;
+            for (int p = 0; p < panels; p++)
+                matmul_panel(to + (size_t)p * NR * (size_t)kc, row + k0, K, 1, p * NR, imin(NR, out - p * NR),
+                             kc);
+        }
+    }
+    d->weight_bytes -= (size_t)out * (size_t)K * (size_t)taps * sizeof(real);
+    free(row), free(w);
+    return c;
+}
+
+static Norm norm_open(Decoder *d, const SafeFile *f, const char *prefix, const char *name, int channels) {
+    char full[128];
+    Norm n = {channels, NULL, NULL};
+    if (channels % d->groups)
+        die("%s: %s: %d channels are not a multiple of %d groups", f->path, name, channels, d->groups);
+    snprintf(full, sizeof(full), "%s.weight", name);
+    n.w = decoder_tensor(d, f, prefix, full, channels, 0, 0);
+    snprintf(full, sizeof(full), "%s.bias", name);
+    n.b = decoder_tensor(d, f, prefix, full, channels, 0, 0);
+    return n;
+}
+
+static ResBlock res_open(Decoder *d, const SafeFile *f, const char *prefix, const char *name, int in,
+                         int out) {
+    char full[128];
+    ResBlock r;
+    memset(&r, 0, sizeof(r));
+    snprintf(full, sizeof(full), "%s.norm1", name);
+    r.norm1 = norm_open(d, f, prefix, full, in);
+    snprintf(full, sizeof(full), "%s.conv1", name);
+    r.conv1 = conv_open(d, f, prefix, full, in, out, 3);
+    snprintf(full, sizeof(full), "%s.norm2", name);
+    r.norm2 = norm_open(d, f, prefix, full, out);
+    snprintf(full, sizeof(full), "%s.conv2", name);
+    r.conv2 = conv_open(d, f, prefix, full, out, out, 3);
+    snprintf(full, sizeof(full), "%s.nin_shortcut", name);
+    if (in != out) r.shortcut = conv_open(d, f, prefix, full, in, out, 1);
+    return r;
+}
+
+// The 1x1 convolutions q, k and v become one matrix [3C,C], so that attention_forward can be the trainer's.
+static AttnBlock attn_open(Decoder *d, const SafeFile *f, const char *prefix, const char *name, int C) {
+    static const char *const parts[] = {"q", "k", "v", "proj_out"};
+    char full[128];
+    AttnBlock a;
+    size_t n = (size_t)C;
+    snprintf(full, sizeof(full), "%s.norm", name);
+    a.norm = norm_open(d, f, prefix, full, C);
+    a.qkv_w = decoder_alloc(d, 3 * n * n), a.qkv_b = decoder_alloc(d, 3 * n);
+    a.proj_w = decoder_alloc(d, n * n), a.proj_b = decoder_alloc(d, n);
+    for (size_t i = 0; i < 4; i++) {
+        snprintf(full, sizeof(full), "%s.%s.weight", name, parts[i]);
+        real *w = decoder_tensor(d, f, prefix, full, C, C, 1);
+        snprintf(full, sizeof(full), "%s.%s.bias", name, parts[i]);
+        real *b = decoder_tensor(d, f, prefix, full, C, 0, 0);
+        memcpy(i < 3 ? a.qkv_w + i * n * n : a.proj_w, w, n * n * sizeof(real));
+        memcpy(i < 3 ? a.qkv_b + i * n : a.proj_b, b, n * sizeof(real));
+        d->weight_bytes -= (n * n + n) * sizeof(real);
+        free(w), free(b);
+    }
+    return a;
+}
+
+// Where the file's metadata names a size, it must be the one that the tensors have.
+static void decoder_agrees(const SafeFile *f, const char *key, double have) {
+    double want = safe_number(f, key, have);
+    if (want != have) die("%s: its metadata say %s = %g, but its tensors %g", f->path, key, want, have);
+}
+
+// The decoder in a safetensors file with the public names, each after `prefix` ("" or "param."). Sizes come
+// from the tensors' shapes; the number of groups and the norms' epsilon, which no shape tells, from the
+// metadata (num_groups, norm_eps) or else from the specification. The file can be closed afterwards.
+static Decoder *decoder_open(const SafeFile *f, const char *prefix) {
+    Decoder *d = (Decoder *)alloc_zero(1, sizeof(Decoder));
+    char name[96], full[160];
+    d->groups = (int)safe_number(f, "num_groups", 32), d->eps = safe_number(f, "norm_eps", 1e-6);
+    if (d->groups < 1 || !(d->eps > 0 && d->eps < 1))
+        die("%s: num_groups %d, norm_eps %g are not usable", f->path, d->groups, d->eps);
+    d->z = decoder_size(f, prefix, "post_quant_conv.weight", 1);
+    if (decoder_size(f, prefix, "post_quant_conv.weight", 0) != d->z)
+        die("%s: post_quant_conv changes the channels", f->path);
+    d->width = decoder_size(f, prefix, "decoder.conv_in.weight", 0);
+    for (d->levels = 0; d->levels <= MAX_LEVELS; d->levels++) {
+        snprintf(full, sizeof(full), "%sdecoder.up.%d.block.0.conv1.weight", prefix, d->levels);
+        if (!safe_find(f, full)) break;
+    }
+    for (d->blocks = 0; d->blocks <= MAX_RES; d->blocks++) {
+        snprintf(full, sizeof(full), "%sdecoder.up.0.block.%d.conv1.weight", prefix, d->blocks);
+        if (!safe_find(f, full)) break;
+    }
+    if (d->levels < 1 || d->levels > MAX_LEVELS || d->blocks > MAX_RES)
+        die("%s: it has no level decoder.up.0, or more than %d levels or %d blocks a level: not a decoder",
+            f->path, MAX_LEVELS, MAX_RES);
+    decoder_agrees(f, "z_channels", d->z), decoder_agrees(f, "num_res_blocks", d->blocks - 1);
+    const char *mult = safe_metadata(f, "ch_mult"), *attn_levels = safe_metadata(f, "attn_levels");
+
+    d->post_quant = conv_open(d, f, prefix, "post_quant_conv", d->z, d->z, 1);
+    d->conv_in = conv_open(d, f, prefix, "decoder.conv_in", d->z, d->width, 3);
+    d->mid1 = res_open(d, f, prefix, "decoder.mid.block_1", d->width, d->width);
+    d->mid_attn = attn_open(d, f, prefix, "decoder.mid.attn_1", d->width);
+    d->mid2 = res_open(d, f, prefix, "decoder.mid.block_2", d->width, d->width);
+    int in = d->width;
+    for (int l = d->levels - 1; l >= 0; l--) {
+        Level *level = &d->level[l];
+        snprintf(name, sizeof(name), "decoder.up.%d.block.0.conv1.weight", l);
+        int out = decoder_size(f, prefix, name, 0);
+        for (int i = 0; i < d->blocks; i++, in = out) {
+            snprintf(name, sizeof(name), "decoder.up.%d.block.%d", l, i);
+            level->block[i] = res_open(d, f, prefix, name, in, out);
+            snprintf(name, sizeof(name), "decoder.up.%d.attn.%d", l, i);
+            snprintf(full, sizeof(full), "%s%s.norm.weight", prefix, name);
+            if (safe_find(f, full)) level->attn[i] = attn_open(d, f, prefix, name, out);
+        }
+        snprintf(name, sizeof(name), "decoder.up.%d.upsample.conv", l);
+        if (l > 0) level->up = conv_open(d, f, prefix, name, out, out, 3);
+        // a list of levels, such as "4"
+        if (attn_levels && !strchr(attn_levels, '0' + l) != !level->attn[0].qkv_w)
+            die("%s: its metadata say attn_levels = %s, but its tensors differ", f->path, attn_levels);
+    }
+    d->norm_out = norm_open(d, f, prefix, "decoder.norm_out", in);
+    d->out_ch = decoder_size(f, prefix, "decoder.conv_out.weight", 0);
+    d->conv_out = conv_open(d, f, prefix, "decoder.conv_out", in, d->out_ch, 3);
+    decoder_agrees(f, "out_ch", d->out_ch);
+    // ch_mult is a list, such as "1,1,2,2,4", of multiples of ch
+    for (int l = 0; mult && l < d->levels; l++) {
+        double want = safe_number(f, "ch", in) * atof(mult);
+        if (want != d->level[l].block[0].conv1.out)
+            die("%s: its metadata say %g channels at level %d, but its tensors %d", f->path, want, l,
+                d->level[l].block[0].conv1.out);
+        mult = strchr(mult, ',') ? strchr(mult, ',') + 1 : l + 1 < d->levels ? "0" : NULL;
+    }
+    return d;
+}
+
+static void conv_close(Conv *c) { free(c->w), free(c->b); }
+static void norm_close(Norm *n) { free(n->w), free(n->b); }
+static void res_close(ResBlock *r) {
+    norm_close(&r->norm1), norm_close(&r->norm2), conv_close(&r->conv1), conv_close(&r->conv2),
+        conv_close(&r->shortcut);
+}
+static void attn_close(AttnBlock *a) {
+    norm_close(&a->norm), free(a->qkv_w), free(a->qkv_b), free(a->proj_w), free(a->proj_b);
+}
+static void decoder_close(Decoder *d) {
+    conv_close(&d->post_quant), conv_close(&d->conv_in), conv_close(&d->conv_out), norm_close(&d->norm_out);
+    res_close(&d->mid1), res_close(&d->mid2), attn_close(&d->mid_attn);
+    for (int l = 0; l < d->levels; l++) {
+        for (int i = 0; i < d->blocks; i++)
+            res_close(&d->level[l].block[i]), attn_close(&d->level[l].attn[i]);
+        conv_close(&d->level[l].up);
+    }
+    free(d);
+}
+
+// out = convolution of in, both maps with borders: in's must be zero where taps is 3; out's is left with
+// anything. Strips of pixels go to threads; every number is summed in the same order wherever the strips end.
+static void conv_forward(real *out, const real *in, const Conv *c, int H, int W) {
+    // a multiple of MR, and short enough that a strip's inputs and outputs stay in cache
+    enum { STRIP = 48 };
+    int row = W + 2, first = row + 1, pixels = H * row - 2, K = c->taps * c->in, blocks = conv_blocks(c);
+    int reach = c->taps / 2, strips = (pixels + STRIP - 1) / STRIP;
+    size_t packed = (size_t)((c->out + NR - 1) / NR * NR);
+#pragma omp parallel for schedule(dynamic)
+    for (int s = 0; s < strips; s++)
+        for (int ky = 0; ky < c->taps; ky++)
+            for (int q = 0; q < blocks; q++) {
+                int k0 = (int)((long)K * q / blocks), kc = (int)((long)K * (q + 1) / blocks) - k0,
+                    begin = ky || q;
+                size_t to = (size_t)first + (size_t)s * STRIP;
+                const real *a =
+                    in + (to + (size_t)(ky * row) - (size_t)(reach * row) - (size_t)reach) * (size_t)c->in;
+                matmul_rows(out + to * (size_t)c->out, c->out, imin(STRIP, pixels - s * STRIP), c->out, kc,
+                            a + k0, c->in, c->w + ((size_t)ky * (size_t)K + (size_t)k0) * packed, 0,
+                            begin ? NULL : c->b, begin);
+            }
+}
+
+// out = GroupNorm(x), then SiLU where silu; out's border becomes zero. Sums in double: by row of pixels, then
+// the rows in order.
+static void group_norm_forward(real *out, const real *x, const Norm *norm, const Decoder *d, int silu, int H,
+                               int W) {
+    int C = norm->channels, G = d->groups, each = C / G;
+    double *sums = (double *)alloc_zero((size_t)H * (size_t)C * 2, sizeof(double));
+    real *scale = (real *)alloc_zero((size_t)C, sizeof(real)),
+         *shift = (real *)alloc_zero((size_t)C, sizeof(real));
+#pragma omp parallel for
+    for (int y = 0; y < H; y++) {
+        double *s = sums + (size_t)y * (size_t)C * 2, *s2 = s + C;
+        const real *in = x + ((size_t)(y + 1) * (size_t)(W + 2) + 1) * (size_t)C;
+        for (int z = 0; z < W; z++, in += C)
+            for (int i = 0; i < C; i++) s[i] += in[i], s2[i] += (double)in[i] * in[i];
+    }
+    for (int g = 0; g < G; g++) {
+        double sum = 0, sum2 = 0, n = (double)H * W * each;
+        for (int y = 0; y < H; y++)
+            for (int i = g * each; i < (g + 1) * each; i++)
+                sum += sums[(size_t)y * C * 2 + i], sum2 += sums[(size_t)y * C * 2 + C + i];
+        double mean = sum / n, variance = sum2 / n - mean * mean,
+               r = 1 / sqrt((variance > 0 ? variance : 0) + d->eps);
+        for (int i = g * each; i < (g + 1) * each; i++) {
+            scale[i] = (real)(norm->w[i] * r);
+            shift[i] = (real)(norm->b[i] - mean * norm->w[i] * r);
+        }
+    }
+#pragma omp parallel for
+    for (int y = 0; y < H + 2; y++) {
+        real *o = out + (size_t)y * (size_t)(W + 2) * (size_t)C;
+        const real *in = x + (size_t)y * (size_t)(W + 2) * (size_t)C;
+        int inside = y > 0 && y <= H;
+        memset(o, 0, (inside ? 1 : (size_t)(W + 2)) * (size_t)C * sizeof(real));
+        if (!inside) continue;
+        memset(o + (size_t)(W + 1) * C, 0, (size_t)C * sizeof(real));
+        for (int z = 1; z <= W; z++)
+            for (int i = 0; i < C; i++) {
+                real v = in[(size_t)z * C + i] * scale[i] + shift[i];
+                o[(size_t)z * C + i] = silu ? v / (1 + fast_exp(-v)) : v;
+            }
+    }
+    free(sums), free(scale), free(shift);
+}
+
+// x += h over n elements
+static void add_forward(real *x, const real *h, size_t n) {
+#pragma omp parallel for
+    for (size_t i = 0; i < n; i++) x[i] += h[i];
+}
+
+// x = shortcut(x) + conv2(silu(norm2(conv1(silu(norm1(x))))))
+static void res_forward(real *x, real *n, real *h, const ResBlock *r, const Decoder *d, int H, int W) {
+    group_norm_forward(n, x, &r->norm1, d, 1, H, W);
+    conv_forward(h, n, &r->conv1, H, W);
+    group_norm_forward(n, h, &r->norm2, d, 1, H, W);
+    conv_forward(h, n, &r->conv2, H, W);
+    size_t size = map_elements(H, W, r->conv1.out);
+    if (r->shortcut.w) {
+        conv_forward(n, x, &r->shortcut, H, W);
+        memcpy(x, n, size * sizeof(real));
+    }
+    add_forward(x, h, size);
+}
+
+// Rows of pixels between a map with borders and a matrix [H W, C] without; to_map: into the map
+static void map_rows(real *map, real *matrix, int to_map, int H, int W, int C) {
+    for (int y = 0; y < H; y++) {
+        real *a = map + ((size_t)(y + 1) * (size_t)(W + 2) + 1) * (size_t)C,
+             *b = matrix + (size_t)y * (size_t)W * (size_t)C;
+        memcpy(to_map ? a : b, to_map ? b : a, (size_t)W * (size_t)C * sizeof(real));
+    }
+}
+
+// x += proj(softmax(q k^T / sqrt(C)) v), q, k, v linear in norm(x): one head over the T = H W pixels
+static void attn_forward(real *x, real *n, real *h, const AttnBlock *a, const Decoder *d, int H, int W) {
+    int C = a->norm.channels, T = H * W;
+    size_t t = (size_t)T, c = (size_t)C;
+    real *qkv = (real *)alloc_zero(5 * t * c + t * t + (size_t)omp_get_max_threads() * attention_work(T, C),
+                                   sizeof(real));
+    real *in = qkv + 3 * t * c, *out = in + t * c, *att = out + t * c, *work = att + t * t;
+    group_norm_forward(n, x, &a->norm, d, 0, H, W);
+    map_rows(n, in, 0, H, W, C);
+    matmul(qkv, in, a->qkv_w, a->qkv_b, T, 3 * C, C, 0, 1, 0);
+    attention_forward(out, att, qkv, work, 1, T, 1, C);
+    matmul(in, out, a->proj_w, a->proj_b, T, C, C, 0, 1, 0);
+    memset(h, 0, map_elements(H, W, C) * sizeof(real));
+    map_rows(h, in, 1, H, W, C);
+    add_forward(x, h, map_elements(H, W, C));
+    free(qkv);
+}
+
+// n [2H+2,2W+2,C] = x [H+2,W+2,C], each pixel four times, with a border of zeros
+static void upsample_forward(real *n, const real *x, int H, int W, int C) {
+    size_t c = (size_t)C;
+    memset(n, 0, (size_t)(2 * W + 2) * c * sizeof(real));
+    memset(n + (size_t)(2 * H + 1) * (size_t)(2 * W + 2) * c, 0, (size_t)(2 * W + 2) * c * sizeof(real));
+#pragma omp parallel for
+    for (int y = 0; y < 2 * H; y++) {
+        real *o = n + (size_t)(y + 1) * (size_t)(2 * W + 2) * c;
+        const real *in = x + ((size_t)(y / 2 + 1) * (size_t)(W + 2) + 1) * c;
+        memset(o, 0, c * sizeof(real));
+        for (int z = 0; z < 2 * W; z++)
+            memcpy(o + (size_t)(z + 1) * c, in + (size_t)(z / 2) * c, c * sizeof(real));
+        memset(o + (size_t)(2 * W + 1) * c, 0, c * sizeof(real));
+    }
+}
+
+// pixels a side for one of the latent's
+static int decoder_factor(const Decoder *d) { return 1 << (d->levels - 1); }
+
+// Elements of the largest map on the way from an h x w latent
+static size_t decoder_map_elements(const Decoder *d, int h, int w) {
+    size_t most = map_elements(h, w, imax(d->width, d->z));
+    for (int l = d->levels - 1, k = 1; l >= 0; l--, k *= 2) {
+        const Level *level = &d->level[l];
+        size_t in = map_elements(h * k, w * k, imax(level->block[0].conv1.in, level->block[0].conv1.out));
+        size_t up = level->up.w ? map_elements(2 * h * k, 2 * w * k, level->up.in) : 0;
+        most = in > most ? in : most;
+        most = up > most ? up : most;
+    }
+    size_t last = map_elements(h << (d->levels - 1), w << (d->levels - 1), d->out_ch);
+    return last > most ? last : most;
+}
+
+// image [B,out_ch,f h,f w], about -1 ... 1, from latents z [B,z,h,w] (already divided by the latent scale); f
+// is decoder_factor. Three maps are allocated: for 256 x 256 at full width 3 x 34 MB.
+static void decoder_decode(real *image, const Decoder *d, const real *z, int B, int h, int w) {
+    size_t map = decoder_map_elements(d, h, w), in = (size_t)d->z * (size_t)h * (size_t)w;
+    real *x = (real *)alloc_zero(3 * map, sizeof(real)), *n = x + map, *t = n + map;
+    for (int b = 0; b < B; b++) {
+        int H = h, W = w;
+        memset(x, 0, map_elements(H, W, d->z) * sizeof(real));
+        for (size_t i = 0; i < in; i++) {
+            size_t ch = i / (size_t)(h * w), row = i / (size_t)w % (size_t)h, column = i % (size_t)w;
+            x[((row + 1) * (size_t)(w + 2) + column + 1) * (size_t)d->z + ch] = z[(size_t)b * in + i];
+        }
+        conv_forward(t, x, &d->post_quant, H, W);
+        memset(n, 0, map_elements(H, W, d->z) * sizeof(real));
+        map_rows(t, x, 0, H, W, d->z), map_rows(n, x, 1, H, W, d->z);   // its border must be zero again
+        conv_forward(x, n, &d->conv_in, H, W);
+        res_forward(x, n, t, &d->mid1, d, H, W);
+        attn_forward(x, n, t, &d->mid_attn, d, H, W);
+        res_forward(x, n, t, &d->mid2, d, H, W);
+        for (int l = d->levels - 1; l >= 0; l--) {
+            const Level *level = &d->level[l];
+            for (int i = 0; i < d->blocks; i++) {
+                res_forward(x, n, t, &level->block[i], d, H, W);
+                if (level->attn[i].qkv_w) attn_forward(x, n, t, &level->attn[i], d, H, W);
+            }
+            if (!level->up.w) continue;
+            upsample_forward(n, x, H, W, level->up.in);
+            H *= 2, W *= 2;
+            conv_forward(x, n, &level->up, H, W);
+        }
+        group_norm_forward(n, x, &d->norm_out, d, 1, H, W);
+        conv_forward(t, n, &d->conv_out, H, W);
+        size_t out = (size_t)d->out_ch * (size_t)H * (size_t)W;
+        for (size_t i = 0; i < out; i++) {
+            size_t ch = i / ((size_t)H * (size_t)W), row = i / (size_t)W % (size_t)H, column = i % (size_t)W;
+            image[(size_t)b * out + i] =
+                t[((row + 1) * (size_t)(W + 2) + column + 1) * (size_t)d->out_ch + ch];
+        }
+    }
+    free(x);
+}
+
+// ----------------------------------------------------------------------------------------------------------
+// Samplers. Euler-Maruyama, the one that the paper scores with, is sample_euler_maruyama in train_srdit.c; it
+// solves the stochastic equation. The same marginals follow from an ordinary one, dx/dt = v(x, t): no noise
+// on the way, so few steps are enough for a rough picture, and a solver of second order needs fewer still.
+
+// x and cls as in sample_euler_maruyama. N = s->steps intervals, t = 1 - i/N, shifted. Euler: x += v(x, t)
+// dt. Heun: x' = x + v(x, t) dt, then x += (v(x, t) + v(x', t + dt)) / 2 dt; its last interval is Euler's, as
+// in the reference, so N steps are 2N - 1 evaluations (the error still falls with the square of the step,
+// since one interval's error does).
+static void sample_ode(double *x, double *cls, const Backend *backend, Model *model, const Sampling *s,
+                       int heun, const int *y, int n,
+                       void (*progress)(int step, int steps, const double *x, void *), void *user) {
+    const Config *c = &model->c;
+    size_t latent = (size_t)n * (size_t)latent_of(c), Z = c->cls ? (size_t)n * (size_t)c->z_dim : 0;
+    SamplerWork w = sampler_work(c, n);
+    double *first = (double *)alloc_zero(latent, sizeof(double)),
+           *x2 = (double *)alloc_zero(latent, sizeof(double));
+    double *first_cls = (double *)alloc_zero(Z, sizeof(double)),
+           *cls2 = (double *)alloc_zero(Z, sizeof(double));
+    for (int i = 0; i < s->steps; i++) {
+        double t = shift_time(c, 1 - (double)i / s->steps),
+               next = shift_time(c, 1 - (double)(i + 1) / s->steps), dt = next - t;
+        int twice = heun && i < s->steps - 1;
+        guided_velocity(&w, backend, model, s, x, cls, y, t, n);
+        for (size_t k = 0; k < latent; k++) first[k] = w.v[0][k], x2[k] = x[k] + dt * first[k];
+        for (size_t k = 0; k < Z; k++) first_cls[k] = w.v_cls[0][k], cls2[k] = cls[k] + dt * first_cls[k];
+        if (twice) guided_velocity(&w, backend, model, s, x2, cls2, y, next, n);
+        for (size_t k = 0; k < latent; k++) x[k] = twice ? x[k] + dt * (first[k] + w.v[0][k]) / 2 : x2[k];
+        for (size_t k = 0; k < Z; k++)
+            cls[k] = twice ? cls[k] + dt * (first_cls[k] + w.v_cls[0][k]) / 2 : cls2[k];
+        if (progress) progress(i + 1, s->steps, x, user);
+    }
+    free(first), free(x2), free(first_cls), free(cls2), sampler_work_free(&w);
+}
+
+// What guidance costs is measured, by asking the network through here.
+static const Backend *timed_backend;
+static double timed_seconds[2];          // evaluations with a label, and without
+static long timed_samples[2];
+static void timed_velocity(Model *m, real *v, real *v_cls, const real *x, const real *cls, const real *t,
+                           const int *y, int use_ema, int path_drop, int B) {
+    double start = now_seconds();
+    int unconditional = y[0] == m->c.num_classes;
+    timed_backend->velocity(m, v, v_cls, x, cls, t, y, use_ema, path_drop, B);
+    timed_seconds[unconditional] += now_seconds() - start, timed_samples[unconditional] += B;
+}
+
+// ----------------------------------------------------------------------------------------------------------
+// The checkpoint
+
+// A model that can only be sampled from: one block of parameters, the EMA's or the raw ones, and nothing of
+// the training.
+static Model *sampling_model(const Backend *backend, const Config *c, int max_batch, const SafeFile *f,
+                             const char *prefix, int raw) {
+    Model *m;
+    if (backend != &cpu_backend) {
+        m = backend->create(c, max_batch, 0);
+        real *host = (real *)alloc_zero(m->table.total, sizeof(real));
+        backend->get_block(host, m, PARAMS);   // for the fixed tables
+        checkpoint_block(host, &m->table, f, prefix);
+        backend->put_block(m, host, raw ? PARAMS : EMA);
+        free(host);
+        return m;
+    }
+    m = (Model *)alloc_zero(1, sizeof(Model));
+    m->c = *c, m->max_batch = max_batch, m->threads = omp_get_max_threads();
+    Table sizes = params_table(&m->w, c, NULL);
+    Arena arena = {NULL, 0};
+    acts_layout(&m->a, &arena, c, max_batch, m->threads);
+    m->activation_bytes = arena.used * sizeof(real), m->parameter_bytes = sizes.total * sizeof(real);
+    m->memory = (real *)alloc_zero(sizes.total + arena.used + 64, sizeof(real));
+    m->params = m->ema = (real *)(((uintptr_t)m->memory + 63) / 64 * 64);
+    Arena acts = {m->params + sizes.total, 0};
+    acts_layout(&m->a, &acts, c, max_batch, m->threads);
+    free(sizes.tensors);
+    m->table = params_table(&m->w, c, m->params);
+    m->w_ema = m->w;
+    for (int i = 0; i < m->table.count; i++)
+        if (m->table.tensors[i].start >= POSITIONS)
+            tensor_start(m->params + m->table.tensors[i].offset, &m->table.tensors[i], c, 0);
+    checkpoint_block(m->params, &m->table, f, prefix);
+    return m;
+}
+
+// 64 bits that change with any bit of the file's tensors whose names begin with prefix: FNV-1a of 8 bytes at
+// a time, in pieces that threads can share. It tells apart two states of a checkpoint that keeps its name
+// while training goes on.
+static uint64_t fingerprint(const SafeFile *f, const char *prefix) {
+    enum { PIECE = 1 << 20 };
+    uint64_t all = 1469598103934665603u;
+    for (int i = 0; i < f->count; i++) {
+        const SafeTensor *t = &f->tensors[i];
+        if (strncmp(t->name, prefix, strlen(prefix))) continue;
+        size_t n = (size_t)(t->end - t->begin), pieces = (n + PIECE - 1) / PIECE;
+        const uint8_t *data = (const uint8_t *)safe_data(f, t);
+        uint64_t *hash = (uint64_t *)alloc_zero(pieces, sizeof(uint64_t));
+#pragma omp parallel for
+        for (size_t p = 0; p < pieces; p++) {
+            size_t end = (p + 1) * PIECE < n ? (p + 1) * PIECE : n;
+            uint64_t h = 1469598103934665603u;
+            for (size_t k = p * PIECE; k < end; k += 8) {
+                uint64_t word = 0;
+                memcpy(&word, data + k, end - k < 8 ? end - k : 8);
+                h = (h ^ word) * 1099511628211u, h ^= h >> 29;
+            }
+            hash[p] = h;
+        }
+        for (size_t p = 0; p < pieces; p++) all = (all ^ hash[p]) * 1099511628211u, all ^= all >> 29;
+        free(hash);
+    }
+    return all;
+}
+
+// ----------------------------------------------------------------------------------------------------------
+// Where pictures go. Pictures are bytes, [height, width, channels], channels 1 (grey) or 3.
+
+// Ends the program early, before hours of sampling, where `path` cannot become a file.
+static void check_output(const char *path, const char *flag) {
+    char folder[PATH_MAX];
+    struct stat st;
+    if (!*path || snprintf(folder, sizeof(folder), "%s", path) >= PATH_MAX - 16)
+        die("%s: the name is empty or too long", flag);
+    if (!stat(path, &st) && !S_ISREG(st.st_mode))
+        die("%s %s: there is something of that name that is not a file", flag, path);
+    char *slash = strrchr(folder, '/');
+    if (!slash) snprintf(folder, sizeof(folder), ".");
+    else slash[slash == folder] = 0;
+    if (stat(folder, &st) || !S_ISDIR(st.st_mode))
+        die("%s %s: there is no folder %s; make it with: mkdir -p %s", flag, path, folder, folder);
+    if (access(folder, W_OK))
+        die("%s %s: the folder %s cannot be written to: %s", flag, path, folder, strerror(errno));
+}
+
+// A grid to put pictures of this size into: a rim of `gap` around each, each pixel scale x scale
+typedef struct { Picture p; int width, height, columns, scale, gap; } Grid;
+static Grid grid_create(int n, int width, int height, int channels, int columns, int scale, int gap) {
+    int rows = (n + columns - 1) / columns;
+    Grid g = {{NULL, columns * (width * scale + gap) + gap, rows * (height * scale + gap) + gap, channels},
+              width, height, columns, scale, gap};
+    size_t bytes = (size_t)g.p.width * (size_t)g.p.height * (size_t)channels;
+    g.p.pixels = (uint8_t *)alloc_zero(bytes, 1);
+    memset(g.p.pixels, 40, bytes);
+    return g;
+}
+static void grid_put(Grid *g, int i, const uint8_t *pixels) {
+    size_t c = (size_t)g->p.channels;
+    int top = i / g->columns * (g->height * g->scale + g->gap) + g->gap,
+        left = i % g->columns * (g->width * g->scale + g->gap) + g->gap;
+    for (int y = 0; y < g->height * g->scale; y++)
+        for (int x = 0; x < g->width * g->scale; x++)
+            memcpy(g->p.pixels + ((size_t)(top + y) * (size_t)g->p.width + (size_t)(left + x)) * c,
+                   pixels + ((size_t)(y / g->scale) * (size_t)g->width + (size_t)(x / g->scale)) * c, c);
+}
+
+// .npz as the ADM evaluator reads it (guided-diffusion, evaluations/): a zip archive with one stored member,
+// arr_0.npy, uint8 [N,H,W,3]. It is written as a stream to PATH.part: a zip header with the member's size,
+// which is known in advance, and in an extra field (id "SR") the settings, then the pictures as they come; at
+// the end the directory, and the member's checksum back in the first header. So an interrupted PATH.part
+// tells by itself whether a run may go on in it, and where.
+typedef struct {
+    FILE *file;
+    char temporary[PATH_MAX];
+    const char *path;
+    uint8_t *head;                     // the zip header, with a zero checksum, and the npy header
+    size_t head_bytes, zip_bytes;      // of both; of the zip header alone
+    uint64_t image_bytes, images, done, member_bytes;
+    int wide;                          // zip64: 4 GiB or more
+    uint32_t crc;
+} Npz;
+static uint64_t npz_wide_from = 0xFFFFFFFFu;   // bytes; the tests make it small
+
+static void put_le(FILE *out, int bytes, uint64_t value) {
+    for (int i = 0; i < bytes; i++) fputc((int)(value >> (8 * i) & 255), out);
+}
+
+// The fields that a member's header and its entry in the directory share
+static void zip_common(FILE *out, const Npz *z, uint32_t crc, size_t extra) {
+    uint32_t size = z->wide ? 0xFFFFFFFFu : (uint32_t)z->member_bytes;
+    // version needed, flags, stored
+    put_le(out, 2, z->wide ? 45 : 20), put_le(out, 2, 0), put_le(out, 2, 0);
+    // 1 January 1980: the same bits each time
+    put_le(out, 2, 0), put_le(out, 2, 0x21);
+    put_le(out, 4, crc), put_le(out, 4, size), put_le(out, 4, size);
+    put_le(out, 2, 9), put_le(out, 2, extra);
+}
+static void zip_extra64(FILE *out, const Npz *z) {
+    if (z->wide)
+        put_le(out, 2, 1), put_le(out, 2, 16), put_le(out, 8, z->member_bytes),
+            put_le(out, 8, z->member_bytes);
+}
+
+__attribute__((noreturn)) static void npz_die(const Npz *z) {
+    die("%s: cannot be written: %s; it holds the pictures so far, and the same command goes on with them",
+        z->temporary, strerror(errno));
+}
+
+// Shows the first line that differs between two settings texts, and ends.
+__attribute__((noreturn)) static void npz_differs(const Npz *z, const char *there, const char *here) {
+    while (*there && *here) {
+        size_t a = strcspn(there, "\n"), b = strcspn(here, "\n");
+        if (a != b || memcmp(there, here, a))
+            die("%s was begun with other settings: %.*s there, %.*s now; delete it to begin anew",
+                z->temporary, (int)a, there, (int)b, here);
+        there += a + (there[a] == '\n'), here += b + (here[b] == '\n');
+    }
+    die("%s was begun with other settings; delete it to begin anew", z->temporary);
+}
+
+// Opens PATH.part and returns how many pictures it has already; `fresh`: begins anew, whatever is there.
+static uint64_t npz_open(Npz *z, const char *path, uint64_t n, int H, int W, const char *settings,
+                         int fresh) {
+    memset(z, 0, sizeof(*z));
+    z->path = path, z->images = n, z->image_bytes = (uint64_t)H * (uint64_t)W * 3;
+    if (snprintf(z->temporary, sizeof(z->temporary), "%s.part", path) >= PATH_MAX)
+        die("%s: the name is too long", path);
+    char npy[256];
+    int used =
+        snprintf(npy, sizeof(npy), "{'descr': '|u1', 'fortran_order': False, 'shape': (%llu, %d, %d, 3), }",
+                 (unsigned long long)n, H, W);
+    int padded = (10 + used + 1 + 63) / 64 * 64 - 10;
+    memset(npy + used, ' ', (size_t)(padded - used)), npy[padded - 1] = '\n';
+    z->member_bytes = 10 + (uint64_t)padded + n * z->image_bytes, z->wide = z->member_bytes >= npz_wide_from;
+    size_t text = strlen(settings);
+    FILE *head = open_memstream((char **)&z->head, &z->head_bytes);
+    if (!head || text > 30000) die("%s: no room for its header", path);
+    put_le(head, 4, 0x04034b50), zip_common(head, z, 0, (z->wide ? 20 : 0) + 4 + text);
+    fputs("arr_0.npy", head), zip_extra64(head, z);
+    put_le(head, 2, 'S' | 'R' << 8), put_le(head, 2, text), fputs(settings, head);
+    fflush(head), z->zip_bytes = z->head_bytes;
+    fwrite("\x93NUMPY\x01\x00", 1, 8, head), put_le(head, 2, (uint64_t)padded),
+        fwrite(npy, 1, (size_t)padded, head);
+    fclose(head);
+    z->crc = crc32_of(0, z->head + z->zip_bytes, z->head_bytes - z->zip_bytes);
+
+    int fd = open(z->temporary, O_RDWR | O_CREAT, 0666);
+    if (fd < 0) die("%s: cannot be written: %s", z->temporary, strerror(errno));
+    if (flock(fd, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK)
+        die("%s: another run is writing it", z->temporary);
+    z->file = fdopen(fd, "r+b");
+    if (!z->file) die("%s: cannot be written: %s", z->temporary, strerror(errno));
+    struct stat st;
+    if (fstat(fd, &st)) die("%s: %s", z->temporary, strerror(errno));
+    if (!fresh && st.st_size >= (off_t)z->zip_bytes - (off_t)text) {   // something is there
+        enum { PIECE = 1 << 20 };
+        uint8_t *there = (uint8_t *)alloc_zero(imax(PIECE, 65536), 1);
+        size_t have = fread(there, 1, 65535, z->file);
+        int ours = have > 43 && there[0] == 'P' && there[1] == 'K' && !memcmp(there + 30, "arr_0.npy", 9);
+        if (ours && have >= z->head_bytes && !memcmp(there, z->head, z->head_bytes)) {
+            z->done = ((uint64_t)st.st_size - z->head_bytes) / z->image_bytes;
+            if (z->done > n) z->done = n;
+            fseeko(z->file, (off_t)z->head_bytes, SEEK_SET);
+            for (uint64_t left = z->done * z->image_bytes; left;) {
+                size_t k = left < (uint64_t)PIECE ? (size_t)left : (size_t)PIECE;
+                if (fread(there, 1, k, z->file) != k)
+                    die("%s: cannot be read: %s", z->temporary, strerror(errno));
+                z->crc = crc32_of(z->crc, there, k), left -= k;
+            }
+        } else {
+            size_t extra = have > 30 ? there[28] | (size_t)there[29] << 8 : 0, at = 39;
+            // zip64's sizes
+            if (ours && extra && at + extra <= have && there[at] == 1) extra -= 20, at += 20;
+            if (!ours || extra < 4 || at + extra > have || there[at] != 'S')
+                die("%s: is not a part of an .npz of this program; delete it to begin anew", z->temporary);
+            there[at + extra] = 0;
+            npz_differs(z, (const char *)there + at + 4, settings);
+        }
+        free(there);
+    }
+    // whatever follows the last whole picture goes
+    if (!z->done && (fseeko(z->file, 0, SEEK_SET) ||
+                     fwrite(z->head, 1, z->head_bytes, z->file) != z->head_bytes || fflush(z->file)))
+        npz_die(z);
+    off_t end = (off_t)(z->head_bytes + z->done * z->image_bytes);
+    if (S_ISREG(st.st_mode) && ftruncate(fd, end)) npz_die(z);
+    if (fseeko(z->file, end, SEEK_SET)) npz_die(z);
+    return z->done;
+}
+
+// n more pictures, [n,H,W,channels]; grey becomes RGB
+static void npz_put(Npz *z, const uint8_t *pixels, size_t n, int channels) {
+    uint8_t *rgb = (uint8_t *)alloc_zero(n, (size_t)z->image_bytes);
+    size_t count = n * (size_t)z->image_bytes;
+    for (size_t i = 0; i < count; i++) rgb[i] = channels == 3 ? pixels[i] : pixels[i / 3];
+    if (fwrite(rgb, 1, count, z->file) != count || fflush(z->file)) npz_die(z);
+    z->crc = crc32_of(z->crc, rgb, count), z->done += n;
+    free(rgb);
+}
+
+static void npz_close(Npz *z) {
+    uint64_t directory = z->zip_bytes + z->member_bytes, entry = 46 + 9 + (z->wide ? 20 : 0);
+    put_le(z->file, 4, 0x02014b50), put_le(z->file, 2, z->wide ? 45 : 20),
+        zip_common(z->file, z, z->crc, z->wide ? 20 : 0);
+    // comment, disk, attributes
+    put_le(z->file, 2, 0), put_le(z->file, 2, 0), put_le(z->file, 2, 0), put_le(z->file, 4, 0);
+    // where the member begins
+    put_le(z->file, 4, 0);
+    fputs("arr_0.npy", z->file), zip_extra64(z->file, z);
+    if (z->wide) {
+        put_le(z->file, 4, 0x06064b50), put_le(z->file, 8, 44), put_le(z->file, 2, 45),
+            put_le(z->file, 2, 45);
+        put_le(z->file, 4, 0), put_le(z->file, 4, 0), put_le(z->file, 8, 1), put_le(z->file, 8, 1);
+        put_le(z->file, 8, entry), put_le(z->file, 8, directory);
+        put_le(z->file, 4, 0x07064b50), put_le(z->file, 4, 0), put_le(z->file, 8, directory + entry),
+            put_le(z->file, 4, 1);
+    }
+    put_le(z->file, 4, 0x06054b50), put_le(z->file, 4, 0), put_le(z->file, 2, 1), put_le(z->file, 2, 1);
+    put_le(z->file, 4, entry), put_le(z->file, 4, z->wide ? 0xFFFFFFFFu : directory), put_le(z->file, 2, 0);
+    if (fflush(z->file) || fseeko(z->file, 14, SEEK_SET)) npz_die(z);
+    put_le(z->file, 4, z->crc);
+    file_end(z->file, z->temporary, z->path);
+    free(z->head);
+}
+
+// Latents as a safetensors file, written as a stream: `latents` F32 [N,C,S,S] in the model's units, then
+// `labels` I32 [N]
+typedef struct { FILE *file; char temporary[PATH_MAX]; const char *path; } LatentsOut;
+static void latents_open(LatentsOut *l, const char *path, const Config *c, int n, const SafePair *pairs,
+                         int count) {
+    char *text = NULL;
+    size_t length = 0, bytes = (size_t)n * (size_t)latent_of(c) * 4;
+    FILE *head = open_memstream(&text, &length);
+    if (!head) die("%s: out of memory for its header", path);
+    fprintf(head, "{\"__metadata__\":{");
+    for (int i = 0; i < count; i++) {
+        if (i) fputc(',', head);
+        json_print(head, pairs[i].key), fputc(':', head), json_print(head, pairs[i].value);
+    }
+    fprintf(head, "},\"latents\":{\"dtype\":\"F32\",\"shape\":[%d,%d,%d,%d],\"data_offsets\":[0,%zu]}", n,
+            c->in_channels, c->input_size, c->input_size, bytes);
+    fprintf(head, ",\"labels\":{\"dtype\":\"I32\",\"shape\":[%d],\"data_offsets\":[%zu,%zu]}}", n, bytes,
+            bytes + 4 * (size_t)n);
+    while ((fflush(head), length % 8)) fputc(' ', head);
+    fclose(head);
+    l->path = path, l->file = file_begin(l->temporary, path);
+    put_le(l->file, 8, length), fwrite(text, 1, length, l->file);
+    free(text);
+}
+static void latents_put(LatentsOut *l, const double *x, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        float value = (float)x[i];
+        fwrite(&value, 4, 1, l->file);
+    }
+}
+
+// ----------------------------------------------------------------------------------------------------------
+// Terminals: Kitty's and iTerm2's protocols show real pixels, half blocks work everywhere else.
+
+enum Terminal { HALF_BLOCKS, KITTY, ITERM };
+static int env_has(const char *name, const char *part) {
+    const char *value = getenv(name);
+    return value && strstr(value, part);
+}
+static enum Terminal terminal_kind(void) {
+    if (!isatty(STDOUT_FILENO) || getenv("TMUX")) return HALF_BLOCKS;   // tmux passes neither on
+    if (getenv("KITTY_WINDOW_ID") || getenv("KONSOLE_VERSION") || env_has("TERM", "kitty") ||
+        env_has("TERM", "ghostty"))
+        return KITTY;
+    if (env_has("TERM_PROGRAM", "iTerm") || env_has("TERM_PROGRAM", "WezTerm") ||
+        env_has("LC_TERMINAL", "iTerm"))
+        return ITERM;
+    return HALF_BLOCKS;
+}
+static int terminal_columns(void) {
+    struct winsize w;
+    if (!ioctl(STDOUT_FILENO, TIOCGWINSZ, &w) && w.ws_col > 3) return w.ws_col;
+    return 100;
+}
+
+// The caller frees.
+static char *base64(const uint8_t *p, size_t n) {
+    static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    char *out = (char *)alloc_zero((n + 2) / 3 * 4 + 1, 1), *to = out;
+    for (size_t i = 0; i < n; i += 3) {
+        uint32_t bits =
+            (uint32_t)p[i] << 16 | (i + 1 < n ? (uint32_t)p[i + 1] << 8 : 0) | (i + 2 < n ? p[i + 2] : 0u);
+        for (int k = 0; k < 4; k++) *to++ = i + (size_t)k > n ? '=' : digits[bits >> (18 - 6 * k) & 63];
+    }
+    return out;
+}
+
+// Kitty: the raw pixels, in pieces of at most 4096 characters. iTerm2: a file, for which a Windows bitmap
+// will do.
+static void picture_send(const Picture *p, enum Terminal kind) {
+    size_t pixels = (size_t)p->width * (size_t)p->height, row = ((size_t)p->width * 3 + 3) / 4 * 4;
+    size_t bytes = kind == KITTY ? pixels * 3 : 54 + row * (size_t)p->height;
+    uint8_t *raw = (uint8_t *)alloc_zero(bytes, 1);
+    if (kind == ITERM) {
+        uint32_t head[13] = {(uint32_t)bytes,
+                             0,
+                             54,
+                             40,
+                             (uint32_t)p->width,
+                             (uint32_t)-p->height,
+                             1 | 24 << 16,
+                             0,
+                             (uint32_t)(bytes - 54),
+                             0,
+                             0,
+                             0,
+                             0};   // a negative height: rows from the top
+        raw[0] = 'B', raw[1] = 'M';
+        for (size_t i = 0; i < 52; i++) raw[2 + i] = (uint8_t)(head[i / 4] >> (8 * (i % 4)));
+    }
+    for (size_t i = 0; i < pixels; i++)
+        for (size_t k = 0; k < 3; k++) {
+            uint8_t value = p->pixels[i * (size_t)p->channels + (p->channels == 3 ? k : 0)];
+            if (kind == KITTY) raw[i * 3 + k] = value;
+            else raw[54 + i / (size_t)p->width * row + i % (size_t)p->width * 3 + 2 - k] = value;
+        }
+    char *text = base64(raw, bytes);
+    size_t n = strlen(text);
+    if (kind == ITERM) printf("\x1b]1337;File=inline=1;size=%zu:%s\a\n", bytes, text);
+    for (size_t at = 0; at < n && kind == KITTY; at += 4096) {
+        if (at) printf("\x1b_Gm=%d;", at + 4096 < n);
+        else printf("\x1b_Ga=T,f=24,s=%d,v=%d,m=%d;", p->width, p->height, n > 4096);
+        printf("%.4096s\x1b\\%s", text + at, at + 4096 < n ? "" : "\n");
+    }
+    free(text), free(raw);
+}
+
+// Pictures [n,H,W,channels] as half blocks: small ones pixel by pixel, large ones shrunk to at most 64
+// columns. As many stand in a line as fit, at most `columns`. Returns the lines printed.
+static int pictures_show(const uint8_t *pixels, int n, int H, int W, int channels, int columns) {
+    int shrink = (W + 63) / 64, w = imax(1, W / shrink), h = imax(1, H / shrink);
+    columns = imax(1, imin(columns, (terminal_columns() - 1) / (w + 1)));
+    Grid g = grid_create(n, w, h, channels, columns, 1, 1);
+    uint8_t *small = (uint8_t *)alloc_zero((size_t)w * (size_t)h, (size_t)channels);
+    for (int i = 0; i < n; i++) {
+        for (int k = 0; k < w * h * channels; k++) {
+            int sum = 0, ch = k % channels, x0 = k / channels % w * shrink, y0 = k / channels / w * shrink;
+            for (int y = y0; y < y0 + shrink; y++)
+                for (int x = x0; x < x0 + shrink; x++)
+                    sum += pixels[(((size_t)i * (size_t)H + (size_t)y) * (size_t)W + (size_t)x) *
+                                      (size_t)channels +
+                                  (size_t)ch];
+            small[k] = (uint8_t)(sum / (shrink * shrink));
+        }
+        grid_put(&g, i, small);
+    }
+    picture_show(&g.p);
+    int lines = (g.p.height + 1) / 2;
+    free(small), free(g.p.pixels);
+    return lines;
+}
+
+// ----------------------------------------------------------------------------------------------------------
+// Command line
+
+typedef struct {
+    const char *sampler, *classes, *one_class, *decoder, *out, *separate, *npz, *latents;
+    int steps, num, batch, threads, scale, columns, raw, no_path_drop, random_classes, show, show_steps;
+    double cfg, cls_cfg, low, high;
+    uint64_t seed;
+} SampleRun;
+
+typedef struct {
+    const char *name;
+    char kind;   // t text, i whole number, u seed, d number, s switch
+    size_t offset;
+    double low, high;
+    const char *help;
+} SampleOption;
+#define SAMPLE_OPTION(flag, field, kind, low, high, help) \
+    {flag, kind, offsetof(SampleRun, field), low, high, help}
+static const SampleOption sample_options[] = {
+    SAMPLE_OPTION("--sampler", sampler, 't', 0, 0,
+                  "em: stochastic Euler-Maruyama, as the paper scores; or the ODE with euler or heun [em]"),
+    SAMPLE_OPTION("--steps", steps, 'i', 1, 1e6, "steps from noise to data; 250 to score [50]"),
+    SAMPLE_OPTION("--cfg", cfg, 'd', 0, 1000, "classifier-free guidance; 1: none [1]"),
+    SAMPLE_OPTION("--cls-cfg", cls_cfg, 'd', -1, 1000,
+                  "guidance of the CLS vector, where --cfg is above 1; 0: none [0]"),
+    SAMPLE_OPTION("--guidance-low", low, 'd', 0, 1, "guide only at times t from here, 0 is data ... [0]"),
+    SAMPLE_OPTION("--guidance-high", high, 'd', 0, 1, "... to here, 1 is noise [1]"),
+    SAMPLE_OPTION("--no-path-drop", no_path_drop, 's', 0, 0,
+                  "guide with the whole network instead of without its sparse blocks"),
+    SAMPLE_OPTION("--class", one_class, 't', 0, 0, "all of this class, or none: without a class"),
+    SAMPLE_OPTION("--classes", classes, 't', 0, 0, "these classes in turn, such as 0-9 or 1,4,7-9 [all]"),
+    SAMPLE_OPTION("--random-classes", random_classes, 's', 0, 0, "classes drawn at random"),
+    SAMPLE_OPTION("--num", num, 'i', 1, 1e9,
+                  "pictures [8 of each class, or 8 in all where there are over 20 classes]"),
+    SAMPLE_OPTION("--seed", seed, 'u', 0, 9e15, "of everything random [1]"),
+    SAMPLE_OPTION("--raw", raw, 's', 0, 0, "the weights themselves instead of their moving average"),
+    SAMPLE_OPTION("--decoder", decoder, 't', 0, 0, "the decoder's weights, for checkpoints of INVAE latents"),
+    SAMPLE_OPTION("--out", out, 't', 0, 0,
+                  "one PNG with all pictures [samples.png, where nothing below is asked for]"),
+    SAMPLE_OPTION("--scale", scale, 'i', 0, 1000, "enlarge each pixel; 0: to 64 a side at least [0]"),
+    SAMPLE_OPTION("--columns", columns, 'i', 0, 1e6,
+                  "of the PNG; 0: one a class, up to 20, or nearly square [0]"),
+    SAMPLE_OPTION("--separate", separate, 't', 0, 0, "folder for one PNG each"),
+    SAMPLE_OPTION("--npz", npz, 't', 0, 0,
+                  "for the ADM evaluator; the same command goes on with what an interrupted one left"),
+    SAMPLE_OPTION("--latents", latents, 't', 0, 0, "safetensors with what the network made, undecoded"),
+    SAMPLE_OPTION("--show", show, 's', 0, 0, "show the pictures in the terminal"),
+    SAMPLE_OPTION("--show-steps", show_steps, 's', 0, 0, "and how they come out of the noise"),
+    SAMPLE_OPTION("--batch", batch, 'i', 0, 1e5,
+                  "pictures at a time; 0: what fits into 1 GB, at most 64 [0]"),
+    SAMPLE_OPTION("--threads", threads, 'i', 0, 4096, "CPU threads; 0: what OpenMP chooses [0]"),
+};
+enum { NUM_SAMPLE_OPTIONS = sizeof(sample_options) / sizeof(sample_options[0]) };
+
+static SampleRun sample_run_default(void) {
+    SampleRun r;
+    memset(&r, 0, sizeof(r));
+    r.sampler = "em", r.steps = 50, r.cfg = 1, r.high = 1, r.seed = 1;
+    return r;
+}
+
+static void sample_help(const char *program) {
+    printf("Makes pictures from a checkpoint of train_srdit.\n\n"
+           "  %s out/checkpoint.safetensors --show\n"
+           "  %s out/checkpoint.safetensors --classes 3,7 --cfg 2 --num 16 --out 3_and_7.png\n"
+           "  %s out/checkpoint.safetensors --sampler heun --steps 10 --show-steps\n"
+           "  %s out/checkpoint.safetensors --steps 250 --num 5000 --npz samples.npz\n\n"
+           "Options, with their defaults in brackets:\n", program, program, program, program);
+    for (int i = 0; i < NUM_SAMPLE_OPTIONS; i++)
+        printf("  %-17s %s\n", sample_options[i].name, sample_options[i].help);
+    printf("\nThe same seed makes the same pictures whatever --batch and --threads are.\n");
+}
+
+// Reads the command line; returns the checkpoint's path.
+static const char *sample_flags(SampleRun *r, int argc, char **argv) {
+    const char *path = NULL;
+    for (int i = 1; i < argc; i++) {
+        const SampleOption *o = NULL;
+        for (int k = 0; k < NUM_SAMPLE_OPTIONS && !o; k++)
+            if (!strcmp(argv[i], sample_options[k].name)) o = &sample_options[k];
+        if (!o && argv[i][0] != '-') {
+            if (path) die("two checkpoints are given, %s and %s; one is enough", path, argv[i]);
+            path = argv[i];
+            continue;
+        }
+        if (!o) {   // the flag that shares most of its letters at both ends
+            const char *best = NULL;
+            size_t most = 4;
+            for (int k = 0; k < NUM_SAMPLE_OPTIONS; k++) {
+                const char *flag = sample_options[k].name;
+                size_t same = 0, back = 0, n = strlen(flag), m = strlen(argv[i]);
+                while (same < n && flag[same] == argv[i][same]) same++;
+                while (back < n && back < m && flag[n - 1 - back] == argv[i][m - 1 - back]) back++;
+                if (same + back > most) most = same + back, best = flag;
+            }
+            die("unknown argument %s%s%s%s (--help lists all)", argv[i], best ? "; did you mean " : "",
+                best ? best : "", best ? "?" : "");
+        }
+        char *at = (char *)r + o->offset;
+        if (o->kind == 's') {
+            *(int *)at = 1;
+            continue;
+        }
+        if (i + 1 >= argc) die("%s needs a value: %s", o->name, o->help);
+        const char *value = argv[++i];
+        if (o->kind == 't') {
+            *(const char **)at = value;
+            continue;
+        }
+        double x = text_number(value, "command line", o->name);
+        if (!(x >= o->low && x <= o->high) || (o->kind != 'd' && x != floor(x)))
+            die("%s is %s, which is not a %snumber from %.0f to %.0f", o->name, value,
+                o->kind == 'd' ? "" : "whole ", o->low, o->high);
+        if (o->kind == 'd') *(double *)at = x;
+        else if (o->kind == 'u') *(uint64_t *)at = (uint64_t)x;
+        else *(int *)at = (int)x;
+    }
+    if (!path)
+        die("which checkpoint? For example: %s out/checkpoint.safetensors (--help lists everything)",
+            argv[0]);
+    if (strcmp(r->sampler, "em") && strcmp(r->sampler, "euler") && strcmp(r->sampler, "heun"))
+        die("--sampler %s: there is no such sampler; there are em, euler and heun", r->sampler);
+    if (r->low > r->high) die("--guidance-low %g is above --guidance-high %g", r->low, r->high);
+    if (!!r->classes + !!r->one_class + r->random_classes > 1)
+        die("--class, --classes and --random-classes exclude each other");
+    return path;
+}
+
+// The classes of a list such as "1,4,7-9", and `none`, which is class K: they are counted; classes NULL: only
+// that.
+static int class_list(int *classes, const char *list, int K) {
+    int n = 0;
+    const char *p = list;
+    do {
+        char *end;
+        long first, last;
+        if (!strncmp(p, "none", 4)) first = last = K, end = (char *)p + 4;
+        else {
+            if (!isdigit((unsigned char)*p))
+                die("classes \"%s\": a list such as 0-9 or 1,4,7-9 is expected", list);
+            first = last = strtol(p, &end, 10);
+            if (*end == '-' && isdigit((unsigned char)end[1])) last = strtol(end + 1, &end, 10);
+            if (first >= K || last >= K)
+                die("classes \"%s\": there is no class %ld; there are 0 to %d", list,
+                    first >= K ? first : last, K - 1);
+            if (last < first) die("classes \"%s\": %ld-%ld runs backwards", list, first, last);
+        }
+        if (*end && (*end != ',' || !end[1]))
+            die("classes \"%s\": a list such as 0-9 or 1,4,7-9 is expected", list);
+        if (n > 10000000) die("classes \"%s\": too many", list);
+        for (long i = first; i <= last; i++, n++)
+            if (classes) classes[n] = (int)i;
+        p = *end ? end + 1 : NULL;
+    } while (p);
+    return n;
+}
+
+// ----------------------------------------------------------------------------------------------------------
+// The run
+
+typedef struct {
+    const Config *c;
+    const Decoder *decoder;      // NULL: the latents are pixels
+    double scale, offset;        // model's units = decoder's * scale + offset
+    int H, W, channels;          // of a picture
+} Viewer;
+
+// pixels [n,H,W,channels] of x [n,C,S,S]
+static void view(uint8_t *pixels, const Viewer *v, const double *x, size_t n) {
+    size_t latent = (size_t)latent_of(v->c), plane = (size_t)v->H * (size_t)v->W, ch = (size_t)v->channels,
+           size = plane * ch;
+    real *z = (real *)alloc_zero(latent, sizeof(real)), *image = (real *)alloc_zero(size, sizeof(real));
+    for (size_t b = 0; b < n; b++) {
+        for (size_t i = 0; i < latent && v->decoder; i++)
+            z[i] = (real)((x[b * latent + i] - v->offset) / v->scale);
+        if (v->decoder) decoder_decode(image, v->decoder, z, 1, v->c->input_size, v->c->input_size);
+        for (size_t i = 0; i < size; i++)
+            pixels[b * size + i % plane * ch + i / plane] =
+                pixel_of(v->decoder ? (double)image[i] : x[b * latent + i]);
+    }
+    free(z), free(image);
+}
+
+// What the callback of the samplers needs: it keeps the line with the time left, draws the steps, and ends on
+// Ctrl-C.
+typedef struct {
+    const Viewer *viewer;
+    const char *npz;
+    LatentsOut *latents;
+    int done, already, total, n, draw, columns, line;
+    double begin, last;
+} Watch;
+
+static void watch(int step, int steps, const double *x, void *user) {
+    Watch *w = (Watch *)user;
+    double now = now_seconds(), part = w->done + w->n * (double)step / steps;
+    if (interrupted) {
+        if (w->line) fprintf(stderr, "\n");
+        if (w->latents) unlink(w->latents->temporary);
+        fprintf(stderr, "interrupted after %d of %d pictures%s%s%s\n", w->done, w->total,
+                w->npz ? "; they are in " : "", w->npz ? w->npz : "",
+                w->npz ? ".part, and the same command goes on from there" : "");
+        exit(130);
+    }
+    int tty = isatty(STDOUT_FILENO), each = w->viewer->decoder || !tty ? imax(1, steps / 8) : 1;
+    if (w->draw && (step % each == 0 || step == steps)) {   // the first pictures of the first batch
+        int n = imin(w->n, w->viewer->decoder ? 1 : w->draw);
+        size_t bytes = (size_t)w->viewer->H * (size_t)w->viewer->W * (size_t)w->viewer->channels;
+        uint8_t *pixels = (uint8_t *)alloc_zero((size_t)n, bytes);
+        view(pixels, w->viewer, x, (size_t)n);
+        printf("step %d/%d\x1b[K\n", step, steps);
+        int lines = 1 + pictures_show(pixels, n, w->viewer->H, w->viewer->W, w->viewer->channels, w->columns);
+        if (tty && step < steps) printf("\x1b[%dA", lines);   // the next step is drawn over this one
+        fflush(stdout);
+        free(pixels);
+        if (step == steps) w->draw = 0;
+    }
+    if (w->draw || !isatty(STDERR_FILENO) || (now - w->last < 0.1 && part < w->total)) return;
+    double left = (now - w->begin) / (part - w->already) * (w->total - part);
+    w->last = now, w->line = 1;
+    fprintf(stderr, "\r%d of %d pictures, step %d/%d, %d:%02d left \x1b[K", w->done, w->total, step, steps,
+            (int)left / 60, (int)left % 60);
+}
+
+__attribute__((format(printf, 2, 3))) static SafePair pair_format(const char *key, const char *format, ...) {
+    SafePair p = pair_text(key, "");
+    va_list args;
+    va_start(args, format);
+    vsnprintf(p.value, sizeof(p.value), format, args);
+    va_end(args);
+    return p;
+}
+
+static int sample_main(int argc, char **argv, const Backend *backend) {
+    SampleRun r = sample_run_default();
+    for (int i = 1; i < argc; i++)
+        if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h")) {
+            sample_help(argv[0]);
+            return 0;
+        }
+    const char *path = sample_flags(&r, argc, argv);
+    if (r.threads) omp_set_num_threads(r.threads);
+
+    // the checkpoint and, where its latents are not pixels, the decoder
+    double begin = now_seconds();
+    Config c = config_default();
+    SafeFile *f = checkpoint_open(path, &c);
+    int is_export = !strcmp(safe_metadata(f, "format"), "srdit-export-1"), K = c.num_classes,
+        S = c.input_size;
+    if (is_export && r.raw)
+        die("%s: an export holds only the moving average; --raw needs a checkpoint", path);
+    const char *prefix = is_export ? "" : r.raw ? "model." : "ema.", *kind = safe_metadata(f, "decoder");
+    Viewer viewer = {&c, NULL, safe_number(f, "latent_scale", 1), safe_number(f, "latent_offset", 0), S, S,
+                     c.in_channels};
+    if (viewer.scale == 0 || !(fabs(viewer.scale) < INFINITY) || !(fabs(viewer.offset) < INFINITY))
+        die("%s: latent_scale %g, latent_offset %g are not usable", path, viewer.scale, viewer.offset);
+    int pixels_kind = !kind || !strcmp(kind, "pixels"),
+        wants_pictures = r.out || r.separate || r.npz || r.show || r.show_steps;
+    if (!r.out && !r.separate && !r.npz && !r.latents) r.out = "samples.png", wants_pictures = 1;
+    if (!pixels_kind && strcmp(kind, "invae"))
+        die("%s: its decoder is \"%s\", which is neither pixels nor invae", path, kind);
+    if (pixels_kind && r.decoder)
+        die("--decoder %s: the checkpoint was trained on pixels, which need no decoder", r.decoder);
+    if (pixels_kind && wants_pictures && c.in_channels != 1 && c.in_channels != 3)
+        die("%s: %d channels are no picture; --latents FILE keeps them", path, c.in_channels);
+    if (!pixels_kind && !r.decoder && wants_pictures)
+        die("%s makes latents of the INVAE: --decoder FILE turns them into pictures (dev/convert.py makes "
+            "one), --latents FILE keeps them", path);
+    uint64_t decoder_print = 0;
+    Decoder *decoder = NULL;
+    if (!pixels_kind && wants_pictures) {
+        SafeFile *d = safe_open(r.decoder);
+        decoder = decoder_open(d, "");
+        if (safe_number(d, "latent_scale", viewer.scale) != viewer.scale)
+            die("%s: its latent_scale is %s, but that of %s is %g: they do not belong together", r.decoder,
+                safe_metadata(d, "latent_scale"), path, viewer.scale);
+        if (decoder->z != c.in_channels)
+            die("%s: it decodes %d channels, but %s makes %d", r.decoder, decoder->z, path, c.in_channels);
+        if (decoder->out_ch != 1 && decoder->out_ch != 3)
+            die("%s: its pictures have %d channels", r.decoder, decoder->out_ch);
+        decoder_print = fingerprint(d, "");
+        safe_close(d);
+        viewer.decoder = decoder, viewer.channels = decoder->out_ch;
+        viewer.H = viewer.W = S * decoder_factor(decoder);
+    }
+
+    // labels, places
+    const char *list = r.one_class ? r.one_class : r.classes;
+    int list_count = list ? class_list(NULL, list, K) : 0;
+    int *classes = (int *)alloc_zero((size_t)list_count, sizeof(int)), kinds = list ? list_count : K;
+    if (list) class_list(classes, list, K);
+    if (r.one_class && list_count > 1)
+        die("--class %s is more than one class; --classes takes a list", r.one_class);
+    if (!r.num) r.num = kinds <= 20 ? 8 * kinds : 8;
+    int scale = r.scale ? r.scale : imax(1, (63 + viewer.W) / viewer.W), gap = imax(2, viewer.W * scale / 32);
+    int columns = (int)ceil(sqrt(r.num));
+    if (kinds <= 20 && kinds > 1 && !r.random_classes) columns = kinds;
+    if (r.columns) columns = r.columns;
+    columns = imin(columns, r.num);
+    if (r.out) {
+        check_output(r.out, "--out");
+        if (strlen(r.out) < 5 || strcmp(r.out + strlen(r.out) - 4, ".png"))
+            die("--out %s: pictures are PNG, so the name must end in .png", r.out);
+        double area = (double)columns * (viewer.W * scale + gap) * ((r.num + columns - 1) / columns) *
+                      (viewer.H * scale + gap);
+        if (area > 4e8 || (double)columns * (viewer.W * scale + gap) > 1e6)
+            die("--out %s: %d pictures in one are too many; --separate DIR or --npz FILE takes any number",
+                r.out, r.num);
+    }
+    if (r.npz) check_output(r.npz, "--npz");
+    if (r.latents) check_output(r.latents, "--latents");
+    if (r.separate) make_folder(r.separate);
+    if (r.separate && access(r.separate, W_OK))
+        die("--separate %s: the folder cannot be written to: %s", r.separate, strerror(errno));
+
+    // the model
+    Acts none;
+    Arena count = {NULL, 0};
+    acts_layout(&none, &count, &c, 1, 1);
+    int batch = r.batch ? r.batch : imax(1, imin(64, (int)(1e9 / ((double)count.used * sizeof(real)))));
+    batch = imin(batch, r.num);
+    Model *m = sampling_model(backend, &c, batch, f, prefix, r.raw);
+    uint64_t print = fingerprint(f, prefix);
+    double loaded = now_seconds() - begin;
+    const char *step_text = safe_metadata(f, "step"), *data = safe_metadata(f, "data"),
+               *base = strrchr(path, '/');
+    base = base ? base + 1 : path;
+
+    Sampling s = sampling_default();
+    s.steps = r.steps, s.cfg = r.cfg, s.cls_cfg = r.cls_cfg, s.low = r.low, s.high = r.high, s.seed = r.seed,
+    s.use_ema = !r.raw;
+    s.path_drop = !r.no_path_drop;
+    int stochastic = !strcmp(r.sampler, "em"), heun = !strcmp(r.sampler, "heun"), guided = s.cfg > 1;
+    if (guided && !c.label_dropout)
+        fprintf(stderr, "warning: this checkpoint was trained without label dropout; guidance by a network "
+                        "that has never seen \"no class\" is arbitrary\n");
+    if (guided && s.path_drop && !c.path_drop)
+        fprintf(stderr, "warning: this checkpoint was trained without path drop; --no-path-drop guides "
+                        "with the whole network\n");
+
+    // every setting that pictures depend on: into the PNG, the .npz, the latents, and on the terminal
+    SafePair pairs[24];
+    int n = 0;
+    pairs[n++] = pair_text("Software", "SR-DiT in C and CUDA");
+    pairs[n++] = pair_text("checkpoint", base), pairs[n++] = pair_text("step", step_text ? step_text : "?");
+    pairs[n++] = pair_format("weights", "%s %016llx", r.raw ? "raw" : "EMA", (unsigned long long)print);
+    pairs[n++] = pair_format("decoder", viewer.decoder ? "invae %016llx" : "pixels",
+                             (unsigned long long)decoder_print);
+    pairs[n++] = pair_format("seed", "%llu", (unsigned long long)r.seed);
+    pairs[n++] = pair_format("num", "%d", r.num);
+    pairs[n++] = pair_text("classes", list ? list : r.random_classes ? "random" : "balanced");
+    pairs[n++] = pair_text("sampler", r.sampler), pairs[n++] = pair_format("steps", "%d", r.steps);
+    pairs[n++] = pair_format("cfg", "%.17g", r.cfg), pairs[n++] = pair_format("cls_cfg", "%.17g", r.cls_cfg);
+    pairs[n++] = pair_format("guidance_low", "%.17g", r.low);
+    pairs[n++] = pair_format("guidance_high", "%.17g", r.high);
+    pairs[n++] = pair_format("path_drop", "%d", s.path_drop);
+    pairs[n++] =
+        pair_format("build", "%s, %s, vectors of %d bytes", backend->name, real_dtype(), (int)VBYTES);
+    int settings_count = n;
+    pairs[n++] = pair_text("space", "model"), pairs[n++] = pair_number("latent_scale", viewer.scale);
+    pairs[n++] = pair_number("latent_offset", viewer.offset);
+    pairs[n++] = pair_text("data", data ? data : "unnamed");
+    char *settings = NULL;
+    size_t settings_bytes = 0;
+    FILE *text = open_memstream(&settings, &settings_bytes);
+    if (!text) die("out of memory");
+    for (int i = 0; i < settings_count; i++) fprintf(text, "%s: %s\n", pairs[i].key, pairs[i].value);
+    fclose(text);
+
+    int per_step = heun ? 2 * r.steps - 1 : r.steps;
+    printf("%s: step %s of %s, %s weights, %.1f MB read in %.2f s\n", path, step_text ? step_text : "?",
+           data ? data : "unnamed data", r.raw ? "raw" : "EMA", (double)m->parameter_bytes / 1e6, loaded);
+    if (decoder)
+        printf("%s: %d x %d to %d x %d pixels, %.0f MB of weights, %.0f MB of maps\n", r.decoder, S, S,
+               viewer.H, viewer.W, (double)decoder->weight_bytes / 1e6,
+               3.0 * (double)decoder_map_elements(decoder, S, S) * sizeof(real) / 1e6);
+    printf("sampler %s, %d steps, %d evaluations; ", r.sampler, r.steps, per_step);
+    if (guided)
+        printf("cfg %g, cls-cfg %g, t %g to %g, path drop %s; ", r.cfg, r.cls_cfg, r.low, r.high,
+               s.path_drop ? "on" : "off");
+    else printf("no guidance; ");
+    printf("%d pictures, classes %s, seed %llu\n", r.num, pairs[7].value, (unsigned long long)r.seed);
+    fflush(stdout);
+
+    // where they go. An .npz goes on where it stopped if nothing else wants the pictures that it has.
+    Npz npz;
+    LatentsOut latents;
+    Grid grid;
+    int show_n = r.show ? imin(r.num, viewer.decoder ? 4 : 10 * columns) : 0, first = 0;
+    size_t size = (size_t)viewer.H * (size_t)viewer.W * (size_t)viewer.channels,
+           latent = (size_t)latent_of(&c), Z = (size_t)c.z_dim;
+    uint8_t *shown = (uint8_t *)alloc_zero((size_t)show_n, size);
+    if (r.npz) {
+        first = (int)npz_open(&npz, r.npz, (uint64_t)r.num, viewer.H, viewer.W, settings,
+                              r.out || r.separate || r.latents || r.show);
+        if (first) printf("%s.part has the first %d pictures already\n", r.npz, first);
+    }
+    if (r.out) grid = grid_create(r.num, viewer.W, viewer.H, viewer.channels, columns, scale, gap);
+    if (r.latents) latents_open(&latents, r.latents, &c, r.num, pairs, n);
+
+    // the pictures
+    double *x = (double *)alloc_zero((size_t)batch * latent, sizeof(double)),
+           *cls = (double *)alloc_zero((size_t)batch * Z, sizeof(double));
+    int *y = (int *)alloc_zero((size_t)r.num, sizeof(int));
+    for (int i = 0; i < r.num; i++)
+        y[i] = list ? classes[i % list_count] : !r.random_classes ? i % K
+            : (int)((uint64_t)draw4(r.seed, STREAM_SAMPLE_LABEL, 0, (uint32_t)i, 0).v[0] * (uint64_t)K >> 32);
+    uint8_t *pixels = (uint8_t *)alloc_zero((size_t)batch, size);
+    Backend timed = *backend;
+    timed_backend = backend, timed.velocity = timed_velocity;
+    struct sigaction action;
+    memset(&action, 0, sizeof(action));
+    action.sa_handler = on_interrupt, action.sa_flags = (int)SA_RESETHAND;   // a second Ctrl-C ends at once
+    sigaction(SIGINT, &action, NULL), sigaction(SIGTERM, &action, NULL);
+    Watch w = {&viewer, r.npz, r.latents ? &latents : NULL, first, first, r.num, 0,
+               r.show_steps ? 2 * columns : 0, columns, 0, now_seconds(), 0};
+    double decoding = 0;
+    for (int i = first; i < r.num; i += w.n) {
+        w.n = imin(batch, r.num - i), w.done = s.first = i;
+        size_t b = (size_t)w.n;
+        sampler_noise(x, cls, &c, &s, 0, w.n);
+        if (stochastic) sample_euler_maruyama(x, cls, &timed, m, &s, y + i, w.n, watch, &w);
+        else sample_ode(x, cls, &timed, m, &s, heun, y + i, w.n, watch, &w);
+        for (size_t k = 0; k < b * latent; k++)
+            if (!(fabs(x[k]) < INFINITY))
+                die("picture %zu is not made of finite numbers: the checkpoint's weights are of no use, or "
+                    "guidance is too strong", (size_t)i + k / latent);
+        if (r.latents) latents_put(&latents, x, b * latent);
+        if (!wants_pictures) continue;
+        double start = now_seconds();
+        view(pixels, &viewer, x, b);
+        decoding += now_seconds() - start;
+        if (r.npz) npz_put(&npz, pixels, b, viewer.channels);
+        for (size_t k = 0; k < b; k++) {
+            int index = i + (int)k;
+            if (r.out) grid_put(&grid, index, pixels + k * size);
+            if (index < show_n) memcpy(shown + (size_t)index * size, pixels + k * size, size);
+            if (!r.separate) continue;
+            char name[PATH_MAX];
+            Grid one = grid_create(1, viewer.W, viewer.H, viewer.channels, 1, r.scale ? r.scale : 1, 0);
+            grid_put(&one, 0, pixels + k * size);
+            if (snprintf(name, sizeof(name), "%s/%06d.png", r.separate, index) >= PATH_MAX)
+                die("%s: the name is too long", r.separate);
+            pairs[n] = pair_number("index", index), pairs[n + 1] = pair_number("class", y[index]);
+            png_write(name, one.p.pixels, one.p.width, one.p.height, one.p.channels, pairs, n + 2);
+            free(one.p.pixels);
+        }
+    }
+    if (w.line) fprintf(stderr, "\r\x1b[K");
+    double seconds = now_seconds() - w.begin;
+    if (r.latents) {
+        for (int i = 0; i < r.num; i++) put_le(latents.file, 4, (uint64_t)(uint32_t)y[i]);
+        file_end(latents.file, latents.temporary, r.latents);
+        printf("%s: latents [%d,%d,%d,%d] and labels\n", r.latents, r.num, c.in_channels, S, S);
+    }
+    if (r.npz) {
+        npz_close(&npz);
+        printf("%s: arr_0 [%d,%d,%d,3]\n", r.npz, r.num, viewer.H, viewer.W);
+    }
+    if (r.out) {
+        png_write(r.out, grid.p.pixels, grid.p.width, grid.p.height, grid.p.channels, pairs, n);
+        printf("%s: %d x %d pixels, %d pictures in %d column%s\n", r.out, grid.p.width, grid.p.height, r.num,
+               columns, columns > 1 ? "s" : "");
+    }
+    if (r.separate) printf("%s/000000.png ... %06d.png\n", r.separate, r.num - 1);
+    int made = r.num - first;
+    printf("%.2f s, %.1f pictures/s", seconds, made / seconds);
+    if (decoder && made) printf(", of which decoding %.2f s a picture", decoding / made);
+    printf("\n");
+    if (timed_samples[1] && timed_samples[0]) {
+        double with = 1e3 * timed_seconds[0] / (double)timed_samples[0],
+               without = 1e3 * timed_seconds[1] / (double)timed_samples[1];
+        printf("guidance: an evaluation with the class takes %.3f ms a picture, one without %.3f ms "
+               "(%.0f %%), %d of %d blocks%s\n", with, without, 100 * without / with,
+               s.path_drop ? c.num_f + c.num_h : c.depth, c.depth, s.path_drop ? ": path drop" : "");
+    }
+    enum Terminal terminal = terminal_kind();
+    if (r.show && terminal == HALF_BLOCKS)
+        pictures_show(shown, show_n, viewer.H, viewer.W, viewer.channels, columns);
+    else if (r.show) {
+        Grid g = grid_create(show_n, viewer.W, viewer.H, viewer.channels, imin(columns, show_n),
+                             imax(1, scale / 2), imax(1, gap / 2));
+        for (int i = 0; i < show_n; i++) grid_put(&g, i, shown + (size_t)i * size);
+        picture_send(&g.p, terminal);
+        free(g.p.pixels);
+    }
+    if (r.out) free(grid.p.pixels);
+    if (decoder) decoder_close(decoder);
+    free(x), free(cls), free(y), free(pixels), free(shown), free(classes), free(settings);
+    backend->destroy(m);
+    safe_close(f);
+    return 0;
+}
+
+#ifndef SAMPLE_NO_MAIN
+int main(int argc, char **argv) {
+#ifdef SAMPLE_CUDA
+    return sample_main(argc, argv, &gpu_backend);
+#else
+    wait_calmly(argv);
+    return sample_main(argc, argv, &cpu_backend);
+#endif
+}
+#endif
