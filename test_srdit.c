@@ -425,7 +425,8 @@ static double finite_differences(Config c, int path_drop, char worst[64], int *c
 
 static void test_finite_differences(void) {
     char worst[64] = "", name[96], flag[80];
-    int count;
+    int count, threads = omp_get_max_threads();
+    omp_set_num_threads(1);   // these models are too small to share out
     double share = finite_differences(small_config(), 0, worst, &count);
     result(share <= 1, "finite differences", "%d entries of every tensor; worst %s at %.3f of 1e-9", count,
            worst, share);
@@ -452,6 +453,7 @@ static void test_finite_differences(void) {
                elsewhere ? " (acts elsewhere)" : "", worst, share);
         batch_free(batch_on), batch_free(batch_off), backend->destroy(a), backend->destroy(b);
     }
+    omp_set_num_threads(threads);
 }
 
 // Gradients of one batch of 6 and of the same in 2 or 3 parts, contrastive pairs included
