@@ -18,6 +18,7 @@ CFLAGS   += $(if $(filter yes,$(OPENMP)),-fopenmp,-Wno-unknown-pragmas)
 LDLIBS   := -lm
 
 .PHONY: all test debug help clean found
+.DEFAULT_GOAL := all
 all: found train_srdit sample
 
 train_srdit: train_srdit.c Makefile
@@ -47,6 +48,33 @@ debug: found
 	$(CC) $(DEBUGFLAGS) sample.c -o build/debug/sample $(LDLIBS)
 	./build/debug/test_srdit
 
+# ---- On a GPU. The architecture is that of the GPU that is here; without one, the code is built for two.
+GPU_CAP  ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d .)
+ARCH     ?= $(if $(GPU_CAP),-gencode arch=compute_$(GPU_CAP)$(COMMA)code=sm_$(GPU_CAP),\
+              -gencode arch=compute_80$(COMMA)code=sm_80 -gencode arch=compute_90$(COMMA)code=sm_90)
+COMMA    := ,
+HOST      = -O3$(if $(filter yes,$(NATIVE)),$(COMMA)-march=native)$(COMMA)-fno-math-errno$(COMMA)-Wall$(COMMA)-Wextra
+HOST     += $(if $(filter yes,$(OPENMP)),-Xcompiler -fopenmp,-Xcompiler -Wno-unknown-pragmas)
+NVFLAGS   = -O3 -std=c++17 -lineinfo $(ARCH) -Xcompiler $(HOST) $(if $(FP32),-DFP32)
+.PHONY: nvcc_found
+nvcc_found:
+	@$(if $(NVCC),,echo "error: no nvcc. Install the CUDA Toolkit, or say where it is: make NVCC=/path/to/nvcc $(MAKECMDGOALS)"; \
+	  echo "       (without a GPU, make train_srdit_emu runs the same file on the CPU)"; exit 1)
+	@$(if $(GPU_CAP),echo "GPU: compute capability $(GPU_CAP)",echo "no GPU found here: building for sm_80 and sm_90 (override: ARCH=-arch=sm_XX)")
+
+train_srdit_cu: train_srdit.cu train_srdit.c Makefile | nvcc_found
+	$(NVCC) $(NVFLAGS) train_srdit.cu -o $@ -lcublasLt
+sample_cu: sample.c train_srdit.cu train_srdit.c Makefile | nvcc_found
+	$(NVCC) $(NVFLAGS) -DSAMPLE_CUDA -x cu sample.c -o $@ -lcublasLt
+test_srdit_cu: test_srdit.c sample.c train_srdit.cu train_srdit.c Makefile | nvcc_found
+	@mkdir -p build
+	$(NVCC) $(NVFLAGS) -DTEST_CUDA -x cu -c test_srdit.c -o build/test_cuda.o
+	$(NVCC) $(NVFLAGS) -DUSE_DOUBLE -x cu -c test_srdit.c -o build/test_cuda_double.o
+	$(NVCC) $(NVFLAGS) build/test_cuda.o build/test_cuda_double.o -o $@ -lcublasLt
+
+# ---- The CUDA file without a GPU: train_srdit_emu, test_srdit_emu, test_cuda_on_cpu
+include dev/cuda_on_cpu/emu.mk
+
 found:
 	@echo "compiler: $(CC) ($(shell $(CC) --version 2>/dev/null | head -n 1))"
 	@echo "OpenMP: $(OPENMP)   -march=native: $(NATIVE)   nvcc: $(or $(NVCC),no)"
@@ -55,9 +83,13 @@ help:
 	@echo "make                 train_srdit and sample, for the CPU"
 	@echo "make test            build and run all tests (no Python, no GPU)"
 	@echo "make debug           the same under the address and undefined-behaviour sanitizers"
+	@echo "make train_srdit_cu  the trainer on an NVIDIA GPU; also sample_cu, test_srdit_cu (FP32=1: all in float)"
+	@echo "make train_srdit_emu the same CUDA file run on the CPU, for reading with gdb; also test_srdit_emu"
+	@echo "make test_cuda_on_cpu  every kernel by emulation: thread orders, sanitizers, race detector"
 	@echo "make clean           remove what was built"
 	@echo
 	@echo "Overrides: CC=clang  OPENMP=no  NATIVE=no  OPTIMIZE='-O2 -mavx2 -mfma'  NVCC=/path/to/nvcc"
+	@echo "           ARCH=-arch=sm_90  CUDA=/path/to/toolkit"
 
 clean:
 	rm -rf build train_srdit sample test_srdit train_srdit_cu sample_cu test_srdit_cu train_srdit_emu test_srdit_emu

@@ -677,7 +677,7 @@ __attribute__((noreturn)) static void npz_differs(const Npz *z, const char *ther
     die("%s was begun with other settings; delete it to begin anew", z->temporary);
 }
 
-// Opens PATH.part and returns how many pictures it has already; `fresh`: begins anew, whatever is there.
+// Opens PATH.part and returns how many pictures it has already; `fresh`: it may have none.
 static uint64_t npz_open(Npz *z, const char *path, uint64_t n, int H, int W, const char *settings,
                          int fresh) {
     memset(z, 0, sizeof(*z));
@@ -711,6 +711,9 @@ static uint64_t npz_open(Npz *z, const char *path, uint64_t n, int H, int W, con
     if (!z->file) die("%s: cannot be written: %s", z->temporary, strerror(errno));
     struct stat st;
     if (fstat(fd, &st)) die("%s: %s", z->temporary, strerror(errno));
+    if (fresh && S_ISREG(st.st_mode) && st.st_size > 0)
+        die("%s is what an interrupted run left; it goes on without --out, --separate, --latents and --show, "
+            "which need all pictures; delete it to begin anew", z->temporary);
     if (!fresh && st.st_size >= (off_t)z->zip_bytes - (off_t)text) {   // something is there
         enum { PIECE = 1 << 20 };
         uint8_t *there = (uint8_t *)alloc_zero(imax(PIECE, 65536), 1);
@@ -1102,7 +1105,7 @@ static void view(uint8_t *pixels, const Viewer *v, const double *x, size_t n) {
 // Ctrl-C.
 typedef struct {
     const Viewer *viewer;
-    const char *npz;
+    const char *npz;             // NULL: none, or none that can go on
     LatentsOut *latents;
     int done, already, total, n, draw, columns, line;
     double begin, last;
@@ -1307,9 +1310,9 @@ static int sample_main(int argc, char **argv, const Backend *backend) {
     size_t size = (size_t)viewer.H * (size_t)viewer.W * (size_t)viewer.channels,
            latent = (size_t)latent_of(&c), Z = (size_t)c.z_dim;
     uint8_t *shown = (uint8_t *)alloc_zero((size_t)show_n, size);
+    int fresh = r.out || r.separate || r.latents || r.show;
     if (r.npz) {
-        first = (int)npz_open(&npz, r.npz, (uint64_t)r.num, viewer.H, viewer.W, settings,
-                              r.out || r.separate || r.latents || r.show);
+        first = (int)npz_open(&npz, r.npz, (uint64_t)r.num, viewer.H, viewer.W, settings, fresh);
         if (first) printf("%s.part has the first %d pictures already\n", r.npz, first);
     }
     if (r.out) grid = grid_create(r.num, viewer.W, viewer.H, viewer.channels, columns, scale, gap);
@@ -1329,7 +1332,7 @@ static int sample_main(int argc, char **argv, const Backend *backend) {
     memset(&action, 0, sizeof(action));
     action.sa_handler = on_interrupt, action.sa_flags = (int)SA_RESETHAND;   // a second Ctrl-C ends at once
     sigaction(SIGINT, &action, NULL), sigaction(SIGTERM, &action, NULL);
-    Watch w = {&viewer, r.npz, r.latents ? &latents : NULL, first, first, r.num, 0,
+    Watch w = {&viewer, fresh ? NULL : r.npz, r.latents ? &latents : NULL, first, first, r.num, 0,
                r.show_steps ? 2 * columns : 0, columns, 0, now_seconds(), 0};
     double decoding = 0;
     for (int i = first; i < r.num; i += w.n) {
@@ -1411,10 +1414,10 @@ static int sample_main(int argc, char **argv, const Backend *backend) {
 
 #ifndef SAMPLE_NO_MAIN
 int main(int argc, char **argv) {
+    wait_calmly(argv);
 #ifdef SAMPLE_CUDA
     return sample_main(argc, argv, &gpu_backend);
 #else
-    wait_calmly(argv);
     return sample_main(argc, argv, &cpu_backend);
 #endif
 }

@@ -438,7 +438,8 @@ def selftest(options):
 
         sample = os.path.join(os.path.dirname(HERE), "sample")
         if os.path.exists(sample):
-            results = [subprocess.run([sample, at(name), "--num", "2", "--steps", "2", "--out", at(name + ".png")],
+            few = ["--num", "2", "--steps", "2", "--out", at("few.png")]
+            results = [subprocess.run([sample, at(name)] + few,
                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
                        for name in ("ours.safetensors", "bare.safetensors")]
             check("./sample draws from both", all(r.returncode == 0 for r in results))

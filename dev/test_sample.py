@@ -220,6 +220,7 @@ def test_resume(C):
     bad("other settings are refused", "other settings: seed: 1 there, seed: 2 now", *words, "--seed", 2)
     bad("another number is refused", "other settings", *(words[:2] + [1999] + words[3:]))
     bad("other weights are refused", "other settings", *words, "--raw")
+    bad("what cannot go on does not erase it", "interrupted run left", *words, "--show")
     holder = subprocess.Popen([SAMPLE] + [str(w) for w in words], stdout=subprocess.DEVNULL)
     time.sleep(0.3)
     if holder.poll() is None:
