@@ -6,15 +6,20 @@
 //
 // This file is compiled twice into one program: over a trainer in float, and over the CPU trainer in double
 // (-DUSE_DOUBLE), whose copy of the code is reached by the functions that end in _double.
-#ifdef TEST_CUDA
+#ifdef TEST_CUDA       // over train_srdit.cu: compared with the CPU, see the end
 #define SAMPLE_CUDA
+#define TRAIN_SRDIT_CU_NO_MAIN
 #endif
 #define SAMPLE_NO_MAIN
 #pragma GCC diagnostic ignored "-Wunused-function"   // a test program does not call everything it includes
 #include "sample.c"   // and with it the trainer
 #include <glob.h>
 #include <sys/wait.h>
+#ifdef TEST_CUDA
+static const Backend *backend = &gpu_backend;
+#else
 static const Backend *const backend = &cpu_backend;
+#endif
 
 #ifdef USE_DOUBLE
 static const char *const precision = "double";
@@ -597,7 +602,9 @@ void tests_double(int counts[2]) {
 #else
 void replay_double(const char *path, double tolerance, int most, int counts[2]);
 void tests_double(int counts[2]);
+#ifndef TEST_CUDA
 static int double_counts[2];
+#endif
 
 // ----------------------------------------------------------------------------------------------------------
 // Random numbers, tables, functions
@@ -937,6 +944,333 @@ static void test_damaged(void) {
     free(text);
 }
 
+#ifdef TEST_CUDA
+// ----------------------------------------------------------------------------------------------------------
+// train_srdit.cu against train_srdit.c. The GPU may be one, or the emulator of dev/cuda_on_cpu.
+//
+// In float: each activation, gradient and updated parameter within 1e-4 of the CPU's, relative in L2. In bf16 the measure
+// is what rounding alone does: the CPU computes once more with the operands of its products rounded to bf16, and the GPU
+// may be off by twice as much as that run is.
+
+enum { MOST_ITEMS = 4096 };
+typedef struct { char name[96]; size_t n; real *x; } Item;       // a tensor of a run
+typedef struct { Item items[MOST_ITEMS]; int count; Losses losses; } Outcome;
+
+static void keep(Outcome *o, const char *name, const real *x, size_t n) {
+    if (o->count == MOST_ITEMS) die("more than %d tensors in one run", MOST_ITEMS);
+    Item *i = &o->items[o->count++];
+    snprintf(i->name, sizeof(i->name), "%s", name);
+    i->n = n, i->x = (real *)alloc_zero(n, sizeof(real));
+    memcpy(i->x, x, n * sizeof(real));
+}
+static void outcome_free(Outcome *o) {
+    for (int i = 0; i < o->count; i++) free(o->items[i].x);
+    free(o);
+}
+
+// One step (two micro-batches where `parts` is 2) from random parameters, and what it leaves
+static Outcome *run_step(const Backend *which, const Config *c, int B, int path_drop, int parts) {
+    Outcome *o = (Outcome *)alloc_zero(1, sizeof(Outcome));
+    const Backend *before = backend;
+    backend = which;
+    Model *m = which->create(c, B, 1);
+    randomize(m, 5);
+    real *host = (real *)alloc_zero(m->table.total, sizeof(real));
+    which->get_block(host, m, PARAMS);
+    round_bf16(host, m->table.total);   // the weights themselves are no part of the comparison
+    which->put_block(m, host, PARAMS), which->put_block(m, host, EMA);
+    which->zero_gradients(m);
+    for (int k = 0; k < parts; k++) {
+        Batch *b = random_batch(c, B, k * B, parts * B, 8, path_drop);
+        round_bf16(b->feats, (size_t)(B * tokens_of(c) * c->z_dim));
+        which->forward_backward(m, b);
+        for (int i = -6; i < c->depth && k == parts - 1; i++) {
+            static const char *const names[] = {"embed", "cond", "fused", "zs", "out", "cls_out"};
+            char name[64];
+            size_t n = 0;
+            if (i < 0) snprintf(name, sizeof(name), "%s", names[i + 6]);
+            else snprintf(name, sizeof(name), "block.%d", i);
+            if ((!c->align && i == -3) || (!c->cls && i == -1) || (path_drop && is_sparse(c, i))) continue;
+            const real *x = which->activation(m, name, &n);
+            keep(o, name, x, n * (size_t)B);
+        }
+        batch_free(b);
+    }
+    which->get_block(host, m, GRADS);
+    for (int turn = 0; turn < 3; turn++) {
+        if (turn == 1) which->update(m, 1);
+        if (turn) which->get_block(host, m, turn == 1 ? PARAMS : EMA);
+        for (int i = 0; i < m->table.count; i++) {
+            const Tensor *t = &m->table.tensors[i];
+            static const char *const kind[] = {"grad", "after", "ema"};
+            char name[96];
+            snprintf(name, sizeof(name), "%s.%s", kind[turn], t->name);
+            if (t->start < POSITIONS) keep(o, name, host + t->offset, t->size);
+        }
+    }
+    o->losses = which->read_losses(m);
+    SamplerWork w = sampler_work(c, B);
+    fill_normal(w.x, (size_t)(B * latent_of(c)), 3, 1, 0, 0), fill_normal(w.cls, (size_t)(B * c->z_dim), 3, 2, 0, 0);
+    for (int i = 0; i < B; i++) w.t[i] = (real)(0.1 + 0.8 * i / B), w.y[i] = i % (c->num_classes + 1);
+    for (int drop = 0; drop < 2; drop++) {
+        which->velocity(m, w.v[0], w.v_cls[0], w.x, w.cls, w.t, w.y, drop, drop, B);
+        keep(o, drop ? "velocity, path dropped, EMA" : "velocity", w.v[0], (size_t)(B * latent_of(c)));
+        if (c->cls) keep(o, drop ? "velocity of CLS, path dropped, EMA" : "velocity of CLS", w.v_cls[0], (size_t)(B * c->z_dim));
+    }
+    sampler_work_free(&w), free(host), which->destroy(m);
+    backend = before;
+    return o;
+}
+
+static double distance(const Item *a, const Item *b) {   // L2
+    double sum = 0;
+    for (size_t i = 0; i < a->n; i++) sum += ((double)a->x[i] - b->x[i]) * ((double)a->x[i] - b->x[i]);
+    return sqrt(sum);
+}
+static double length(const Item *a) {
+    double sum = 0;
+    for (size_t i = 0; i < a->n; i++) sum += (double)a->x[i] * a->x[i];
+    return sqrt(sum);
+}
+
+// Tensors of one kind: with a name that is the same but for the number of its block
+static int same_kind(const char *a, const char *b) {
+    while (*a && *b) {
+        if (isdigit(*a) && isdigit(*b)) {
+            while (isdigit(*a)) a++;
+            while (isdigit(*b)) b++;
+        } else if (*a++ != *b++) return 0;
+    }
+    return !*a && !*b;
+}
+
+static void compare_step(const char *what, const Config *c, int B, int path_drop, int parts) {
+    Outcome *want = run_step(&cpu_backend, c, B, path_drop, parts), *got = run_step(&gpu_backend, c, B, path_drop, parts);
+    Outcome *round = NULL;
+    int in_float = sizeof(gpu::floatX) == 4, bad = 0;
+    if (!in_float) round_like_gpu = 1, round = run_step(&cpu_backend, c, B, path_drop, parts), round_like_gpu = 0;
+    double worst = 0;
+    char worst_name[96] = "";
+    for (int i = 0; i < want->count; i++) {
+        Item *w = &want->items[i], *g = &got->items[i];
+        double size = length(w), error = distance(g, w), allowed = 1e-4 * size + 1e-12;
+        int adam = !strncmp(w->name, "after.", 6) || !strncmp(w->name, "ema.", 4);
+        if (!in_float) {
+            // A tensor of few numbers may be lucky in the rounded run. So the measure is that of all blocks' tensors of
+            // its kind, if that is more, and twice is a little more where there are few numbers to take a mean of.
+            double sum = 0, n = 0;
+            for (int k = 0; k < want->count; k++)
+                if (same_kind(want->items[k].name, w->name)) {
+                    double d = distance(&round->items[k], &want->items[k]);
+                    sum += d * d, n += (double)w->n;
+                }
+            double own = distance(&round->items[i], w);
+            allowed = 2 * (1 + 2 / sqrt((double)w->n)) * fmax(own, sqrt(sum / n * (double)w->n));
+        }
+        // Adam divides a gradient by its own size, so that one near 0 may move its parameter the other way: by 2 lr at most
+        if (adam) allowed += (in_float ? 0.02 : 2) * c->lr * sqrt((double)w->n);
+        double share = error / (allowed + 1e-30);
+        if (getenv("SHOW")) printf("     %-45s size %9.2e error %9.2e allowed %9.2e share %.3f\n", w->name, size, error, allowed, share);
+        if (!(share <= worst)) worst = share, snprintf(worst_name, sizeof(worst_name), "%s", w->name);
+        bad += !(share <= 1);
+    }
+    double loss = fabs(got->losses.total - want->losses.total);
+    double loss_allowed = in_float ? 1e-5 * (1 + fabs(want->losses.total)) : 5e-3 * (1 + fabs(want->losses.total));
+    result(!bad && loss <= loss_allowed, what, "%d tensors, %d off; worst %s at %.2f of what is allowed; loss off by %.1e",
+           want->count, bad, worst_name, worst, loss);
+    outcome_free(want), outcome_free(got);
+    if (round) outcome_free(round);
+}
+
+// Tokens of a length that has tails everywhere; head width 64, so that attention runs on tensor cores where there are any
+static Config long_config(int side, int width, int heads) {
+    Config c = small_config();
+    c.depth = 3, c.num_f = c.num_h = 1, c.hidden_size = width, c.num_heads = heads, c.input_size = side, c.patch_size = 1;
+    return c;
+}
+
+// `only`: the tests whose names contain it
+static void compare_all(const char *only) {
+    struct { const char *name; Config c; int B, path_drop, parts; } list[40], *at = list;
+#define CASE(text, config, batch, drop, micro) at->name = text, at->c = config, at->B = batch, at->path_drop = drop, at++->parts = micro
+    CASE("small", small_config(), 2, 0, 1);
+    CASE("path drop", small_config(), 3, 1, 1);
+    CASE("batch 1", small_config(), 1, 0, 1);
+    CASE("two micro-batches", small_config(), 2, 0, 2);
+    CASE("two, path drop", small_config(), 2, 1, 2);
+    CASE("65 tokens", long_config(8, 128, 2), 2, 0, 1);
+    CASE("65 tokens, path drop", long_config(8, 128, 2), 2, 1, 1);
+    CASE("197 tokens", long_config(14, 64, 1), 1, 0, 1);
+    CASE("257 tokens", long_config(16, 64, 1), 1, 0, 1);
+    CASE("325 tokens", long_config(18, 64, 1), 1, 0, 1);
+    CASE("one token kept", small_config(), 2, 0, 1);
+    at[-1].c.drop_ratio = 1;
+    CASE("one token kept, wide heads", long_config(8, 128, 2), 2, 0, 1);
+    at[-1].c.drop_ratio = 1;
+    CASE("all tokens kept", small_config(), 2, 0, 1);
+    at[-1].c.routing = 0;
+    CASE("width 84, heads of 28", small_config(), 2, 0, 1);
+    at[-1].c.hidden_size = 84, at[-1].c.mlp_ratio = 1.3;
+    CASE("heads of 128", small_config(), 2, 0, 1);
+    at[-1].c.hidden_size = 128, at[-1].c.num_heads = 1;
+    CASE("no sparse block", small_config(), 2, 0, 1);
+    at[-1].c.depth = 4;
+    CASE("no decoder block", small_config(), 2, 0, 1);
+    at[-1].c.num_h = 0;
+    CASE("one block", small_config(), 2, 0, 1);
+    at[-1].c.depth = at[-1].c.num_f = 1, at[-1].c.num_h = 0;
+    static const char *const techniques[] = {"routing", "path_drop", "align", "cls", "cfm", "qk_norm", "rope",
+                                             "value_residual", "time_shift", "label_dropout", "ema"};
+    static char names[22][64];
+    for (int i = 0; i < 22; i++) {
+        snprintf(names[i], sizeof(names[i]), "%sno %s", i % 2 ? "65 tokens, " : "", techniques[i / 2]);
+        CASE(names[i], i % 2 ? long_config(8, 64, 1) : small_config(), 2, 0, 1);
+        field_set(&at[-1].c, field_find(techniques[i / 2]), 0, "test");
+    }
+#undef CASE
+    for (int i = 0; i < at - list; i++)
+        if (strstr(list[i].name, only)) compare_step(list[i].name, &list[i].c, list[i].B, list[i].path_drop, list[i].parts);
+}
+
+// A small model of the digits, for tests that train
+static Config digits_config(const Data *d, int heads) {
+    Config c = small_config();
+    model_preset(&c, "nano");
+    c.depth = 3, c.num_f = c.num_h = 1, c.num_heads = heads, c.in_channels = d->C, c.input_size = d->S;
+    c.num_classes = d->K, c.z_dim = d->Z, c.patch_size = 1, c.projector_dim = 64, c.lr = 5e-4;
+    return c;
+}
+
+// 200 steps from the same start on the same data and draws; the GPU draws its noise and its tokens itself. The mean loss
+// of every 20 steps stays within half a percent of the CPU's.
+static void test_training(void) {
+    char *path[] = {(char *)"data/digits.safetensors"};
+    Data *d = data_open(path, 1);
+    Config c = digits_config(d, 1);
+    const Backend *both[2] = {&cpu_backend, &gpu_backend};
+    double loss[2][10] = {{0}}, worst = 0;
+    for (int k = 0; k < 2; k++) {
+        Model *m = both[k]->create(&c, 4, 3);
+        Batch *b = batch_create(&c, 4);
+        b->on_device = k;
+        for (int step = 0; step < 200; step++) {
+            batch_load(b, d, &c, 7, step, 0, 4);
+            both[k]->zero_gradients(m), both[k]->forward_backward(m, b), both[k]->update(m, step + 1);
+            loss[k][step / 20] += both[k]->read_losses(m).total / 20;
+        }
+        batch_free(b), both[k]->destroy(m);
+    }
+    for (int i = 0; i < 10; i++) {
+        double off = fabs(loss[1][i] / loss[0][i] - 1);
+        if (getenv("SHOW")) printf("     steps %3d to %3d: CPU %.5f GPU %.5f, %.3f %%\n", 20 * i + 1, 20 * i + 20, loss[0][i], loss[1][i], 100 * off);
+        if (!(off <= worst)) worst = off;
+    }
+    result(worst <= 0.005, "200 steps", "loss %.4f to %.4f on the CPU, to %.4f on the GPU; at most %.3f %% apart (allowed 0.5)",
+           loss[0][0], loss[0][9], loss[1][9], 100 * worst);
+    data_close(d);
+}
+
+// The GPU's own draws are the CPU's: the same tokens, the same noise to rounding, v_before too
+static void test_draws(void) {
+    char *path[] = {(char *)"data/digits.safetensors"};
+    Data *d = data_open(path, 1);
+    Config c = digits_config(d, 1);
+    int B = 3, wrong = 0;
+    Model *m = gpu_backend.create(&c, B, 3);
+    gpu::GpuModel *g = gpu::gpu_of(m);
+    Batch *b = batch_create(&c, B), *on_gpu = batch_create(&c, B);
+    batch_load(b, d, &c, 7, 5, 3, 9);
+    on_gpu->on_device = 1;
+    batch_load(on_gpu, d, &c, 7, 5, 3, 9);
+    gpu_backend.forward_backward(m, on_gpu);
+    size_t n = (size_t)(B * latent_of(&c)), Z = (size_t)(B * c.z_dim), k = (size_t)(B * kept_of(&c));
+    real *x = (real *)alloc_zero(n + Z, sizeof(real));
+    int *ids = (int *)alloc_zero(k, sizeof(int));
+    double worst = 0;
+    cudaMemcpy(x, g->in.noise, n * sizeof(real), cudaMemcpyDeviceToHost);
+    for (size_t i = 0; i < n; i++) worst = fmax(worst, fabs((double)x[i] - b->noise[i]));
+    cudaMemcpy(x, g->in.noise_cls, Z * sizeof(real), cudaMemcpyDeviceToHost);
+    for (size_t i = 0; i < Z; i++) worst = fmax(worst, fabs((double)x[i] - b->noise_cls[i]));
+    cudaMemcpy(x, g->in.v_before, (size_t)latent_of(&c) * sizeof(real), cudaMemcpyDeviceToHost);
+    for (int i = 0; i < latent_of(&c); i++) worst = fmax(worst, fabs((double)x[i] - b->v_before[i]));
+    cudaMemcpy(ids, g->in.ids, k * sizeof(int), cudaMemcpyDeviceToHost);
+    for (size_t i = 0; i < k; i++) wrong += ids[i] != b->ids[i];
+    for (int i = 0; i < B; i++) wrong += on_gpu->t[i] != b->t[i] || on_gpu->y[i] != b->y[i];
+    result(worst < 1e-5 && !wrong, "draws", "noise within %.1e of the CPU's, %d tokens, times or labels differ", worst, wrong);
+    free(x), free(ids), batch_free(b), batch_free(on_gpu), gpu_backend.destroy(m), data_close(d);
+}
+
+// Two runs give the same bits
+static void test_same_bits(void) {
+    Config c = long_config(8, 128, 2);
+    for (int drop = 0; drop < 2; drop++) {
+        Outcome *a = run_step(&gpu_backend, &c, 2, drop, 2), *b = run_step(&gpu_backend, &c, 2, drop, 2);
+        int differ = 0;
+        for (int i = 0; i < a->count; i++)
+            differ += memcmp(a->items[i].x, b->items[i].x, a->items[i].n * sizeof(real)) != 0;
+        differ += memcmp(&a->losses, &b->losses, sizeof(Losses)) != 0;
+        result(!differ, "same bits twice", "%d tensors%s, %d differ", a->count, drop ? ", path drop" : "", differ);
+        outcome_free(a), outcome_free(b);
+    }
+}
+
+// Where cuBLASLt has no GELU epilogue the layer is a kernel of its own; where there are no tensor cores' shapes, so is attention
+static void test_other_ways(void) {
+    Config c = long_config(8, 128, 2);
+    gpu::use_gelu_epilogue = 0;
+    compare_step("GELU as its own kernel", &c, 2, 0, 1);
+    gpu::use_gelu_epilogue = 1, gpu::use_tensor_attention = 0;
+    compare_step("plain attention", &c, 2, 0, 1);
+    gpu::use_tensor_attention = 1;
+}
+
+// Gradients that are not finite change nothing
+static void test_not_finite(void) {
+    Config c = small_config();
+    Model *m = gpu_backend.create(&c, 2, 1);
+    size_t bytes = m->table.total * sizeof(real);
+    real *before = (real *)alloc_zero(1, bytes), *after = (real *)alloc_zero(1, bytes);
+    Batch *b = random_batch(&c, 2, 0, 2, 8, 0);
+    b->x[3] = NAN;
+    gpu_backend.get_block(before, m, PARAMS);
+    gpu_backend.forward_backward(m, b), gpu_backend.update(m, 1);
+    double norm = gpu_backend.read_losses(m).grad_norm;
+    gpu_backend.get_block(after, m, PARAMS);
+    char name[96];
+    gpu_backend.find_bad(name, m, b);
+    result(!(norm < INFINITY) && !memcmp(before, after, bytes) && strstr(name, "latents"), "not finite",
+           "norm %g, weights as they were, first bad: %s", norm, name);
+    free(before), free(after), batch_free(b), gpu_backend.destroy(m);
+}
+
+//   ./test_srdit_cu              all of it, then the reference files, if it is the build in float
+//   ./test_srdit_cu WORDS        the comparisons whose names contain the words
+//   ./test_srdit_cu FILE ...     replay these reference files
+//   SHOW=1 prints every tensor
+int main(int argc, char **argv) {
+    double start = now_seconds();
+    int in_float = sizeof(gpu::floatX) == 4, files = 0;
+    gpu::verbose = 0;
+    if (argc > 1 && !strcmp(argv[1], "--as-trainer")) return train_main(argc - 1, argv + 1, backend);
+    for (int i = 1; i < argc; i++)
+        if (!access(argv[i], R_OK)) replay(argv[i], 0, INT_MAX), files++;
+    if (!files) {
+        printf("train_srdit.cu, in %s, against the CPU\n", in_float ? "float" : "bf16");
+        if (argc == 1) {
+            test_draws(), test_not_finite(), test_same_bits(), test_other_ways(), test_training();
+            glob_t g;
+            if (in_float && glob("dev/ref/*.safetensors", 0, NULL, &g) == 0) {
+                for (size_t i = 0; i < g.gl_pathc; i++) replay(g.gl_pathv[i], 0, 0);
+                globfree(&g);
+            }
+        }
+        compare_all(argc > 1 ? argv[1] : "");
+    }
+    printf("\n%.1f s\n%d passed, %d failed\n", now_seconds() - start, passed, failed);
+    return failed || !passed;
+}
+#else
+
 int main(int argc, char **argv) {
     wait_calmly(argv);
     self = "/proc/self/exe";
@@ -1000,4 +1334,5 @@ int main(int argc, char **argv) {
     printf("\n%.1f s\n%d passed, %d failed\n", now_seconds() - start, passed, failed);
     return failed || !passed;
 }
+#endif   // TEST_CUDA
 #endif

@@ -1037,7 +1037,6 @@ static void matmul(real *C, const real *A, const real *B, const real *bias, int 
     real *pa_all = pb + (size_t)KC * NR * (size_t)panels;
     int small = (double)M * N * K < 1e5;   // not worth waking threads for
     (void)small;                           // unused without OpenMP
-    (void)small;                           // (unused without OpenMP)
 #pragma omp parallel if (!small)
     for (int q = 0; q < blocks; q++) {
         int k0 = (int)((long)K * q / blocks), kc = (int)((long)K * (q + 1) / blocks) - k0;
