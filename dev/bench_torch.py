@@ -206,7 +206,9 @@ def bench(cfg, args, device, mode, backend, log):
     model.init_weights()
     model.train()
     data, optimizer, B = fixed_data(cfg, args.batch, device), Optimizer(model), args.batch
-    loss_fn = loss_of if mode == "none" else torch.compile(loss_of, mode=None if mode == "default" else mode)
+    loss_fn = loss_of
+    if mode != "none":
+        loss_fn = torch.compile(loss_of, fullgraph=True, mode=None if mode == "default" else mode)
     losses = []
     def step():
         with torch.autocast(device.type, dtype=torch.bfloat16):
@@ -257,7 +259,8 @@ def check(log, B=4):
         b = reference.training_loss(theirs.train(), d)["total"]
         ga, gb = (torch.autograd.grad(loss, list(m.parameters())) for loss, m in ((a, ours), (b, theirs)))
         pairs = [(a[None], b[None])] + list(zip(ga, gb))
-        worst = max([worst] + [float((x - y).abs().max() / y.abs().max().clamp(min=1e-12)) for x, y in pairs])
+        apart = [(x - y).abs().max() / y.abs().max().clamp(min=1e-12) for x, y in pairs]
+        worst = max(worst, float(torch.stack(apart).detach().max()))
     patch((rms_norm, attention_forward))
     log(f"against dev/reference.py, loss and all gradients: {worst:.1e} apart (1e-9 is allowed)")
     return worst <= 1e-9
@@ -270,7 +273,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=3, help="the middle of these means counts [3]")
     parser.add_argument("--warmup", type=int, default=15, help="steps before them [15]")
     parser.add_argument("--compile", metavar="MODE,...", help="of torch.compile: default, reduce-overhead, "
-                        "max-autotune-no-cudagraphs, ...; none: eager. The best counts [default; with --cpu: none]")
+                        "max-autotune-no-cudagraphs, ...; none: eager. The best counts [default; on a CPU none]")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--tiny", action="store_true", help="a model of seconds instead of B/1")
     parser.add_argument("--cpu", action="store_true", help="no speed: only whether it runs")
@@ -303,7 +306,8 @@ def main():
         results.append(r)
         log(f"  {r['ms_per_step']:.2f} ms/step  {r['images_per_s']:.0f} images/s  "
             f"{r['tflop_per_step']:.3f} TFLOP a step: MFU {100 * r['mfu']:.1f} % of 989.4  "
-            f"{r['hours_400k']:.2f} hours for 400,000 steps  loss {r['first_loss']:.4f} -> {r['last_loss']:.4f}")
+            f"{r['hours_400k']:.2f} hours for 400,000 steps  "
+            f"loss {r['first_loss']:.4f} -> {r['last_loss']:.4f}")
     best = min(results, key=lambda r: r["ms_per_step"])
     log(f"best: {best['ms_per_step']:.2f} ms/step with compile {best['mode']}")
     if args.json:

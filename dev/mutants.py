@@ -94,7 +94,7 @@ MUTANTS = [   # name, function, text, replacement
      "one_e * (p + rate * m / ((real)sqrt(v) * root + eps));"),
     # the sampler
     ("sampler: last time 0.05", "sampling_times", "(0.04 - 1)", "(0.05 - 1)"),
-    ("sampler: noise in the last step's place", "euler_maruyama_step", "sqrt(2 * t)", "sqrt(t)"),
+    ("sampler: half the noise's variance", "euler_maruyama_step", "sqrt(2 * t)", "sqrt(t)"),
     ("sampler: score without x", "euler_maruyama_step", "(1 - t) * v[i] + x[i]", "(1 - t) * v[i]"),
     ("guidance: not in its interval", "guided_velocity", "t >= s->low && t <= s->high", "1"),
     ("guidance: path not dropped", "guided_velocity", "s->use_ema, s->path_drop", "s->use_ema, 0"),

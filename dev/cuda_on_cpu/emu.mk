@@ -1,0 +1,103 @@
+# emu.mk - CUDA programs run on the CPU, without nvcc and without a GPU; only CUDA's headers are needed.
+# The top-level Makefile includes this file, so paths start at the top.
+#
+#   make train_srdit_emu test_srdit_emu sample_emu     the GPU programs, in float; in bf16: ..._emu_bf16
+#   make ptx_check_emu                                 dev/ptx_check.cu on the CPU twins
+#   make test_cuda_on_cpu                              selftest.cu in every order and under every sanitizer
+#   make train_srdit_emu MODE=asan                     the same with a sanitizer: asan, tsan, msan (clang++);
+#                                                      gdb: with -O0. Objects lie in build/emu-MODE, and the
+#                                                      name at the top links to the program made last
+MODE     ?= plain
+CUDA     ?= /usr/local/cuda
+CUDA_INC ?= $(CUDA)/include
+
+EMU     := dev/cuda_on_cpu
+EMU_OUT := build/emu-$(MODE)
+EMU_MODES := plain gdb asan tsan msan
+EMU_FLAGS_plain := -O2 -g
+EMU_FLAGS_gdb   := -O0 -g
+EMU_FLAGS_asan  := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+EMU_FLAGS_tsan  := -O1 -g -fsanitize=thread
+EMU_FLAGS_msan  := -O1 -g -fsanitize=memory
+EMU_WARN  := -Wall -Wextra -Wno-unknown-pragmas
+EMU_CXX   ?= $(if $(filter msan,$(MODE)),clang++,g++)
+EMU_FLAGS = $(or $(EMU_FLAGS_$(MODE)),$(error MODE is $(MODE); it can be one of: $(EMU_MODES))) $(EMU_WARN)
+EMU_CUDA  = -std=gnu++17 -I$(EMU) -isystem $(CUDA_INC)
+EMU_DEPEND = -MMD -MP
+
+# Copies that a C++ compiler can take, in a tree of their own: an #include "x.cu" finds the copy first
+EMU_COPIES := train_srdit.cu test_srdit.c sample.c
+emu_copies = $(addprefix $(EMU_OUT)/src/,$(wildcard $(1)))
+$(EMU_OUT)/src/%: % $(EMU)/cuda_cpu.sed
+	@mkdir -p $(@D)
+	(echo '#line 1 "$<"'; sed -E -f $(EMU)/cuda_cpu.sed $<) > $@
+.PRECIOUS: $(EMU_OUT)/src/%
+
+# The runtime. Thread sanitizer must not see it (its own bookkeeping is shared by all fibers).
+EMU_RUNTIME := $(EMU_OUT)/cuda_cpu.o $(EMU_OUT)/cuda_cpu_blas.o
+$(EMU_OUT)/cuda_cpu.o: $(EMU)/cuda_cpu.cpp $(EMU)/cuda_cpu.h $(EMU)/emu.mk
+	@mkdir -p $(@D)
+	$(EMU_CXX) $(patsubst -fsanitize=thread,-O2,$(EMU_FLAGS)) $(EMU_CUDA) -c $< -o $@
+$(EMU_OUT)/cuda_cpu_blas.o: $(EMU)/cuda_cpu_blas.cpp $(EMU)/cuda_cpu.h $(EMU)/emu.mk
+	@mkdir -p $(@D)
+	$(EMU_CXX) $(patsubst -O2,-O3,$(EMU_FLAGS)) $(EMU_CUDA) -c $< -o $@
+
+# Emulated programs. The tests and the sampler are C files that include the trainer.
+EMU_COMPILE = $(EMU_CXX) $(EMU_FLAGS) $(EMU_CUDA) -I. -include cuda_cpu.h $(EMU_DEPEND) $(EMU_DEFINES) \
+	-x c++ -c $< -o $@
+$(EMU_OUT)/%_bf16.o: $(EMU_OUT)/src/%.cu $(EMU)/cuda_cpu.h $(EMU)/emu.mk $(call emu_copies,$(EMU_COPIES))
+	$(EMU_COMPILE)
+$(EMU_OUT)/%_fp32.o: $(EMU_OUT)/src/%.cu $(EMU)/cuda_cpu.h $(EMU)/emu.mk $(call emu_copies,$(EMU_COPIES))
+	$(EMU_COMPILE) -DFP32
+$(EMU_OUT)/%_bf16.o: $(EMU_OUT)/src/%.c $(EMU)/cuda_cpu.h $(EMU)/emu.mk $(call emu_copies,$(EMU_COPIES))
+	$(EMU_COMPILE)
+$(EMU_OUT)/%_fp32.o: $(EMU_OUT)/src/%.c $(EMU)/cuda_cpu.h $(EMU)/emu.mk $(call emu_copies,$(EMU_COPIES))
+	$(EMU_COMPILE) -DFP32
+$(EMU_OUT)/test_srdit_bf16.o $(EMU_OUT)/test_srdit_fp32.o: EMU_DEFINES = -DTEST_CUDA= -DTRAIN_SRDIT_CU_NO_MAIN=
+$(EMU_OUT)/sample_bf16.o $(EMU_OUT)/sample_fp32.o: EMU_DEFINES = -DSAMPLE_CUDA= -DTRAIN_SRDIT_CU_NO_MAIN=
+$(EMU_OUT)/selftest.o $(EMU_OUT)/ptx_check.o: $(call emu_copies,dev/ptx_check.cu)
+$(EMU_OUT)/%.o: $(EMU_OUT)/src/$(EMU)/%.cu $(EMU)/cuda_cpu.h $(EMU)/emu.mk
+	$(EMU_COMPILE)
+$(EMU_OUT)/%.o: $(EMU_OUT)/src/dev/%.cu $(EMU)/cuda_cpu.h $(EMU)/emu.mk
+	$(EMU_COMPILE)
+
+# The tests' second half: the same file over the CPU trainer in double. As C++ too, so that the names agree
+# whether or not the file says extern "C".
+$(EMU_OUT)/test_srdit_double.o: test_srdit.c $(EMU)/emu.mk
+	@mkdir -p $(@D)
+	$(EMU_CXX) $(EMU_FLAGS) -std=gnu++17 $(EMU_DEPEND) -DUSE_DOUBLE -x c++ -c $< -o $@
+$(EMU_OUT)/test_srdit_fp32 $(EMU_OUT)/test_srdit_bf16: $(EMU_OUT)/test_srdit_double.o
+
+$(EMU_OUT)/%: $(EMU_OUT)/%.o $(EMU_RUNTIME)
+	$(EMU_CXX) $(EMU_FLAGS) $^ -o $@ -lm
+-include $(wildcard $(EMU_OUT)/*.d)
+
+# The names at the top link to the program of the last MODE asked for
+.PHONY: train_srdit_emu test_srdit_emu sample_emu train_srdit_emu_bf16 test_srdit_emu_bf16 sample_emu_bf16
+train_srdit_emu test_srdit_emu sample_emu: %_emu: $(EMU_OUT)/%_fp32
+	ln -sf $< $@
+train_srdit_emu_bf16 test_srdit_emu_bf16 sample_emu_bf16: %_emu_bf16: $(EMU_OUT)/%_bf16
+	ln -sf $< $@
+.PHONY: ptx_check_emu
+ptx_check_emu: $(EMU_OUT)/ptx_check
+	ln -sf $< $@
+
+# Each line is one run; the first that fails stops. Without clang++ or valgrind their runs are left out aloud.
+.PHONY: test_cuda_on_cpu
+EMU_SELFTEST = $(MAKE) --no-print-directory -s MODE=$(1) build/emu-$(1)/selftest
+emu_run = @printf '%-24s ' '$(1)'; $(2) build/emu-$(3)/selftest || exit 1
+test_cuda_on_cpu:
+	@$(call EMU_SELFTEST,plain) && $(call EMU_SELFTEST,asan) && $(call EMU_SELFTEST,tsan)
+	$(call emu_run,order fwd,CUDA_CPU_ORDER=fwd,plain)
+	$(call emu_run,order rev,CUDA_CPU_ORDER=rev,plain)
+	$(call emu_run,order rand 1,CUDA_CPU_ORDER=rand CUDA_CPU_SEED=1,plain)
+	$(call emu_run,order rand 2,CUDA_CPU_ORDER=rand CUDA_CPU_SEED=2,plain)
+	$(call emu_run,late streams,CUDA_CPU_ASYNC=1,plain)
+	$(call emu_run,asan and ubsan,,asan)
+	$(call emu_run,asan late streams rev,CUDA_CPU_ORDER=rev CUDA_CPU_ASYNC=1,asan)
+	$(call emu_run,tsan,,tsan)
+	@if command -v clang++ >/dev/null; then \
+		$(call EMU_SELFTEST,msan) && printf '%-24s ' msan && build/emu-msan/selftest; \
+	elif command -v valgrind >/dev/null; then \
+		printf '%-24s ' valgrind && valgrind -q --error-exitcode=9 build/emu-plain/selftest no-bugs; \
+	else echo 'msan, valgrind: left out, since there is neither clang++ nor valgrind'; fi

@@ -1,0 +1,2811 @@
+// SR-DiT trained on a GPU: the same model as train_srdit.c, the same layers in the same order under the same
+// names.
+//
+// What this file is: the CUDA twin of train_srdit.c, which it includes for everything that is not a kernel:
+// configuration, parameter table, safetensors, data, random numbers, sampler, checkpoints, training loop.
+// Read the two side by side. Products of large matrices go through cuBLASLt; everything else is written out
+// here, fused so that each number makes as few trips to memory as it can. Each kernel says at its head what
+// it computes, on what shapes, how many bytes an element it moves and what bounds it.
+//
+//   make train_srdit_cu && ./train_srdit_cu          (needs nvcc, cuBLASLt, a GPU of compute capability 8.0
+// or more)
+//   -DFP32                                           all in float instead of bf16, to be checked against the
+// CPU
+//
+// What is stored how: weights, moments, moving average, gradients of weights, the residual stream and its
+// gradient, modulation, statistics, losses and every sum in float; what matrix products read and write in
+// floatX, which is bf16 (or float, with -DFP32). No float atomics: every sum has a fixed order, so the same
+// run gives the same bits.
+//
+// The functions live in namespace gpu, since the CPU's have the same names. Letters as in train_srdit.c; N or
+// rows is B T, "a row" is one token's D numbers. At batch 256 of B/1, N = 65,792 and D = 768: figures of
+// bytes are those an element of such a [N,D] tensor. An H100 gives about 3.0 TB/s of memory and 800 TFLOP/s
+// of bf16.
+#define HOST_DEVICE __host__ __device__
+#ifndef TRAIN_SRDIT_NO_MAIN
+#define TRAIN_SRDIT_NO_MAIN
+#endif
+#include "train_srdit.c"
+#include <cublasLt.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+namespace gpu {
+
+typedef __nv_bfloat16 bf16;
+#ifdef FP32
+typedef float floatX;
+#define FLOATX_TYPE CUDA_R_32F
+#else
+typedef bf16 floatX;
+#define FLOATX_TYPE CUDA_R_16BF
+#endif
+static_assert(sizeof(real) == 4, "the GPU trainer computes in float: build without USE_DOUBLE");
+
+// ----------------------------------------------------------------------------------------------------------
+// Errors, memory, the device
+
+static void check_cuda(cudaError_t e, const char *file, int line) {
+    if (e != cudaSuccess) die("CUDA: %s (%s:%d)", cudaGetErrorString(e), file, line);
+}
+#define CHECK(call) check_cuda((call), __FILE__, __LINE__)
+#define LAUNCHED() check_cuda(cudaGetLastError(), __FILE__, __LINE__)   // after each kernel launch
+
+static cudaStream_t stream;           // all work is queued here, in order,
+static cudaStream_t copy_stream;      // but for the copies of the next step's data
+static int verbose = 1;               // print the memory plan and what was tuned
+static int use_gelu_epilogue = 1;     // GELU inside the matrix products, where cuBLASLt offers it
+static int use_tensor_attention = 1;  // attention on tensor cores, where it fits (bf16, Dh = 64, T <= 272)
+
+// A block of memory handed out from the front, as `Arena` in train_srdit.c, in bytes: with base NULL it only
+// counts. On the CPU each piece is an allocation of its own (unless `whole`), so that the emulator sees a
+// step over its end.
+typedef struct { char *base; size_t used; int whole; const void *owner; } DeviceArena;
+#ifdef CUDA_ON_CPU
+static struct { void *memory; const void *owner; } pieces[4096];
+#endif
+template <class E> static void take(E *&p, DeviceArena *a, size_t count) {
+    size_t bytes = (count * sizeof(E) + 255) / 256 * 256;
+    p = a->base && count ? (E *)(a->base + a->used) : NULL;
+#ifdef CUDA_ON_CPU
+    if (a->base && bytes && !a->whole) {
+        CHECK(cudaMalloc((void **)&p, bytes));
+        CHECK(cudaMemset((void *)p, 0, bytes));
+        int i = 0;
+        while (pieces[i].memory) i++;
+        pieces[i].memory = (void *)p, pieces[i].owner = a->owner;
+    }
+#endif
+    a->used += bytes;
+}
+// All of a model's memory at once; afterwards the arena hands it out.
+static char *memory_take(DeviceArena *a, const void *owner) {
+    char *base;
+    size_t bytes = a->used;
+#ifdef CUDA_ON_CPU
+    bytes = a->whole ? bytes : 1;
+#endif
+    CHECK(cudaMalloc((void **)&base, bytes));
+    CHECK(cudaMemset(base, 0, bytes));
+    a->base = base, a->used = 0, a->owner = owner;
+    return base;
+}
+static void memory_free(char *base, const void *owner) {
+#ifdef CUDA_ON_CPU
+    for (int i = 0; i < 4096; i++)
+        if (pieces[i].memory && pieces[i].owner == owner)
+            CHECK(cudaFree(pieces[i].memory)), pieces[i].memory = NULL;
+#endif
+    (void)owner;
+    CHECK(cudaFree(base));
+}
+
+static int div_up(int a, int b) { return (a + b - 1) / b; }
+
+// ----------------------------------------------------------------------------------------------------------
+// Small pieces for kernels
+
+// Four neighbouring numbers, which a thread loads and stores at once: 16 bytes of float, 8 of bf16
+struct Vec4 { float x[4]; };
+__device__ __forceinline__ unsigned pack(float lo, float hi) {
+    __nv_bfloat162 p = __floats2bfloat162_rn(lo, hi);
+    unsigned u;
+    memcpy(&u, (void *)&p, 4);
+    return u;
+}
+__device__ __forceinline__ float2 unpack(unsigned p) {   // a bf16 is the upper half of a float
+    return make_float2(__uint_as_float(p << 16), __uint_as_float(p & 0xffff0000u));
+}
+__device__ __forceinline__ Vec4 load4(const float *p) {
+    float4 v = *(const float4 *)p;
+    return {{v.x, v.y, v.z, v.w}};
+}
+__device__ __forceinline__ Vec4 load4(const bf16 *p) {
+    uint2 u = *(const uint2 *)p;
+    float2 a = unpack(u.x), b = unpack(u.y);
+    return {{a.x, a.y, b.x, b.y}};
+}
+__device__ __forceinline__ void store4(float *p, const Vec4 &v) {
+    *(float4 *)p = make_float4(v.x[0], v.x[1], v.x[2], v.x[3]);
+}
+__device__ __forceinline__ void store4(bf16 *p, const Vec4 &v) {
+    *(uint2 *)p = make_uint2(pack(v.x[0], v.x[1]), pack(v.x[2], v.x[3]));
+}
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ void store(float *p, float x) { *p = x; }
+__device__ __forceinline__ void store(bf16 *p, float x) { *p = __float2bfloat16(x); }
+
+// over groups of W neighbouring lanes
+template <int W> __device__ __forceinline__ float sum_lanes(float x) {
+#pragma unroll
+    for (int m = 1; m < W; m *= 2) x += __shfl_xor_sync(0xffffffffu, x, m);
+    return x;
+}
+
+// The sum of x over a block of 256 threads in a fixed order, in thread 0. Each use needs 8 shared `sums` of
+// its own.
+__device__ __forceinline__ float sum_block(float x, float *sums) {
+    x = sum_lanes<32>(x);
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
+    __syncthreads();
+    float total = 0;
+    for (int i = 0; i < 8 && threadIdx.x == 0; i++) total += sums[i];
+    return total;
+}
+
+// dst[c] (+)= sum over rows of src[rows, cols], whose rows are ld apart, in a fixed order; z counts
+// independent problems, each `src_step` and `dst_step` further. Blocks of 8 columns x 32 rows. Moves a few
+// MB: latency bounds it.
+template <class S, class E> __global__ void __launch_bounds__(256)
+    column_sum_kernel(E *dst, const S *src, int rows, int cols, int ld, size_t src_step, size_t dst_step,
+                      int add) {
+    __shared__ float sums[32][9];
+    int c = blockIdx.x * 8 + threadIdx.x % 8, y = threadIdx.x / 8;
+    src += blockIdx.z * src_step, dst += blockIdx.z * dst_step;
+    float sum = 0;
+#pragma unroll 4
+    for (int r = y; r < rows && c < cols; r += 32) sum += to_float(src[(size_t)r * ld + c]);
+    sums[y][threadIdx.x % 8] = sum;
+    __syncthreads();
+    if (y || c >= cols) return;
+    sum = add ? to_float(dst[c]) : 0;
+    for (int i = 0; i < 32; i++) sum += sums[i][threadIdx.x];
+    store(&dst[c], sum);
+}
+template <class S, class E> static void column_sum(E *dst, const S *src, int rows, int cols, int ld, int add,
+                                                   int count = 1, size_t src_step = 0, size_t dst_step = 0) {
+    dim3 grid((unsigned)div_up(cols, 8), 1, (unsigned)count);
+    column_sum_kernel<S, E><<<grid, 256, 0, stream>>>(dst, src, rows, cols, ld, src_step, dst_step, add);
+    LAUNCHED();
+}
+
+// out = in rounded to floatX. 4 + 2 bytes an element; bound by memory.
+__global__ void __launch_bounds__(256) cast_kernel(floatX *out, const float *in, size_t n) {
+    size_t i = ((size_t)blockIdx.x * 256 + threadIdx.x) * 4;
+    if (i < n) store4(out + i, load4(in + i));
+}
+static void cast(floatX *out, const float *in, size_t n) {   // n is a multiple of 4
+    if (!n) return;
+    cast_kernel<<<(unsigned)((n / 4 + 255) / 256), 256, 0, stream>>>(out, in, n);
+    LAUNCHED();
+}
+
+// ----------------------------------------------------------------------------------------------------------
+// The matrix product, by cuBLASLt. What tells one product from another is its key; for each key a plan is
+// made once: descriptors, and the fastest of the algorithms that cuBLASLt proposes, timed on the product
+// itself while the model is created (`tuning`). Split sums are added through the workspace in a fixed order,
+// so a plan gives the same bits each time. Since timings vary, the choices are kept in a file (GEMM_PLANS in
+// the environment, or build/gemm_plans.txt where there is a folder build); the next run takes them from there
+// and repeats this one's bits.
+
+typedef struct {
+    int M, N, K, lda, ldb, ldc;          // C[M,N] (+)= op(A)[M,K] op(B)[K,N], row-major; ld: from row to row
+    int ta, tb, add, float_out;          // op transposes where ta, tb; C is float or floatX
+    int epilogue, aux_ld, align, batch;  // align: of the pointers; batch products, each stepa ... further
+    int64_t stepa, stepb, stepc, step_bias;
+} GemmKey;
+typedef struct {
+    GemmKey key;
+    cublasLtMatmulDesc_t op;
+    cublasLtMatrixLayout_t a, b, c;
+    cublasLtMatmulAlgo_t algo;
+} GemmPlan;
+
+enum { MAX_PLANS = 16384, MAX_PROPOSALS = 16 };   // a training run makes about a hundred; tests, thousands
+static GemmPlan *plans[MAX_PLANS];
+static int plan_count, timed_count;
+static int tuning;                       // 1 while the model is created: new plans are timed
+static cublasLtHandle_t lt;
+static void *workspace;
+static size_t workspace_bytes = (size_t)32 << 20;
+
+static void check_lt(cublasStatus_t s, const char *file, int line) {
+    if (s != CUBLAS_STATUS_SUCCESS) die("cuBLASLt: status %d (%s:%d)", (int)s, file, line);
+}
+#define CHECK_LT(call) check_lt((call), __FILE__, __LINE__)
+#define SET(op, name, value)                                                                                 \
+    CHECK_LT(cublasLtMatmulDescSetAttribute(op, CUBLASLT_MATMUL_DESC_##name, &value, sizeof(value)))
+
+static const char *plans_path(void) {
+    const char *path = getenv("GEMM_PLANS");
+    return path ? path : "build/gemm_plans.txt";
+}
+// The start of a line of that file: the GPU and the library the choice was timed with, and the key
+static void plan_line(char *out, size_t size, const GemmKey *k) {
+    cudaDeviceProp prop;
+    CHECK(cudaGetDeviceProperties(&prop, 0));
+    snprintf(out, size,
+             "%s, cuBLASLt %zu, %d x %d x %d ld %d %d %d op %d%d%d%d%d aux %d align %d batch %d %lld %lld "
+             "%lld %lld:",
+             prop.name, cublasLtGetVersion(), k->M, k->N, k->K, k->lda, k->ldb, k->ldc, k->ta, k->tb, k->add,
+             k->float_out, k->epilogue, k->aux_ld, k->align, k->batch, (long long)k->stepa,
+             (long long)k->stepb, (long long)k->stepc, (long long)k->step_bias);
+}
+static int plan_remembered(const GemmKey *k) {   // -1: not in the file
+    char want[640], line[768];
+    int choice = -1;
+    FILE *f = fopen(plans_path(), "r");
+    if (!f) return -1;
+    plan_line(want, sizeof(want), k);
+    while (fgets(line, sizeof(line), f))
+        if (!strncmp(line, want, strlen(want))) choice = atoi(line + strlen(want));
+    fclose(f);
+    return choice;
+}
+static void plan_remember(const GemmKey *k, int choice) {
+    char line[640];
+    FILE *f = fopen(plans_path(), "a");
+    if (!f) return;
+    plan_line(line, sizeof(line), k);
+    fprintf(f, "%s %d\n", line, choice);
+    fclose(f);
+}
+
+static cublasLtMatrixLayout_t layout_of(cudaDataType type, int rows, int cols, int ld, int batch,
+                                        int64_t step) {
+    cublasLtMatrixLayout_t l;   // in cuBLASLt's terms a row-major [rows, cols] is a [cols, rows] by columns
+    int32_t count = batch;
+    CHECK_LT(cublasLtMatrixLayoutCreate(&l, type, (uint64_t)cols, (uint64_t)rows, ld));
+    if (batch == 1) return l;
+    CHECK_LT(cublasLtMatrixLayoutSetAttribute(l, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &count, sizeof(count)));
+    CHECK_LT(cublasLtMatrixLayoutSetAttribute(l, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &step,
+                                              sizeof(step)));
+    return l;
+}
+
+// Times the proposals on these operands, four turns each of which the first does not count, and returns the
+// fastest. (A product that adds to C adds several times then: what is computed while tuning is thrown away.)
+static int plan_time(const GemmPlan *p, const cublasLtMatmulHeuristicResult_t *found, int count, void *C,
+                     const void *A, const void *B) {
+    float least = INFINITY, beta = (float)p->key.add, one = 1;
+    int best = 0;
+    cudaEvent_t begin, end;
+    CHECK(cudaEventCreate(&begin)), CHECK(cudaEventCreate(&end));
+    for (int i = 0; i < count; i++)
+        for (int turn = 0; turn < 4; turn++) {
+            float ms;
+            CHECK(cudaEventRecord(begin, stream));
+            cublasStatus_t status = cublasLtMatmul(lt, p->op, &one, B, p->b, A, p->a, &beta, C, p->c, C, p->c,
+                                                   &found[i].algo, workspace, workspace_bytes, stream);
+            CHECK(cudaEventRecord(end, stream));
+            CHECK(cudaEventSynchronize(end));
+            CHECK(cudaEventElapsedTime(&ms, begin, end));
+            if (status == CUBLAS_STATUS_SUCCESS && turn && ms < 0.98f * least) least = ms, best = i;
+        }
+    CHECK(cudaEventDestroy(begin)), CHECK(cudaEventDestroy(end));
+    timed_count++;
+    return best;
+}
+
+// Makes the plan for a key; NULL if cuBLASLt offers nothing for it. cuBLASLt thinks in columns: the row-major
+// C = op(A) op(B) is its C^T = op(B)^T op(A)^T, so that A and B change places.
+static GemmPlan *plan_make(const GemmKey *k, void *C, const void *A, const void *B, const void *bias,
+                           void *aux) {
+    GemmPlan *p = (GemmPlan *)alloc_zero(1, sizeof(GemmPlan));
+    p->key = *k;
+    cublasOperation_t ta = k->tb ? CUBLAS_OP_T : CUBLAS_OP_N, tb = k->ta ? CUBLAS_OP_T : CUBLAS_OP_N;
+    cublasLtEpilogue_t epilogue = (cublasLtEpilogue_t)k->epilogue;
+    CHECK_LT(cublasLtMatmulDescCreate(&p->op, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    SET(p->op, TRANSA, ta);
+    SET(p->op, TRANSB, tb);
+    SET(p->op, EPILOGUE, epilogue);
+    if (epilogue != CUBLASLT_EPILOGUE_DEFAULT) {
+        int64_t ld = k->aux_ld;
+        if (bias) SET(p->op, BIAS_POINTER, bias);
+        if (aux) SET(p->op, EPILOGUE_AUX_POINTER, aux);
+        if (aux) SET(p->op, EPILOGUE_AUX_LD, ld);
+        if (k->step_bias) SET(p->op, BIAS_BATCH_STRIDE, k->step_bias);
+    }
+    p->a = layout_of(FLOATX_TYPE, k->ta ? k->K : k->M, k->ta ? k->M : k->K, k->lda, k->batch, k->stepa);
+    p->b = layout_of(FLOATX_TYPE, k->tb ? k->N : k->K, k->tb ? k->K : k->N, k->ldb, k->batch, k->stepb);
+    p->c = layout_of(k->float_out ? CUDA_R_32F : FLOATX_TYPE, k->M, k->N, k->ldc, k->batch, k->stepc);
+    cublasLtMatmulPreference_t wish;
+    uint32_t align = (uint32_t)k->align, schemes = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+    static const cublasLtMatmulPreferenceAttributes_t alignments[] = {
+        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
+    CHECK_LT(cublasLtMatmulPreferenceCreate(&wish));
+    CHECK_LT(cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                                                  &workspace_bytes, sizeof(workspace_bytes)));
+    CHECK_LT(cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &schemes,
+                                                  sizeof(schemes)));
+    for (int i = 0; i < 4; i++)
+        CHECK_LT(cublasLtMatmulPreferenceSetAttribute(wish, alignments[i], &align, sizeof(align)));
+    static cublasLtMatmulHeuristicResult_t found[MAX_PROPOSALS];
+    int count = 0;
+    cublasStatus_t status =
+        cublasLtMatmulAlgoGetHeuristic(lt, p->op, p->b, p->a, p->c, p->c, wish, MAX_PROPOSALS, found, &count);
+    CHECK_LT(cublasLtMatmulPreferenceDestroy(wish));
+    if (status != CUBLAS_STATUS_SUCCESS || count == 0) {
+        free(p);
+        return NULL;
+    }
+    int choice = count > 1 ? plan_remembered(k) : 0;
+    if (choice < 0 && tuning) {
+        choice = plan_time(p, found, count, C, A, B);
+        plan_remember(k, choice);
+    }
+    p->algo = found[choice < 0 || choice >= count ? 0 : choice].algo;
+    if (plan_count == MAX_PLANS) die("more than %d different matrix products", MAX_PLANS);
+    return plans[plan_count++] = p;
+}
+
+static GemmKey gemm_key(int M, int N, int K, int ta, int tb) {
+    GemmKey k;
+    memset(&k, 0, sizeof(k));
+    k.M = M, k.N = N, k.K = K, k.ta = ta, k.tb = tb, k.batch = 1, k.epilogue = CUBLASLT_EPILOGUE_DEFAULT;
+    k.lda = ta ? M : K, k.ldb = tb ? K : N, k.ldc = N;
+    return k;
+}
+
+// C (+)= op(A) op(B), then the epilogue: bias [N] of C's type, aux of floatX. Returns 0 if cuBLASLt cannot do
+// it.
+static int matmul(GemmKey *k, void *C, const floatX *A, const floatX *B, const void *bias, void *aux) {
+    uintptr_t bits = (uintptr_t)A | (uintptr_t)B | (uintptr_t)C | 256;
+    k->align = (int)(bits & (~bits + 1));
+    GemmPlan *p = NULL;
+    for (int i = 0; i < plan_count && !p; i++)
+        if (!memcmp(&plans[i]->key, k, sizeof(*k))) p = plans[i];
+    if (!p && !(p = plan_make(k, C, A, B, bias, aux))) return 0;
+    float one = 1, beta = (float)k->add;
+    if (bias) SET(p->op, BIAS_POINTER, bias);
+    if (aux) SET(p->op, EPILOGUE_AUX_POINTER, aux);
+    CHECK_LT(cublasLtMatmul(lt, p->op, &one, B, p->b, A, p->a, &beta, C, p->c, C, p->c, &p->algo, workspace,
+                            workspace_bytes, stream));
+    return 1;
+}
+static void matmul_sure(GemmKey *k, void *C, const floatX *A, const floatX *B, const void *bias) {
+    if (!matmul(k, C, A, B, bias, NULL))
+        die("cuBLASLt has no algorithm for a product of %d x %d x %d", k->M, k->N, k->K);
+}
+
+// ----------------------------------------------------------------------------------------------------------
+// Layers. Gradients of weights are overwritten, or added to where `add`; the rest as in train_srdit.c.
+
+// out[N,O] = in[N,I] w[O,I]^T + b[O]; out and b are floatX or float; ldw: a row of w in memory (I, or more)
+template <class E> static void linear_forward(E *out, const floatX *in, const floatX *w, const E *b, int N,
+                                              int I, int O, int ldw = 0) {
+    GemmKey k = gemm_key(N, O, I, 0, 1);
+    if (ldw) k.ldb = ldw;
+    k.float_out = sizeof(E) == 4;
+    if (b) k.epilogue = CUBLASLT_EPILOGUE_BIAS;
+    matmul_sure(&k, out, in, w, b);
+}
+
+// din[N,I] (+)= dout[N,O] w[O,I]
+template <class E> static void linear_backward_input(E *din, const floatX *dout, const floatX *w, int N,
+                                                     int I, int O, int add, int ldw = 0) {
+    GemmKey k = gemm_key(N, I, O, 0, 0);
+    if (ldw) k.ldb = ldw;
+    k.float_out = sizeof(E) == 4, k.add = add;
+    matmul_sure(&k, din, dout, w, NULL);
+}
+
+// dw[O,I] (+)= dout[N,O]^T in[N,I], in float
+static void linear_backward_weight(float *dw, const floatX *dout, const floatX *in, int N, int I, int O,
+                                   int add, int ldw = 0) {
+    GemmKey k = gemm_key(O, I, N, 1, 0);
+    if (ldw) k.ldc = ldw;
+    k.float_out = 1, k.add = add;
+    matmul_sure(&k, dw, dout, in, NULL);
+}
+
+// The residual stream as the layer before leaves it: x + gate y, not yet added up, so that the next reader
+// can do it.
+//   row n of B T:  x[x_ids ? (b x_tokens + x_ids[n]) : n] + gate[b] y[y_rows ? y_rows[n] : n]     (gate NULL:
+// 1)
+typedef struct {
+    const float *x;
+    const int *x_ids;        // gather (g's first block reads the encoder's output at the kept tokens)
+    int x_tokens;
+    const floatX *y;         // NULL: only x
+    const int *y_rows;       // scatter (the decoder's first block reads the fusion's two halves)
+    const float *gate;
+    int gate_stride;
+} Residual;
+static Residual residual_of(const float *x, const float *gate, int gate_stride, const floatX *y) {
+    Residual r = {x, NULL, 0, y, NULL, gate, gate_stride};
+    return r;
+}
+
+// Where row n of [B,T] goes if the patches of all samples come first, then the CLS tokens (cls 1: token 0 is
+// CLS)
+__device__ __forceinline__ size_t patches_first(int n, int T, int cls, int rows) {
+    int b = n / T, t = n % T, B = rows / T;
+    return cls && t == 0 ? (size_t)B * (T - 1) + b : (size_t)b * (T - cls) + t - cls;
+}
+
+// x_out = x + gate y, r = 1 / sqrt(mean(x_out^2) + 1e-6), h = x_out r (1 + scale) + shift, in one pass: the
+// gated residual of one layer with RMSNorm and adaLN of the next.
+//   x_out [rows,D] float (NULL: not stored), h [rows,D] floatX (NULL: not stored), r [rows]
+//   shift, scale [B, stride] float; shift NULL: no norm, h is x_out rounded
+//   cls >= 0: h is stored patches first (see above), as the two last linear layers read it
+// One warp a row, 4 numbers a lane at a time, the row kept in registers (V x 128 >= D).
+// Reads 4 + 2, writes 4 + 2 bytes an element: 0.6 GB, 0.2 ms; bound by memory.
+template <int V> __global__ void __launch_bounds__(256)
+    norm_modulate_forward_kernel(float *x_out, floatX *h, float *r, Residual in, const float *shift,
+                                 const float *scale, int stride, int cls, int rows, int T, int D) {
+    int n = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (n >= rows) return;
+    int b = n / T;
+    const float *x = in.x + (in.x_ids ? (size_t)b * in.x_tokens + in.x_ids[n] : (size_t)n) * D;
+    const floatX *y = in.y ? in.y + (size_t)(in.y_rows ? in.y_rows[n] : n) * D : NULL;
+    const float *gate = in.gate ? in.gate + (size_t)b * in.gate_stride : NULL;
+    Vec4 v[V];
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < V; i++) {
+        int d = (i * 32 + lane) * 4;
+        if (d >= D) break;
+        v[i] = load4(x + d);
+        if (y) {
+            Vec4 yv = load4(y + d), g = gate ? load4(gate + d) : Vec4{{1, 1, 1, 1}};
+            for (int j = 0; j < 4; j++) v[i].x[j] += g.x[j] * yv.x[j];
+        }
+        if (x_out) store4(x_out + (size_t)n * D + d, v[i]);
+        for (int j = 0; j < 4; j++) sum += v[i].x[j] * v[i].x[j];
+    }
+    float rn = 1;
+    if (shift) {
+        rn = rsqrtf(sum_lanes<32>(sum) / D + 1e-6f);
+        if (lane == 0) r[n] = rn;
+    }
+    if (!h) return;
+    floatX *to = h + (cls >= 0 ? patches_first(n, T, cls, rows) : (size_t)n) * D;
+#pragma unroll
+    for (int i = 0; i < V; i++) {
+        int d = (i * 32 + lane) * 4;
+        if (d >= D) break;
+        if (shift) {
+            Vec4 sh = load4(shift + (size_t)b * stride + d), sc = load4(scale + (size_t)b * stride + d);
+            for (int j = 0; j < 4; j++) v[i].x[j] = v[i].x[j] * rn * (1 + sc.x[j]) + sh.x[j];
+        }
+        store4(to + d, v[i]);
+    }
+}
+static void norm_modulate_forward(float *x_out, floatX *h, float *r, const Residual &in, const float *shift,
+                                  const float *scale, int stride, int cls, int B, int T, int D) {
+    unsigned grid = (unsigned)div_up(B * T, 8);
+#define NORM(V)                                                                                              \
+    norm_modulate_forward_kernel<V>                                                                          \
+        <<<grid, 256, 0, stream>>>(x_out, h, r, in, shift, scale, stride, cls, B * T, T, D)
+    if (D <= 128) NORM(1);
+    else if (D <= 384) NORM(3);
+    else if (D <= 768) NORM(6);
+    else if (D <= 1152) NORM(9);
+    else if (D <= 2048) NORM(16);
+    else NORM(64);
+#undef NORM
+    LAUNCHED();
+}
+
+// The backward of the same: from dh and the gradient dx of x_out by its other readers,
+//   n = x r, dn = dh (1 + scale):   dx += r (dn - n mean(dn n)),  then x_out = x + gate y gives  dy = gate
+// dx;
+//   dshift = sum_t dh,  dscale = sum_t dh n,  dgate = sum_t dx y,  and sum_t dx, whose product with gate,
+// summed over
+//   the samples, is the gradient of the bias that was added to y.
+typedef struct {
+    float *dx;               // [rows,D]; read unless `fresh` (then it is taken as 0), written unless NULL
+    int fresh;
+    const float *dx2;        // a second gradient of x_out, of the rows dx2_rows[n] < dx2_count (NULL: none)
+    const int *dx2_rows;
+    int dx2_count;
+    const floatX *dh;        // NULL: there was no norm
+    int dh_cls;              // >= 0: dh is stored patches first
+    const float *x, *r, *scale;
+    int stride;
+    const floatX *y;         // NULL: nothing was added
+    const float *gate;       // NULL: 1
+    int gate_stride;
+    floatX *dy;              // NULL: not wanted
+    int dy_cls;              // >= 0: dy is stored patches first
+    float *parts;            // [B, chunks, 4, D]: sums over a chunk of tokens of dh, dh n, dx y, dx
+    int T, D, chunk;
+} NormBackward;
+
+// A block takes `chunk` (at most 64) tokens of one sample: first a warp a row for mean(dn n), then a thread
+// four columns for all rows, whose sums it keeps in registers; what the second pass reads again lies in the
+// first-level cache. Reads 2 + 4 + 4 + 2, writes 4 + 2 bytes an element: 0.9 GB, 0.3 ms; bound by memory.
+__global__ void __launch_bounds__(256) norm_modulate_backward_kernel(const NormBackward a) {
+    __shared__ float mean[64];
+    int b = blockIdx.y, t0 = blockIdx.x * a.chunk, t1 = min(t0 + a.chunk, a.T), D = a.D,
+        rows = gridDim.y * a.T;
+    const float *scale = a.dh ? a.scale + (size_t)b * a.stride : NULL;
+    int warps = blockDim.x / 32, lane = threadIdx.x % 32;
+    if (a.dh) {
+        for (int t = t0 + threadIdx.x / 32; t < t1; t += warps) {
+            int n = b * a.T + t;
+            const floatX *dh = a.dh + (a.dh_cls >= 0 ? patches_first(n, a.T, a.dh_cls, rows) : (size_t)n) * D;
+            float sum = 0;
+            for (int d = lane * 4; d < D; d += 128) {
+                Vec4 g = load4(dh + d), x = load4(a.x + (size_t)n * D + d), sc = load4(scale + d);
+                for (int j = 0; j < 4; j++) sum += g.x[j] * (1 + sc.x[j]) * x.x[j];
+            }
+            sum = sum_lanes<32>(sum) * a.r[n] / D;
+            if (lane == 0) mean[t - t0] = sum;
+        }
+        __syncthreads();
+    }
+    for (int d = threadIdx.x * 4; d < D; d += blockDim.x * 4) {
+        Vec4 sums[4] = {}, one = {{1, 1, 1, 1}};
+        Vec4 sc = a.dh ? load4(scale + d) : one,
+             gate = a.gate ? load4(a.gate + (size_t)b * a.gate_stride + d) : one;
+        for (int t = t0; t < t1; t++) {
+            int n = b * a.T + t;
+            size_t at = (size_t)n * D + d;
+            Vec4 dx = {};
+            if (!a.fresh) dx = load4(a.dx + at);
+            if (a.dx2 && a.dx2_rows[n] < a.dx2_count) {
+                Vec4 more = load4(a.dx2 + (size_t)a.dx2_rows[n] * D + d);
+                for (int j = 0; j < 4; j++) dx.x[j] += more.x[j];
+            }
+            if (a.dh) {
+                Vec4 dh =
+                    load4(a.dh + (a.dh_cls >= 0 ? patches_first(n, a.T, a.dh_cls, rows) : (size_t)n) * D + d);
+                Vec4 x = load4(a.x + at);
+                float r = a.r[n], m = mean[t - t0];
+                for (int j = 0; j < 4; j++) {
+                    float xn = x.x[j] * r;
+                    sums[0].x[j] += dh.x[j];
+                    sums[1].x[j] += dh.x[j] * xn;
+                    dx.x[j] += r * (dh.x[j] * (1 + sc.x[j]) - xn * m);
+                }
+            }
+            if (a.dx) store4(a.dx + at, dx);
+            if (a.y) {
+                Vec4 y = load4(a.y + at);
+                for (int j = 0; j < 4; j++) sums[2].x[j] += dx.x[j] * y.x[j];
+            }
+            for (int j = 0; j < 4; j++) sums[3].x[j] += dx.x[j];
+            if (a.dy) {
+                for (int j = 0; j < 4; j++) dx.x[j] *= gate.x[j];
+                store4(a.dy + (a.dy_cls >= 0 ? patches_first(n, a.T, a.dy_cls, rows) * D + d : at), dx);
+            }
+        }
+        for (int k = 0; k < 4; k++)
+            store4(a.parts + (((size_t)b * gridDim.x + blockIdx.x) * 4 + k) * D + d, sums[k]);
+    }
+}
+
+// Adds up the chunks: dshift, dscale, dgate [B, stride] floatX (NULL: not wanted), and bias [B,D] = gate sum
+// dx. 4 numbers a chunk and column; they come from the second-level cache.
+__global__ void __launch_bounds__(256)
+    norm_parts_sum_kernel(floatX *dshift, floatX *dscale, int stride, floatX *dgate, int gate_stride,
+                          float *bias, const float *gate, const float *parts, int chunks, int D) {
+    int b = blockIdx.y, d = blockIdx.x * 256 + threadIdx.x;
+    if (d >= D) return;
+    float sums[4] = {};
+    for (int c = 0; c < chunks; c++)
+        for (int k = 0; k < 4; k++) sums[k] += parts[(((size_t)b * chunks + c) * 4 + k) * D + d];
+    if (dshift) {
+        store(&dshift[(size_t)b * stride + d], sums[0]);
+        store(&dscale[(size_t)b * stride + d], sums[1]);
+    }
+    if (dgate) store(&dgate[(size_t)b * gate_stride + d], sums[2]);
+    bias[(size_t)b * D + d] = sums[3] * (gate ? gate[(size_t)b * gate_stride + d] : 1);
+}
+
+enum { NORM_CHUNK = 32 };
+static int norm_chunks(int T) { return div_up(T, NORM_CHUNK); }
+// dshift .. dgate may be NULL; db [D] (NULL: not wanted) is the gradient of y's bias; bias_parts [B,D] is
+// scratch
+static void norm_modulate_backward(NormBackward *a, floatX *dshift, floatX *dscale, floatX *dgate, float *db,
+                                   float *bias_parts, int add, int B) {
+    int chunks = norm_chunks(a->T), threads = imin(256, imax(64, div_up(a->D / 4, 32) * 32));
+    a->chunk = div_up(a->T, chunks);
+    dim3 grid((unsigned)chunks, (unsigned)B), sum_grid((unsigned)div_up(a->D, 256), (unsigned)B);
+    norm_modulate_backward_kernel<<<grid, (unsigned)threads, 0, stream>>>(*a);
+    LAUNCHED();
+    norm_parts_sum_kernel<<<sum_grid, 256, 0, stream>>>(dshift, dscale, a->stride, dgate, a->gate_stride,
+                                                        bias_parts, a->gate, a->parts, chunks, a->D);
+    LAUNCHED();
+    if (db) column_sum<float, float>(db, bias_parts, B, a->D, a->D, add);
+}
+
+// GELU, tanh form, and SiLU, as in train_srdit.c; `slope` is the derivative. The exponential is the device's
+// own.
+enum Activation { NONE, GELU, SILU };
+__device__ __forceinline__ float gelu_tanh(float x) {
+    float u = 0.7978845608028654f * (x + 0.044715f * x * x * x);
+    return 1 - 2 / (expf(2 * u) + 1);    // tanh u; its error near 0 is small against the 1 it is added to
+}
+template <Activation A> __device__ __forceinline__ float activate(float x) {
+    return A == GELU ? 0.5f * x * (1 + gelu_tanh(x)) : x / (1 + expf(-x));
+}
+template <Activation A> __device__ __forceinline__ float slope(float x) {
+    if (A == GELU) {
+        float h = gelu_tanh(x);
+        return 0.5f * (1 + h) + 0.5f * x * (1 - h * h) * 0.7978845608028654f * (1 + 3 * 0.044715f * x * x);
+    }
+    float s = 1 / (1 + expf(-x));
+    return s + x * s * (1 - s);
+}
+
+// out = act(in), 4 a thread; buffers are padded, so the last four may lie past n. In bf16 2 + 2 bytes,
+// memory.
+template <Activation A, class S> __global__ void __launch_bounds__(256)
+activation_forward_kernel(floatX *out, const S *in, size_t n) {
+    size_t i = ((size_t)blockIdx.x * 256 + threadIdx.x) * 4;
+    if (i >= n) return;
+    Vec4 v = load4(in + i);
+    for (int j = 0; j < 4; j++) v.x[j] = activate<A>(v.x[j]);
+    store4(out + i, v);
+}
+template <class S> static void silu_forward(floatX *out, const S *in, size_t n) {
+    activation_forward_kernel<SILU, S><<<(unsigned)((n + 1023) / 1024), 256, 0, stream>>>(out, in, n);
+    LAUNCHED();
+}
+static void gelu_forward(floatX *out, const floatX *in, size_t n) {
+    activation_forward_kernel<GELU, floatX><<<(unsigned)((n + 1023) / 1024), 256, 0, stream>>>(out, in, n);
+    LAUNCHED();
+}
+
+// din = dout act'(in) on [rows,cols], and the column sums of din over chunks of rows, parts [chunks,cols]:
+// the gradient of the bias below. NONE: only the sums. A block is 8 rows at a time x 32 lanes of W columns.
+// din may be dout. In bf16 reads 2 + 2, writes 2 bytes an element (NONE: reads 2); bound by memory.
+template <Activation A, int W, class S> __global__ void __launch_bounds__(256)
+    activation_backward_kernel(floatX *din, float *parts, const floatX *dout, const S *in, int rows, int cols,
+                               int chunk) {
+    __shared__ float sums[8][32][W];
+    int lane = threadIdx.x % 32, y = threadIdx.x / 32, c = (blockIdx.x * 32 + lane) * W;
+    int r0 = blockIdx.y * chunk, r1 = min(r0 + chunk, rows);
+    float sum[W] = {};
+    for (int r = r0 + y; r < r1 && c < cols; r += 8) {
+        size_t at = (size_t)r * cols + c;
+        if (W == 4) {
+            Vec4 d = load4(dout + at);
+            if (A != NONE) {
+                Vec4 x = load4(in + at);
+                for (int j = 0; j < 4; j++) d.x[j] *= slope<A>(x.x[j]);
+                store4(din + at, d);
+            }
+            for (int j = 0; j < W; j++) sum[j] += d.x[j];
+        } else {
+            float d = to_float(dout[at]);
+            if (A != NONE) {
+                d *= slope<A>(to_float(in[at]));
+                store(&din[at], d);
+            }
+            sum[0] += d;
+        }
+    }
+    for (int j = 0; j < W; j++) sums[y][lane][j] = sum[j];
+    __syncthreads();
+    if (y || c >= cols) return;
+    for (int j = 0; j < W; j++) {
+        float total = 0;
+        for (int i = 0; i < 8; i++) total += sums[i][lane][j];
+        parts[(size_t)blockIdx.y * cols + c + j] = total;
+    }
+}
+enum { BIAS_CHUNKS = 128 };              // parts holds BIAS_CHUNKS * cols numbers
+template <Activation A, class S> static void activation_backward(floatX *din, float *db, float *parts,
+                                                                 const floatX *dout, const S *in, int rows,
+                                                                 int cols, int add) {
+    int chunk = imax(32, div_up(rows, BIAS_CHUNKS)), chunks = div_up(rows, chunk), W = cols % 4 ? 1 : 4;
+    dim3 grid((unsigned)div_up(cols, 32 * W), (unsigned)chunks);
+    if (W == 4)
+        activation_backward_kernel<A, 4, S>
+            <<<grid, 256, 0, stream>>>(din, parts, dout, in, rows, cols, chunk);
+    else
+        activation_backward_kernel<A, 1, S>
+            <<<grid, 256, 0, stream>>>(din, parts, dout, in, rows, cols, chunk);
+    LAUNCHED();
+    column_sum<float, float>(db, parts, chunks, cols, cols, add);
+}
+// db[O] (+)= column sums of dout[N,O]
+static void bias_backward(float *db, float *parts, const floatX *dout, int N, int O, int add) {
+    activation_backward<NONE, floatX>(NULL, db, parts, dout, NULL, N, O, add);
+}
+
+// RMSNorm with a weight, x r w (eps 1e-6), of the CLS token, put into the residual stream with its position;
+// and the patches with theirs: out[B,T,D] = [CLS, patches] + pos_embed. One warp a row. 2 + 4 bytes read, 4
+// written.
+__global__ void __launch_bounds__(256)
+    embed_kernel(float *out, float *cls_r, const floatX *patches, const float *cls_proj,
+                 const float *cls_norm, const float *pos, int cls, int rows, int T, int D) {
+    int n = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (n >= rows) return;
+    int b = n / T, t = n % T;
+    float r = 0;
+    const float *x = cls_proj + (size_t)b * D;
+    if (cls && t == 0) {
+        for (int d = lane; d < D; d += 32) r += x[d] * x[d];
+        r = rsqrtf(sum_lanes<32>(r) / D + 1e-6f);
+        if (lane == 0) cls_r[b] = r;
+    }
+    for (int d = lane * 4; d < D; d += 128) {
+        Vec4 v, p = load4(pos + (size_t)t * D + d);
+        if (cls && t == 0) {
+            Vec4 w = load4(cls_norm + d);
+            v = load4(x + d);
+            for (int j = 0; j < 4; j++) v.x[j] *= r * w.x[j];
+        } else v = load4(patches + ((size_t)b * (T - cls) + t - cls) * D + d);
+        for (int j = 0; j < 4; j++) v.x[j] += p.x[j];
+        store4(out + (size_t)n * D + d, v);
+    }
+}
+
+// out = n w with n = x r:  dn = dout w,  dx = r (dn - n mean(dn n));  dw_parts [B,D] = dout n, summed later.
+// A warp a row.
+__global__ void __launch_bounds__(256)
+    rmsnorm_backward_kernel(floatX *dx, float *dw_parts, const floatX *dout, const float *x, const float *r,
+                            const float *w, int B, int D) {
+    int b = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (b >= B) return;
+    float sum = 0, rn = r[b];
+    for (int d = lane; d < D; d += 32)
+        sum += to_float(dout[(size_t)b * D + d]) * w[d] * x[(size_t)b * D + d] * rn;
+    float mean = sum_lanes<32>(sum) / D;
+    for (int d = lane; d < D; d += 32) {
+        size_t at = (size_t)b * D + d;
+        float g = to_float(dout[at]), n = x[at] * rn;
+        dw_parts[at] = g * n;
+        store(&dx[at], rn * (g * w[d] - n * mean));
+    }
+}
+
+// ----------------------------------------------------------------------------------------------------------
+// Attention: q, k = RoPE(RMSNorm(.)), v = lambda v1 + (1 - lambda) v, out = softmax(q k^T / sqrt(Dh)) v. Two
+// ways: on tensor cores (below), with all of it in one kernel each way, for bf16, Dh = 64 and T <= 272, that
+// is all named sizes up to 16 x 16 patches; and a plain one, for everything else and for the build in float.
+
+typedef struct {
+    const floatX *qkv;                 // [B,T,3D]
+    const floatX *v1;                  // block 0's qkv [B,tokens,3D], NULL: values are not mixed
+    const int *ids;                    // [B,T] original token of each token, NULL: itself
+    int tokens, cls;                   // T of the full sequence; 1: token 0 is CLS
+    const float *wq, *wk, *lambda;     // [Dh], [Dh], [1]; wq, wk NULL: no norm
+    const float *rope_cos, *rope_sin;  // [P,Dh], NULL: no rotation
+    const float2 *rope;                // [G,Dh/4] (cos, sin) of position * w_j, for the tensor cores' kernels
+    int T, H, Dh, G;
+} Attention;
+typedef struct {
+    floatX *dqkv;                      // [B,T,3D]
+    float *dv1;                        // [B,tokens,D]: += lambda dv at the original token; block 0 adds it up
+    int is_first;                      // this is block 0
+    float *parts;                      // [attention_parts, 2 Dh + 1]: sums for wq, wk, lambda
+} AttentionGrads;
+#define QK_EPS 1.1920928955078125e-07f
+
+__device__ __forceinline__ int token_of(const Attention &a, int b, int t) {
+    return a.ids ? a.ids[(size_t)b * a.T + t] : t;
+}
+
+// The plain way, first part: out[B,T,3D] = q, k, v as they are multiplied. A warp a head of a row, a pair of
+// neighbours a lane. Reads 6 (+ 2), writes 6 bytes an element of [N,D]; bound by memory.
+__global__ void __launch_bounds__(256) qkv_mix_forward_kernel(floatX *out, const Attention a) {
+    int b = blockIdx.x / a.T, t = blockIdx.x % a.T, lane = threadIdx.x % 32, D = a.H * a.Dh;
+    int token = token_of(a, b, t), patch = token - a.cls;
+    for (int h = threadIdx.x / 32; h < 3 * a.H; h += 8) {
+        size_t at = (size_t)blockIdx.x * 3 * D + (size_t)h * a.Dh;
+        const floatX *x = a.qkv + at;
+        const float *w = h < a.H ? a.wq : a.wk;
+        float r = 0;
+        for (int i = lane; i < a.Dh && w && h < 2 * a.H; i += 32) r += to_float(x[i]) * to_float(x[i]);
+        if (w && h < 2 * a.H) r = rsqrtf(sum_lanes<32>(r) / a.Dh + QK_EPS);
+        for (int i = lane * 2; i < a.Dh; i += 64) {
+            float x0 = to_float(x[i]), x1 = to_float(x[i + 1]);
+            if (h >= 2 * a.H) {
+                if (a.v1) {
+                    const floatX *v1 = a.v1 + ((size_t)b * a.tokens + token) * 3 * D + (size_t)h * a.Dh;
+                    float l = *a.lambda;
+                    x0 = l * to_float(v1[i]) + (1 - l) * x0, x1 = l * to_float(v1[i + 1]) + (1 - l) * x1;
+                }
+            } else {
+                if (w) x0 *= r * w[i], x1 *= r * w[i + 1];
+                if (a.rope_cos && patch >= 0) {
+                    float c = a.rope_cos[(size_t)patch * a.Dh + i], s = a.rope_sin[(size_t)patch * a.Dh + i],
+                          y0 = x0;
+                    x0 = y0 * c - x1 * s, x1 = x1 * c + y0 * s;
+                }
+            }
+            store(&out[at + i], x0), store(&out[at + i + 1], x1);
+        }
+    }
+}
+
+// Its backward, in place (derivation at qkv_mix_backward in train_srdit.c): out.dqkv comes in as the gradient
+// of what the forward wrote. A block takes some tokens of a sample; its sums for the weights are one row of
+// out.parts.
+__global__ void __launch_bounds__(256)
+    qkv_mix_backward_kernel(const AttentionGrads out, const Attention a, int chunk) {
+    __shared__ float sums[8][2][128];
+    __shared__ float lambda_sums[8];
+    int b = blockIdx.y, lane = threadIdx.x % 32, warp = threadIdx.x / 32, D = a.H * a.Dh;
+    float dw[2][2][2] = {}, dl = 0;    // of q or k, of this lane's pairs
+    for (int t = blockIdx.x * chunk; t < min((int)(blockIdx.x + 1) * chunk, a.T); t++) {
+        int token = token_of(a, b, t), patch = token - a.cls;
+        size_t n = (size_t)b * a.T + t, full = (size_t)b * a.tokens + token;
+        for (int h = warp; h < 3 * a.H; h += 8) {
+            size_t at = n * 3 * D + (size_t)h * a.Dh;
+            const floatX *x = a.qkv + at;
+            floatX *d = out.dqkv + at;
+            if (h >= 2 * a.H) {
+                float l = a.v1 ? *a.lambda : 0;
+                float *dv1 = out.dv1 + full * D + (size_t)(h - 2 * a.H) * a.Dh;
+                for (int i = lane; i < a.Dh; i += 32) {
+                    float dv = to_float(d[i]);
+                    if (a.v1) {
+                        float first = to_float(a.v1[full * 3 * D + (size_t)h * a.Dh + i]);
+                        dl += dv * (first - to_float(x[i]));
+                        dv1[i] += l * dv;
+                    }
+                    store(&d[i], out.is_first ? dv + dv1[i] : (1 - l) * dv);
+                }
+                continue;
+            }
+            const float *w = h < a.H ? a.wq : a.wk;
+            float r = 0, dot = 0, dn[2][2] = {}, xs[2][2] = {};
+            for (int j = 0; j < 2; j++) {
+                int i = lane * 2 + j * 64;
+                if (i >= a.Dh) continue;
+                float d0 = to_float(d[i]), d1 = to_float(d[i + 1]), y0 = d0;
+                if (a.rope_cos && patch >= 0) {
+                    float c = a.rope_cos[(size_t)patch * a.Dh + i], s = a.rope_sin[(size_t)patch * a.Dh + i];
+                    d0 = y0 * c + d1 * s, d1 = d1 * c - y0 * s;
+                }
+                dn[j][0] = d0, dn[j][1] = d1, xs[j][0] = to_float(x[i]), xs[j][1] = to_float(x[i + 1]);
+                r += xs[j][0] * xs[j][0] + xs[j][1] * xs[j][1];
+            }
+            r = w ? rsqrtf(sum_lanes<32>(r) / a.Dh + QK_EPS) : 1;
+            for (int j = 0; j < 2; j++)
+                for (int e = 0; e < 2; e++) {
+                    int i = lane * 2 + j * 64 + e;
+                    if (i >= a.Dh || !w) continue;
+                    if (h < a.H) dw[0][j][e] += dn[j][e] * xs[j][e] * r;
+                    else dw[1][j][e] += dn[j][e] * xs[j][e] * r;
+                    dn[j][e] *= w[i];
+                    dot += dn[j][e] * xs[j][e] * r;
+                }
+            dot = w ? sum_lanes<32>(dot) / a.Dh : 0;
+            for (int j = 0; j < 2; j++)
+                for (int e = 0; e < 2; e++) {
+                    int i = lane * 2 + j * 64 + e;
+                    if (i < a.Dh) store(&d[i], r * (dn[j][e] - xs[j][e] * r * dot));
+                }
+        }
+    }
+    for (int k = 0; k < 2; k++)
+        for (int j = 0; j < 2; j++)
+            for (int e = 0; e < 2; e++) sums[warp][k][lane * 2 + j * 64 + e] = dw[k][j][e];
+    dl = sum_lanes<32>(dl);
+    if (lane == 0) lambda_sums[warp] = dl;
+    __syncthreads();
+    float *part = out.parts + (size_t)(b * gridDim.x + blockIdx.x) * (2 * a.Dh + 1);
+    for (int i = threadIdx.x; i <= 2 * a.Dh; i += 256) {
+        float sum = 0;
+        for (int w = 0; w < 8; w++) sum += i == 2 * a.Dh ? lambda_sums[w] : sums[w][i >= a.Dh][i % a.Dh];
+        part[i] = sum;
+    }
+}
+
+// Rows t0 ... t0+count of one head, from x (rows `ld` apart), as floats in shared memory; zeros past T and
+// past Dh
+template <int DH, int LD> __device__ __forceinline__ void load_rows(float *to, const floatX *x, size_t ld,
+                                                                    int t0, int count, int T, int Dh) {
+    for (int i = threadIdx.x; i < count * DH; i += 32) {
+        int t = t0 + i / DH, d = i % DH;
+        to[i / DH * LD + d] = t < T && d < Dh ? to_float(x[(size_t)t * ld + d]) : 0;
+    }
+}
+
+// The plain way, second part: a block is 32 queries of one head, a thread one query; the keys come by in
+// tiles. Softmax with a running maximum: what was summed shrinks by exp(old maximum - new one). Bound by its
+// arithmetic. out [B,T,D]; lse [B,H,T] = log sum exp, for the backward.
+template <int DH> __global__ void __launch_bounds__(32)
+attention_forward_kernel(floatX *out, float *lse, const floatX *qkv, int T, int H, int Dh) {
+    constexpr int TILE = DH > 64 ? 8 : 16;
+    __shared__ float q[32 * (DH + 1)];
+    __shared__ float k[TILE * DH];
+    __shared__ float v[TILE * DH];
+    int b = blockIdx.y / H, h = blockIdx.y % H, t0 = blockIdx.x * 32, t = t0 + threadIdx.x, D = H * Dh;
+    const floatX *at = qkv + (size_t)b * T * 3 * D + (size_t)h * Dh;
+    float scale = rsqrtf((float)Dh), acc[DH] = {}, top = -INFINITY, sum = 0;
+    load_rows<DH, DH + 1>(q, at, 3 * D, t0, 32, T, Dh);
+    for (int n = 0; n < T; n += TILE) {
+        __syncthreads();
+        load_rows<DH, DH>(k, at + D, 3 * D, n, TILE, T, Dh);
+        load_rows<DH, DH>(v, at + 2 * D, 3 * D, n, TILE, T, Dh);
+        __syncthreads();
+        for (int j = 0; j < TILE && n + j < T; j++) {
+            float s = 0;
+#pragma unroll 16
+            for (int d = 0; d < DH; d++) s += q[threadIdx.x * (DH + 1) + d] * k[j * DH + d];
+            s *= scale;
+            float next = fmaxf(top, s), shrink = expf(top - next), p = expf(s - next);
+            top = next, sum = sum * shrink + p;
+#pragma unroll
+            for (int d = 0; d < DH; d++) acc[d] = acc[d] * shrink + p * v[j * DH + d];
+        }
+    }
+    if (t >= T) return;
+    lse[(size_t)blockIdx.y * T + t] = top + logf(sum);
+#pragma unroll
+    for (int d = 0; d < DH; d++)
+        if (d < Dh) store(&out[((size_t)b * T + t) * D + (size_t)h * Dh + d], acc[d] / sum);
+}
+
+// With p = exp(s - lse) and delta = sum do o:  ds = p (do v - delta) / sqrt(Dh),  dq = ds k. A thread one
+// query.
+template <int DH> __global__ void __launch_bounds__(32)
+    attention_backward_query_kernel(floatX *dqkv, float *delta, const floatX *dout, const floatX *out,
+                                    const float *lse, const floatX *qkv, int T, int H, int Dh) {
+    constexpr int TILE = DH > 64 ? 8 : 16, OWN = DH > 64 ? 1 : 32 * (DH + 1);   // OWN: do, if it fits
+    __shared__ float q[32 * (DH + 1)];
+    __shared__ float dob[OWN];
+    __shared__ float k[TILE * DH];
+    __shared__ float v[TILE * DH];
+    int b = blockIdx.y / H, h = blockIdx.y % H, t0 = blockIdx.x * 32, t = t0 + threadIdx.x, D = H * Dh;
+    const floatX *at = qkv + (size_t)b * T * 3 * D + (size_t)h * Dh;
+    const floatX *d_at = dout + ((size_t)b * T + min(t, T - 1)) * D + (size_t)h * Dh;
+    float scale = rsqrtf((float)Dh), acc[DH] = {}, sum = 0, l = lse[(size_t)blockIdx.y * T + min(t, T - 1)];
+    load_rows<DH, DH + 1>(q, at, 3 * D, t0, 32, T, Dh);
+    if (DH <= 64) load_rows<DH, DH + 1>(dob, dout + (size_t)b * T * D + (size_t)h * Dh, D, t0, 32, T, Dh);
+    for (int d = 0; d < Dh; d++) sum += to_float(d_at[d]) * to_float(out[(d_at - dout) + d]);
+    if (t < T) delta[(size_t)blockIdx.y * T + t] = sum;
+    for (int n = 0; n < T; n += TILE) {
+        __syncthreads();
+        load_rows<DH, DH>(k, at + D, 3 * D, n, TILE, T, Dh);
+        load_rows<DH, DH>(v, at + 2 * D, 3 * D, n, TILE, T, Dh);
+        __syncthreads();
+        for (int j = 0; j < TILE && n + j < T; j++) {
+            float s = 0, dp = 0;
+#pragma unroll 16
+            for (int d = 0; d < DH; d++) {
+                float o = DH <= 64 ? dob[threadIdx.x * (DH + 1) + d] : d < Dh ? to_float(d_at[d]) : 0;
+                s += q[threadIdx.x * (DH + 1) + d] * k[j * DH + d], dp += o * v[j * DH + d];
+            }
+            float ds = expf(s * scale - l) * (dp - sum) * scale;
+#pragma unroll
+            for (int d = 0; d < DH; d++) acc[d] += ds * k[j * DH + d];
+        }
+    }
+    if (t >= T) return;
+#pragma unroll
+    for (int d = 0; d < DH; d++)
+        if (d < Dh) store(&dqkv[((size_t)b * T + t) * 3 * D + (size_t)h * Dh + d], acc[d]);
+}
+
+// The other two gradients, dk = ds^T q, dv = p^T do: a thread one key, the queries come by in tiles.
+template <int DH> __global__ void __launch_bounds__(32)
+    attention_backward_key_kernel(floatX *dqkv, const float *delta, const floatX *dout, const float *lse,
+                                  const floatX *qkv, int T, int H, int Dh) {
+    constexpr int TILE = DH > 64 ? 4 : 16;
+    __shared__ float k[32 * (DH + 1)];
+    __shared__ float v[32 * (DH + 1)];
+    __shared__ float q[TILE * DH];
+    __shared__ float dob[TILE * DH];
+    int b = blockIdx.y / H, h = blockIdx.y % H, t0 = blockIdx.x * 32, t = t0 + threadIdx.x, D = H * Dh;
+    const floatX *at = qkv + (size_t)b * T * 3 * D + (size_t)h * Dh;
+    float scale = rsqrtf((float)Dh), dk[DH] = {}, dv[DH] = {};
+    load_rows<DH, DH + 1>(k, at + D, 3 * D, t0, 32, T, Dh);
+    load_rows<DH, DH + 1>(v, at + 2 * D, 3 * D, t0, 32, T, Dh);
+    for (int n = 0; n < T; n += TILE) {
+        __syncthreads();
+        load_rows<DH, DH>(q, at, 3 * D, n, TILE, T, Dh);
+        load_rows<DH, DH>(dob, dout + (size_t)b * T * D + (size_t)h * Dh, D, n, TILE, T, Dh);
+        __syncthreads();
+        for (int j = 0; j < TILE && n + j < T; j++) {
+            float s = 0, dp = 0;
+#pragma unroll 16
+            for (int d = 0; d < DH; d++) {
+                s += q[j * DH + d] * k[threadIdx.x * (DH + 1) + d];
+                dp += dob[j * DH + d] * v[threadIdx.x * (DH + 1) + d];
+            }
+            float p = expf(s * scale - lse[(size_t)blockIdx.y * T + n + j]);
+            float ds = p * (dp - delta[(size_t)blockIdx.y * T + n + j]) * scale;
+#pragma unroll
+            for (int d = 0; d < DH; d++) dk[d] += ds * q[j * DH + d], dv[d] += p * dob[j * DH + d];
+        }
+    }
+    if (t >= T) return;
+    floatX *to = dqkv + ((size_t)b * T + t) * 3 * D + D + (size_t)h * Dh;
+#pragma unroll
+    for (int d = 0; d < DH; d++)
+        if (d < Dh) store(&to[d], dk[d]), store(&to[D + d], dv[d]);
+}
+
+// Attention on tensor cores: one block (a CTA) a sample and head, the whole sequence in shared memory, no
+// score matrix anywhere. Norm, RoPE and mix are done as rows are loaded, and undone on gradients while they
+// are still in registers. The tensor core multiplies tiles: mma_bf16 does d[16x8] += a[16x16] b[16x8], all
+// spread over a warp's registers.
+
+enum { HD = 64, TMAX_SMALL = 64, TMAX_LARGE = 272 };   // head width; longest sequences of the two variants
+#ifndef FP32
+
+#ifndef CUDA_ON_CPU     // the PTX this file uses; the emulator has the same functions for the CPU
+__device__ __forceinline__ unsigned shared_address(const void *p) {
+    return (unsigned)__cvta_generic_to_shared(p);
+}
+__device__ __forceinline__ void mma_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ __forceinline__ void ldmatrix(unsigned (&r)[4], const void *row) {   // four 8 x 8 tiles of bf16
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+}
+__device__ __forceinline__ void ldmatrix_trans(unsigned (&r)[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+}
+__device__ __forceinline__ float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+#endif
+
+constexpr float SCALE = 0.125f;              // 1 / sqrt(HD)
+constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+enum Kind { Q, K, V };                       // the three parts of a qkv row
+enum { FORWARD_WARPS = 4 };
+
+// Lanes: in fragments g = lane / 4 is the row (and g + 8), c = lane % 4 the pair of columns (2c, 2c+1) of
+// each 8.
+__device__ __forceinline__ void unpack8(float (&x)[8], uint4 p) {
+    float2 a = unpack(p.x), b = unpack(p.y), c = unpack(p.z), d = unpack(p.w);
+    x[0] = a.x, x[1] = a.y, x[2] = b.x, x[3] = b.y, x[4] = c.x, x[5] = c.y, x[6] = d.x, x[7] = d.y;
+}
+__device__ __forceinline__ uint4 pack8(const float (&x)[8]) {
+    return make_uint4(pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7]));
+}
+
+// A tile in shared memory is rows of 128 bytes; its 16-byte chunks are permuted within each row, so that the
+// eight rows of an ldmatrix touch all 32 banks once.
+typedef bf16 Row[HD];
+__device__ __forceinline__ bf16 *tile_at(Row *tile, int row, int chunk) {
+    return &tile[row][(chunk ^ (row & 7)) * 8];
+}
+// B fragments of two neighbouring n-tiles (f[0..1], f[2..3]). For X U^T: n = 16 rows of U, k = its columns
+// 16kk..16kk+15.
+__device__ __forceinline__ void load_b(unsigned (&f)[4], Row *u, int row0, int kk, int lane) {
+    ldmatrix(f, tile_at(u, row0 + lane % 8 + lane / 16 * 8, kk * 2 + lane / 8 % 2));
+}
+// For P U: k = 16 rows of U, n = its columns 8j..8j+15.
+__device__ __forceinline__ void load_b_trans(unsigned (&f)[4], Row *u, int row0, int j, int lane) {
+    ldmatrix_trans(f, tile_at(u, row0 + lane % 16, j + lane / 16));
+}
+// The accumulators of 16 x 16 numbers are, once rounded, the A operand of the next product.
+__device__ __forceinline__ void to_a(unsigned (&a)[4], const float (&p)[2][4]) {
+    a[0] = pack(p[0][0], p[0][1]), a[1] = pack(p[0][2], p[0][3]);
+    a[2] = pack(p[1][0], p[1][1]), a[3] = pack(p[1][2], p[1][3]);
+}
+
+// Eight lanes hold a row, eight numbers each. q and k: norm and RoPE; v: mix. Rows from T on are zeros. CLS
+// stands at position 0, whose rotation is the identity.
+template <Kind KIND>
+__device__ __forceinline__ uint4 load_row(const Attention &a, int b, int h, int t, int lane) {
+    const int c = lane % 8;
+    const size_t row = (size_t)b * a.T + min(t, a.T - 1);
+    float x[8];
+    unpack8(x, __ldg((const uint4 *)(a.qkv + (row * 3 + KIND) * a.H * HD + h * HD + c * 8)));
+    if (KIND == V) {
+        if (a.v1) {
+            float y[8], l = __ldg(a.lambda);
+            const size_t full = (size_t)b * a.tokens + (a.ids ? __ldg(a.ids + row) : min(t, a.T - 1));
+            unpack8(y, __ldg((const uint4 *)(a.v1 + (full * 3 + V) * a.H * HD + h * HD + c * 8)));
+            for (int i = 0; i < 8; i++) x[i] = l * y[i] + (1 - l) * x[i];
+        }
+    } else {
+        float r = 0;
+        for (int i = 0; i < 8; i++) r += x[i] * x[i];
+        r = rsqrtf(sum_lanes<8>(r) / HD + QK_EPS);
+        const int pos = max((a.ids ? __ldg(a.ids + row) : min(t, a.T - 1)) - a.cls, 0),
+                  p = c < 4 ? pos / a.G : pos % a.G;
+        const float2 *w = (const float2 *)(KIND == Q ? a.wq : a.wk) + c * 4,
+                     *rope = a.rope + p * 16 + c % 4 * 4;
+        for (int i = 0; i < 4; i++) {
+            float2 wi = __ldg(w + i), cs = __ldg(rope + i);
+            float y0 = x[2 * i] * r * wi.x, y1 = x[2 * i + 1] * r * wi.y;
+            x[2 * i] = y0 * cs.x - y1 * cs.y;
+            x[2 * i + 1] = y1 * cs.x + y0 * cs.y;
+        }
+    }
+    return t < a.T ? pack8(x) : make_uint4(0, 0, 0, 0);
+}
+__device__ __forceinline__ uint4 load_plain(const bf16 *x, const Attention &a, int b, int h, int t,
+                                            int lane) {
+    const size_t row = (size_t)b * a.T + t;                                    // x [B,T,H,64]
+    return t < a.T ? __ldg((const uint4 *)(x + row * a.H * HD + h * HD + lane % 8 * 8))
+                   : make_uint4(0, 0, 0, 0);
+}
+
+// A fragments of 16 query rows from t0 on, by way of 8 rows of shared memory of the warp's own
+__device__ __forceinline__ void load_queries(unsigned (&f)[4][4], Row *stage, const Attention &a, int b,
+                                             int h, int t0, int lane) {
+    uint4 x[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) x[i] = load_row<Q>(a, b, h, t0 + i * 4 + lane / 8, lane);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        *(uint4 *)tile_at(stage, lane / 8, lane % 8) = x[half * 2];
+        *(uint4 *)tile_at(stage, lane / 8 + 4, lane % 8) = x[half * 2 + 1];
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < 2; i++) {   // matrix m: chunk 4i + m, that is half m%2 of k-step 2i + m/2
+            unsigned r[4];
+            ldmatrix(r, tile_at(stage, lane % 8, i * 4 + lane / 8));
+            for (int m = 0; m < 4; m++) f[i * 2 + m / 2][half + m % 2 * 2] = r[m];
+        }
+        __syncwarp();
+    }
+}
+
+template <int TMAX> struct ForwardShared { Row k[TMAX], v[TMAX], stage[FORWARD_WARPS][8]; };
+
+// QK-norm bounds the scores: |q| <= 8 max|wq|, so |s| <= bound = 8 max|wq| max|wk|. exp(s - bound) needs no
+// running maximum and cannot overflow; it cannot vanish either while the bound is small. For larger weights:
+// online softmax.
+__device__ __forceinline__ float score_bound(const Attention &a, int lane) {
+    float mq = fmaxf(fabsf(__ldg(a.wq + lane)), fabsf(__ldg(a.wq + lane + 32)));
+    float mk = fmaxf(fabsf(__ldg(a.wk + lane)), fabsf(__ldg(a.wk + lane + 32)));
+    for (int m = 16; m; m /= 2) {
+        mq = fmaxf(mq, __shfl_xor_sync(0xffffffffu, mq, m));
+        mk = fmaxf(mk, __shfl_xor_sync(0xffffffffu, mk, m));
+    }
+    return HD * SCALE * mq * mk;
+}
+
+// MT * 16 query rows from t0 on, against all keys, 16 at a time
+template <int MT> __device__ __forceinline__ void forward_rows(bf16 *o, float *lse, const Attention &a, int b,
+                                                               int h, int t0, Row *k, Row *v, Row *stage,
+                                                               float bound, int lane) {
+    const int g = lane / 4, c = lane % 4;
+    const bool online = !(bound < 40);
+    unsigned q[MT][4][4];
+    float acc[MT][8][4] = {}, sum[MT][2] = {}, shift[MT][2];       // shift in units of log 2
+#pragma unroll
+    for (int m = 0; m < MT; m++) {
+        load_queries(q[m], stage, a, b, h, t0 + m * 16, lane);
+        shift[m][0] = shift[m][1] = online ? -INFINITY : bound * LOG2E;
+    }
+    for (int n = 0; n < a.T; n += 16) {
+        float s[MT][2][4] = {};
+#pragma unroll
+        for (int kk = 0; kk < 4; kk++) {
+            unsigned f[4];
+            load_b(f, k, n, kk, lane);
+#pragma unroll
+            for (int m = 0; m < MT; m++) {
+                mma_bf16(s[m][0], q[m][kk], {f[0], f[1]});
+                mma_bf16(s[m][1], q[m][kk], {f[2], f[3]});
+            }
+        }
+#pragma unroll
+        for (int m = 0; m < MT; m++)
+#pragma unroll
+            for (int j = 0; j < 2; j++)
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    s[m][j][e] = n + j * 8 + c * 2 + e % 2 < a.T ? s[m][j][e] * (SCALE * LOG2E) : -INFINITY;
+        if (online) {
+#pragma unroll
+            for (int m = 0; m < MT; m++)
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    float top = fmaxf(fmaxf(s[m][0][i * 2], s[m][0][i * 2 + 1]),
+                                      fmaxf(s[m][1][i * 2], s[m][1][i * 2 + 1]));
+                    top = fmaxf(top, shift[m][i]);
+                    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
+                    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+                    float shrink = exp2_approx(shift[m][i] - top);         // key n is real: top is finite
+                    shift[m][i] = top;
+                    sum[m][i] *= shrink;
+#pragma unroll
+                    for (int j = 0; j < 8; j++) acc[m][j][i * 2] *= shrink, acc[m][j][i * 2 + 1] *= shrink;
+                }
+        }
+        unsigned p[MT][4];
+#pragma unroll
+        for (int m = 0; m < MT; m++) {
+#pragma unroll
+            for (int j = 0; j < 2; j++)
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    sum[m][e / 2] += s[m][j][e] = exp2_approx(s[m][j][e] - shift[m][e / 2]);
+            to_a(p[m], s[m]);
+        }
+#pragma unroll
+        for (int j = 0; j < 8; j += 2) {
+            unsigned f[4];
+            load_b_trans(f, v, n, j, lane);
+#pragma unroll
+            for (int m = 0; m < MT; m++) {
+                mma_bf16(acc[m][j], p[m], {f[0], f[1]});
+                mma_bf16(acc[m][j + 1], p[m], {f[2], f[3]});
+            }
+        }
+    }
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const float total = sum_lanes<4>(sum[m][i]), r = 1 / total;
+            const int t = t0 + m * 16 + i * 8 + g;
+            if (t >= a.T) continue;
+            unsigned *out = (unsigned *)(o + ((size_t)b * a.T + t) * a.H * HD + h * HD) + c;
+#pragma unroll
+            for (int j = 0; j < 8; j++) out[j * 4] = pack(acc[m][j][i * 2] * r, acc[m][j][i * 2 + 1] * r);
+            if (c == 0) lse[((size_t)b * a.H + h) * a.T + t] = shift[m][i] * LN2 + logf(total);
+        }
+}
+
+// o [B,T,H,64], lse [B,H,T]: k and v whole in shared memory (73 KB at T = 257, 3 blocks an SM), a warp MT *
+// 16 query rows at a time. Reads 6 (+ 2 for v1), writes 2 bytes an element: 0.51 GB, 0.17 ms; bound by
+// memory.
+template <int TMAX, int MT> __global__ void __launch_bounds__(FORWARD_WARPS * 32, TMAX > 64 ? 3 : 4)
+tensor_attention_forward_kernel(bf16 *__restrict__ o, float *__restrict__ lse, const Attention a) {
+    extern __shared__ __align__(128) unsigned char raw[];
+    ForwardShared<TMAX> &s = *reinterpret_cast<ForwardShared<TMAX> *>(raw);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, b = blockIdx.x / a.H, h = blockIdx.x % a.H;
+    const int rows = (a.T + 15) / 16 * 16;
+#pragma unroll 2
+    for (int t = warp * 4 + lane / 8; t < rows; t += FORWARD_WARPS * 4) {
+        uint4 k = load_row<K>(a, b, h, t, lane), v = load_row<V>(a, b, h, t, lane);
+        *(uint4 *)tile_at(s.k, t, lane % 8) = k;
+        *(uint4 *)tile_at(s.v, t, lane % 8) = v;
+    }
+    const float bound = score_bound(a, lane);
+    __syncthreads();
+    for (int t = warp * MT * 16; t < a.T; t += FORWARD_WARPS * MT * 16)
+        if (MT == 1 || a.T - t <= 16)
+            forward_rows<1>(o, lse, a, b, h, t, s.k, s.v, s.stage[warp], bound, lane);
+        else forward_rows<MT>(o, lse, a, b, h, t, s.k, s.v, s.stage[warp], bound, lane);
+}
+
+// Backward. With delta_i = do_i . o_i:    P = exp(S - lse),  dP = do v^T,  dS = P (dP - delta),
+//     dv = P^T do,  dk = dS^T q / 8,  dq = dS k / 8.
+// q, k, v, do lie whole in shared memory. The work is two kinds of jobs, so that a warp owns what it sums and
+// nothing is exchanged:  a block of keys: P^T and dS^T from k q^T and v do^T, over all queries;  dv += P^T
+// do,  dk += dS^T q
+//             a block of queries: P and dS from q k^T and do v^T, over all keys;      dq += dS k
+// S and dP are computed twice (7 products instead of 5); in return no dS or dq goes through shared memory, no
+// warp waits for another, and nothing needs an atomic.
+template <int TMAX, int NW> struct BackwardShared {
+    Row q[TMAX], k[TMAX], v[TMAX], dout[TMAX];
+    float lse[TMAX], delta[TMAX];                   // lse in units of log 2
+    float dw[2][NW][HD], dlambda[NW];               // each warp's sums
+};
+
+// x -> n = w x r(x) -> y = R n. Given dy/8 (rows t0 + g, + 8 of fragments d):
+//   dn = R^T dy,  dw = sum_t dn x r,  dx = r (w dn - x r^2 mean(w dn x))
+// Lane (g, c) keeps dw of columns 8g + 2c, + 1.
+template <Kind KIND>
+__device__ __forceinline__ void norm_rope_backward(bf16 *dqkv, float (&dw)[2], const float (&d)[8][4],
+                                                   const Attention &a, int b, int h, int t0, int lane) {
+    const int g = lane / 4, c = lane % 4;
+    const float2 *w = (const float2 *)(KIND == Q ? a.wq : a.wk);
+    float part[8][2] = {};
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int t = t0 + i * 8 + g;
+        const size_t row = (size_t)b * a.T + min(t, a.T - 1),
+                     start = (row * 3 + KIND) * a.H * HD + h * HD + c * 2;
+        float2 x[8], dn[8];
+        float r = 0, dot = 0;
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            x[j] = unpack(__ldg((const unsigned *)(a.qkv + start + j * 8)));
+            r += x[j].x * x[j].x + x[j].y * x[j].y;
+        }
+        r = rsqrtf(sum_lanes<4>(r) / HD + QK_EPS);
+        const int pos = max((a.ids ? __ldg(a.ids + row) : min(t, a.T - 1)) - a.cls, 0), y = pos / a.G,
+                  z = pos % a.G;
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            const float2 cs = __ldg(a.rope + (j < 4 ? y : z) * 16 + j % 4 * 4 + c), wj = __ldg(w + j * 4 + c);
+            const float dy0 = d[j][i * 2] * SCALE, dy1 = d[j][i * 2 + 1] * SCALE;
+            dn[j] = make_float2(dy0 * cs.x + dy1 * cs.y, dy1 * cs.x - dy0 * cs.y);
+            if (t < a.T) part[j][0] += dn[j].x * x[j].x * r, part[j][1] += dn[j].y * x[j].y * r;
+            dn[j].x *= wj.x;
+            dn[j].y *= wj.y;
+            dot += dn[j].x * x[j].x + dn[j].y * x[j].y;
+        }
+        dot = sum_lanes<4>(dot) * r * r / HD;
+        if (t < a.T)
+#pragma unroll
+            for (int j = 0; j < 8; j++)
+                *(unsigned *)(dqkv + start + j * 8) =
+                    pack(r * (dn[j].x - x[j].x * dot), r * (dn[j].y - x[j].y * dot));
+    }
+#pragma unroll
+    for (int j = 0; j < 8; j++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            float x = part[j][e];
+            for (int m = 4; m < 32; m *= 2) x += __shfl_xor_sync(0xffffffffu, x, m);
+            if (g == j) dw[e] += x;
+        }
+}
+
+// v = l v1 + (1 - l) x:  dx = (1 - l) dv,  dv1 += l dv,  dl = sum dv (v1 - x);  in block 0, dx = dv + dv1
+__device__ __forceinline__ void mix_backward(const AttentionGrads &out, float &dlambda,
+                                             const float (&d)[8][4], const Attention &a, int b, int h, int t0,
+                                             int lane) {
+    const int g = lane / 4, c = lane % 4;
+    const float l = a.v1 ? __ldg(a.lambda) : 0;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int t = t0 + i * 8 + g;
+        if (t >= a.T) continue;
+        const size_t row = (size_t)b * a.T + t,
+                     full = (size_t)b * a.tokens + (a.ids ? __ldg(a.ids + row) : t);
+        const size_t start = (row * 3 + V) * a.H * HD + h * HD + c * 2,
+                     first = (full * 3 + V) * a.H * HD + h * HD + c * 2;
+        float *dv1 = out.dv1 + (full * a.H + h) * HD + c * 2;
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            float d0 = d[j][i * 2], d1 = d[j][i * 2 + 1];
+            if (a.v1 || out.is_first) {
+                float2 sum = *(float2 *)(dv1 + j * 8);
+                if (a.v1) {
+                    const float2 x = unpack(__ldg((const unsigned *)(a.qkv + start + j * 8)));
+                    const float2 y = unpack(__ldg((const unsigned *)(a.v1 + first + j * 8)));
+                    *(float2 *)(dv1 + j * 8) = make_float2(sum.x + l * d0, sum.y + l * d1);
+                    dlambda += d0 * (y.x - x.x) + d1 * (y.y - x.y);
+                } else d0 += sum.x, d1 += sum.y;
+            }
+            *(unsigned *)(out.dqkv + start + j * 8) = pack((1 - l) * d0, (1 - l) * d1);
+        }
+    }
+}
+
+// MT * 16 rows from t0 on: keys (out = dk, out2 = dv) or queries (out = dq).
+// x, y: the warp's own rows (k, v or q, do);  u, w: all rows of the other side (q, do or k, v).
+template <int MT, bool KEYS>
+__device__ __forceinline__ void backward_rows(float (&out)[MT][8][4], float (&out2)[KEYS ? MT : 1][8][4],
+                                              Row *x, Row *y, Row *u, Row *w, const float *lse,
+                                              const float *delta, int t0, int T, int lane) {
+    const int g = lane / 4, c = lane % 4;
+    unsigned a[MT][4][4], a2[MT][4][4];
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+#pragma unroll
+        for (int kk = 0; kk < 4; kk++) {
+            ldmatrix(a[m][kk], tile_at(x, t0 + m * 16 + lane % 16, kk * 2 + lane / 16));
+            ldmatrix(a2[m][kk], tile_at(y, t0 + m * 16 + lane % 16, kk * 2 + lane / 16));
+        }
+    float own_lse[MT][2], own_d[MT][2];
+    if (!KEYS)
+#pragma unroll
+        for (int m = 0; m < MT; m++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                own_lse[m][i] = lse[t0 + m * 16 + i * 8 + g];
+                own_d[m][i] = delta[t0 + m * 16 + i * 8 + g];
+            }
+    for (int n = 0; n < T; n += 16) {
+        float s[MT][2][4] = {}, ds[MT][2][4] = {};
+#pragma unroll
+        for (int kk = 0; kk < 4; kk++) {
+            unsigned f[4], f2[4];
+            load_b(f, u, n, kk, lane);
+            load_b(f2, w, n, kk, lane);
+#pragma unroll
+            for (int m = 0; m < MT; m++) {
+                mma_bf16(s[m][0], a[m][kk], {f[0], f[1]});
+                mma_bf16(s[m][1], a[m][kk], {f[2], f[3]});
+                mma_bf16(ds[m][0], a2[m][kk], {f2[0], f2[1]});
+                mma_bf16(ds[m][1], a2[m][kk], {f2[2], f2[3]});
+            }
+        }
+        unsigned p[MT][4], dp[MT][4];
+#pragma unroll
+        for (int m = 0; m < MT; m++) {
+#pragma unroll
+            for (int j = 0; j < 2; j++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const int other = n + j * 8 + c * 2 + e % 2;
+                    const float l = KEYS ? lse[other] : own_lse[m][e / 2],
+                                d = KEYS ? delta[other] : own_d[m][e / 2];
+                    float pe = exp2_approx(s[m][j][e] * (SCALE * LOG2E) - l);
+                    if (!KEYS && other >= T) pe = 0;   // a key past T (a query past T has an infinite lse)
+                    s[m][j][e] = pe;
+                    ds[m][j][e] = pe * (ds[m][j][e] - d);
+                }
+            to_a(dp[m], ds[m]);
+            if (KEYS) to_a(p[m], s[m]);
+        }
+#pragma unroll
+        for (int j = 0; j < 8; j += 2) {
+            unsigned f[4];
+            load_b_trans(f, u, n, j, lane);
+#pragma unroll
+            for (int m = 0; m < MT; m++) {
+                mma_bf16(out[m][j], dp[m], {f[0], f[1]});
+                mma_bf16(out[m][j + 1], dp[m], {f[2], f[3]});
+            }
+            if (KEYS) {
+                load_b_trans(f, w, n, j, lane);
+#pragma unroll
+                for (int m = 0; m < (KEYS ? MT : 0); m++) {
+                    mma_bf16(out2[m][j], p[m], {f[0], f[1]});
+                    mma_bf16(out2[m][j + 1], p[m], {f[2], f[3]});
+                }
+            }
+        }
+    }
+}
+
+template <int MT, class Shared>
+__device__ __forceinline__ void query_rows(const AttentionGrads &out, float (&dw)[2], const Attention &a,
+                                           int b, int h, int t0, Shared &s, int lane) {
+    float dq[MT][8][4] = {}, none[1][8][4];
+    backward_rows<MT, false>(dq, none, s.q, s.dout, s.k, s.v, s.lse, s.delta, t0, a.T, lane);
+#pragma unroll
+    for (int m = 0; m < MT; m++) norm_rope_backward<Q>(out.dqkv, dw, dq[m], a, b, h, t0 + m * 16, lane);
+}
+
+// o, dout [B,T,H,64], lse [B,H,T]. NW warps; a job is 16 keys or MQ * 16 queries. 146 KB of shared memory at
+// T = 257, one block an SM; at T <= 64 35 KB, 3 an SM. Reads 6 (+ 2) + 4, writes 6, adds 4 + 4 bytes an
+// element: 1.2 GB, 0.4 ms; memory and shared memory bound it about equally.
+template <int TMAX, int NW, int MQ, int CTAS> __global__ void __launch_bounds__(NW * 32, CTAS)
+tensor_attention_backward_kernel(const AttentionGrads out, const Attention a, const bf16 *__restrict__ dout,
+                                 const bf16 *__restrict__ o, const float *__restrict__ lse) {
+    extern __shared__ __align__(128) unsigned char raw[];
+    typedef BackwardShared<TMAX, NW> Shared;
+    Shared &s = *reinterpret_cast<Shared *>(raw);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, b = blockIdx.x / a.H, h = blockIdx.x % a.H;
+    const int rows = (a.T + 15) / 16 * 16;
+#pragma unroll 2
+    for (int t = warp * 4 + lane / 8; t < rows; t += NW * 4) {
+        uint4 y = load_plain(dout, a, b, h, t, lane), z = load_plain(o, a, b, h, t, lane);
+        uint4 q = load_row<Q>(a, b, h, t, lane), k = load_row<K>(a, b, h, t, lane),
+              v = load_row<V>(a, b, h, t, lane);
+        float d = 0, fy[8], fz[8];
+        unpack8(fy, y);
+        unpack8(fz, z);
+        for (int i = 0; i < 8; i++) d += fy[i] * fz[i];
+        d = sum_lanes<8>(d);
+        *(uint4 *)tile_at(s.q, t, lane % 8) = q;
+        *(uint4 *)tile_at(s.k, t, lane % 8) = k;
+        *(uint4 *)tile_at(s.v, t, lane % 8) = v;
+        *(uint4 *)tile_at(s.dout, t, lane % 8) = y;
+        if (lane % 8 == 0) {
+            s.lse[t] = t < a.T ? __ldg(lse + (size_t)blockIdx.x * a.T + t) * LOG2E : INFINITY;
+            s.delta[t] = d;
+        }
+    }
+    __syncthreads();
+
+    const int key_jobs = (a.T + 15) / 16, query_jobs = (a.T + MQ * 16 - 1) / (MQ * 16);
+    float dwk[2] = {}, dwq[2] = {}, dl = 0;
+    int job = warp;
+    for (; job < key_jobs; job += NW) {
+        float dk[1][8][4] = {}, dv[1][8][4] = {};
+        backward_rows<1, true>(dk, dv, s.k, s.v, s.q, s.dout, s.lse, s.delta, job * 16, a.T, lane);
+        norm_rope_backward<K>(out.dqkv, dwk, dk[0], a, b, h, job * 16, lane);
+        mix_backward(out, dl, dv[0], a, b, h, job * 16, lane);
+    }
+    for (job -= key_jobs; job < query_jobs; job += NW) {
+        const int t = job * MQ * 16;
+        if (MQ == 1 || a.T - t <= 16) query_rows<1>(out, dwq, a, b, h, t, s, lane);
+        else query_rows<MQ>(out, dwq, a, b, h, t, s, lane);
+    }
+
+    // the weights' gradients: the warps' sums, added in order
+    *(float2 *)&s.dw[0][warp][lane * 2] = make_float2(dwq[0], dwq[1]);     // columns 8g + 2c = 2 lane
+    *(float2 *)&s.dw[1][warp][lane * 2] = make_float2(dwk[0], dwk[1]);
+    dl = sum_lanes<32>(dl);
+    if (lane == 0) s.dlambda[warp] = dl;
+    __syncthreads();
+    float *part = out.parts + (size_t)blockIdx.x * (2 * HD + 1);
+    for (int i = threadIdx.x; i <= 2 * HD; i += NW * 32) {
+        float x = 0;
+        for (int k = 0; k < NW; k++) x += i == 2 * HD ? s.dlambda[k] : s.dw[i / HD][k][i % HD];
+        part[i] = x;
+    }
+}
+
+template <int TMAX, int MT> static void forward_launch(bf16 *o, float *lse, const Attention *a, int B) {
+    const size_t bytes = sizeof(ForwardShared<TMAX>);
+    CHECK(cudaFuncSetAttribute(tensor_attention_forward_kernel<TMAX, MT>,
+                               cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+    tensor_attention_forward_kernel<TMAX, MT>
+        <<<(unsigned)(B * a->H), FORWARD_WARPS * 32, bytes, stream>>>(o, lse, *a);
+    LAUNCHED();
+}
+template <int TMAX, int NW, int MQ, int CTAS>
+static void backward_launch(const AttentionGrads *g, const bf16 *dout, const bf16 *o, const float *lse,
+                            const Attention *a, int B) {
+    const size_t bytes = sizeof(BackwardShared<TMAX, NW>);
+    CHECK(cudaFuncSetAttribute(tensor_attention_backward_kernel<TMAX, NW, MQ, CTAS>,
+                               cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+    tensor_attention_backward_kernel<TMAX, NW, MQ, CTAS>
+        <<<(unsigned)(B * a->H), NW * 32, bytes, stream>>>(*g, *a, dout, o, lse);
+    LAUNCHED();
+}
+static void tensor_attention_forward(bf16 *o, float *lse, const Attention *a, int B) {
+    if (a->T <= TMAX_SMALL) forward_launch<TMAX_SMALL, 1>(o, lse, a, B);
+    else forward_launch<TMAX_LARGE, 2>(o, lse, a, B);
+}
+static void tensor_attention_backward(const AttentionGrads *g, const bf16 *dout, const bf16 *o,
+                                      const float *lse, const Attention *a, int B) {
+    if (a->T <= TMAX_SMALL) backward_launch<TMAX_SMALL, 4, 1, 3>(g, dout, o, lse, a, B);
+    else backward_launch<TMAX_LARGE, 8, 2, 1>(g, dout, o, lse, a, B);
+}
+#endif   // FP32
+
+// Which way: the tensor cores' kernels bound the scores by the norm of q and k, so they need it.
+static int tensor_attention(const Attention *a) {
+#ifdef FP32
+    return use_tensor_attention && !a;   // never
+#else
+    return use_tensor_attention && a->Dh == HD && a->T <= TMAX_LARGE && a->wq;
+#endif
+}
+enum { MIX_CHUNK = 16 };
+static int attention_parts(const Attention *a, int B) {   // rows of AttentionGrads.parts
+    return tensor_attention(a) ? B * a->H : B * div_up(a->T, MIX_CHUNK);
+}
+
+#define BY_HEAD(KERNEL, ...)                                            \
+    do {                                                                \
+        if (a->Dh <= 16) KERNEL<16><<<grid, 32, 0, stream>>>(__VA_ARGS__);       \
+        else if (a->Dh <= 32) KERNEL<32><<<grid, 32, 0, stream>>>(__VA_ARGS__);  \
+        else if (a->Dh <= 64) KERNEL<64><<<grid, 32, 0, stream>>>(__VA_ARGS__);  \
+        else KERNEL<128><<<grid, 32, 0, stream>>>(__VA_ARGS__);                  \
+        LAUNCHED();                                                     \
+    } while (0)
+
+// out [B,T,D], lse [B,H,T]; mix [B,T,3D] is scratch of the plain way
+static void attention_forward(floatX *out, float *lse, floatX *mix, const Attention *a, int B) {
+#ifndef FP32
+    if (tensor_attention(a)) {
+        tensor_attention_forward(out, lse, a, B);
+        return;
+    }
+#endif
+    dim3 grid((unsigned)div_up(a->T, 32), (unsigned)(B * a->H));
+    qkv_mix_forward_kernel<<<(unsigned)(B * a->T), 256, 0, stream>>>(mix, *a);
+    LAUNCHED();
+    BY_HEAD(attention_forward_kernel, out, lse, mix, a->T, a->H, a->Dh);
+}
+
+// delta [B,H,T] is scratch of the plain way
+static void attention_backward(const AttentionGrads *g, floatX *mix, float *delta, const floatX *dout,
+                               const floatX *out, const float *lse, const Attention *a, int B) {
+#ifndef FP32
+    if (tensor_attention(a)) {
+        tensor_attention_backward(g, dout, out, lse, a, B);
+        return;
+    }
+#endif
+    dim3 grid((unsigned)div_up(a->T, 32), (unsigned)(B * a->H)),
+        mix_grid((unsigned)div_up(a->T, MIX_CHUNK), (unsigned)B);
+    qkv_mix_forward_kernel<<<(unsigned)(B * a->T), 256, 0, stream>>>(mix, *a);   // (not kept)
+    LAUNCHED();
+    BY_HEAD(attention_backward_query_kernel, g->dqkv, delta, dout, out, lse, mix, a->T, a->H, a->Dh);
+    BY_HEAD(attention_backward_key_kernel, g->dqkv, delta, dout, lse, mix, a->T, a->H, a->Dh);
+    qkv_mix_backward_kernel<<<mix_grid, 256, 0, stream>>>(*g, *a, MIX_CHUNK);
+    LAUNCHED();
+}
+#undef BY_HEAD
+
+// ----------------------------------------------------------------------------------------------------------
+// Input: what a step brings from the host, and what it draws on the device from the same addresses as the CPU
+
+// Where a micro-batch's random numbers lie
+typedef struct { uint64_t seed; uint32_t step, first, whole; } Draw;
+typedef struct {                             // laid out alike in pinned host memory and on the device
+    Draw *draw;
+    float *x, *v_before, *cls, *t;           // as in Batch
+    int *y;
+    floatX *feats;
+    float *noise, *noise_cls;                // from here on: copied if the batch brings them, else drawn here
+    int *ids;
+} Input;
+static void input_layout(Input *in, DeviceArena *m, const Config *c, int B, size_t *copied) {
+    size_t b = (size_t)B, latent = (size_t)latent_of(c), Z = (size_t)c->z_dim, T = (size_t)tokens_of(c);
+    take(in->draw, m, 1), take(in->x, m, b * latent), take(in->v_before, m, latent);
+    take(in->cls, m, b * Z), take(in->t, m, b), take(in->y, m, b),
+        take(in->feats, m, c->align ? b * T * Z : 0);
+    *copied = m->used;
+    take(in->noise, m, b * latent), take(in->noise_cls, m, b * Z), take(in->ids, m, b * (size_t)kept_of(c));
+}
+
+// out[samples, n] (add: +=) standard normals of samples first + shift + y, as fill_normal; a thread draws
+// four. 4 bytes written an element; bound by the arithmetic of Philox and Box-Muller.
+__global__ void __launch_bounds__(256)
+    noise_kernel(float *out, int n, const Draw *draw, uint32_t which, int shift, int add) {
+    uint32_t i = blockIdx.x * 256 + threadIdx.x,
+             sample = (draw->first + blockIdx.y + draw->whole + (uint32_t)shift) % draw->whole;
+    if (i * 4 >= (uint32_t)n) return;
+    Philox r = draw4(draw->seed, which, draw->step, sample, i);
+    float z[4];
+    normal2(z, r.v[0], r.v[1]), normal2(z + 2, r.v[2], r.v[3]);
+    for (int j = 0; j < 4 && (int)i * 4 + j < n; j++) {
+        float *to = out + (size_t)blockIdx.y * n + i * 4 + j;
+        *to = add ? *to + z[j] : z[j];
+    }
+}
+
+// ids[B,k]: for each sample its k of T tokens with the smallest random keys, in rising order, as draw_kept. A
+// block a sample; keys in shared memory, ranks by counting: T^2 comparisons.
+__global__ void __launch_bounds__(256) route_kernel(int *ids, const Draw *draw, int k, int T) {
+    extern __shared__ uint32_t keys[];
+    uint32_t sample = draw->first + blockIdx.x;
+    for (int i = threadIdx.x; i * 4 < T; i += 256) {
+        Philox r = draw4(draw->seed, STREAM_ROUTE, draw->step, sample, (uint32_t)i);
+        for (int j = 0; j < 4 && i * 4 + j < T; j++) keys[i * 4 + j] = r.v[j];
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < T; i += 256) {
+        int rank = 0;
+        uint32_t own = keys[i];
+        for (int j = 0; j < T; j++) rank += keys[j] < own || (keys[j] == own && j < i);
+        keys[T + i] = rank < k;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < T; i += 256) {
+        if (!keys[T + i]) continue;
+        int place = 0;
+        for (int j = 0; j < i; j++) place += (int)keys[T + j];
+        ids[(size_t)blockIdx.x * k + place] = i;
+    }
+}
+
+// rows[B T]: the row of G that each token reads: its own if g kept it, else the mask token's, which is row
+// `mask`. ids [B,n] (NULL: all tokens, in order); path_drop: none. A block a sample.
+__global__ void __launch_bounds__(256)
+    rows_kernel(int *rows, const int *ids, int n, int T, int mask, int path_drop) {
+    int b = blockIdx.x;
+    for (int t = threadIdx.x; t < T; t += 256) rows[(size_t)b * T + t] = ids || path_drop ? mask : b * T + t;
+    __syncthreads();
+    for (int i = threadIdx.x; i < n && ids && !path_drop; i += 256)
+        rows[(size_t)b * T + ids[(size_t)b * n + i]] = b * n + i;
+}
+
+// patches[B,P,C p p] of x_t = (1 - t) x + t noise [B,C,S,S] (noise NULL: x itself), features in the order
+// (channel, row, column) of a convolution's weight. A thread an element; 8 bytes read, 2 written; bound by
+// memory, small.
+__global__ void __launch_bounds__(256) patchify_kernel(floatX *patches, const float *x, const float *noise,
+                                                       const float *t, int C, int S, int p, size_t count) {
+    size_t e = (size_t)blockIdx.x * 256 + threadIdx.x;
+    if (e >= count) return;
+    int X = C * p * p, G = S / p, i = (int)(e % X), patch = (int)(e / X % (G * G)),
+        b = (int)(e / X / (G * G));
+    int ch = i / (p * p), y = patch / G * p + i / p % p, z = patch % G * p + i % p;
+    size_t at = (((size_t)b * C + ch) * S + y) * S + z;
+    store(&patches[e], noise ? (1 - t[b]) * x[at] + t[b] * noise[at] : x[at]);
+}
+// The same for the CLS vectors [B,Z]
+__global__ void __launch_bounds__(256)
+    cls_input_kernel(floatX *out, const float *cls, const float *noise, const float *t, int Z, int count) {
+    int e = blockIdx.x * 256 + threadIdx.x;
+    if (e < count) store(&out[e], noise ? (1 - t[e / Z]) * cls[e] + t[e / Z] * noise[e] : cls[e]);
+}
+
+// Where feature i of patch row n lies in [B,C,S,S], in the order (row, column, channel) of the final layer
+__device__ __forceinline__ size_t pixel_of(size_t n, int i, int C, int S, int p) {
+    int G = S / p, patch = (int)(n % (G * G)), y = patch / G * p + i / C / p, z = patch % G * p + i / C % p;
+    return ((n / (G * G) * C + i % C) * S + y) * S + z;
+}
+__global__ void __launch_bounds__(256)
+    unpatchify_kernel(float *x, const float *patches, int C, int S, int p, size_t count) {
+    size_t e = (size_t)blockIdx.x * 256 + threadIdx.x;
+    int X = C * p * p;
+    if (e < count) x[pixel_of(e / X, (int)(e % X), C, S, p)] = patches[e];
+}
+
+// e(t)[B,256] = [cos(t f_k), sin(t f_k)], f_k = 10000^(-k/128). A block a sample.
+__global__ void __launch_bounds__(128) time_features_kernel(floatX *out, const float *t) {
+    int b = blockIdx.x, k = threadIdx.x;
+    double angle = (double)t[b] * pow(10000, -k / 128.0);
+    store(&out[b * 256 + k], (float)cos(angle));
+    store(&out[b * 256 + 128 + k], (float)sin(angle));
+}
+
+// cond [B,D] += the label's row, and its SiLU
+__global__ void __launch_bounds__(256)
+    label_kernel(float *cond, floatX *cond_silu, const float *label, const int *y, int D, int count) {
+    int e = blockIdx.x * 256 + threadIdx.x;
+    if (e >= count) return;
+    float x = cond[e] += label[(size_t)y[e / D] * D + e % D];
+    store(&cond_silu[e], activate<SILU>(x));
+}
+// d_cond [B,D] = silu'(cond) times the sum of the `count` parts [B,D] that the blocks' and the final adaLN
+// left
+__global__ void __launch_bounds__(256)
+    condition_backward_kernel(floatX *d_cond, const float *parts, const float *cond, int count, int n) {
+    int e = blockIdx.x * 256 + threadIdx.x;
+    if (e >= n) return;
+    float sum = 0;
+    for (int i = 0; i < count; i++) sum += parts[(size_t)i * n + e];
+    store(&d_cond[e], sum * slope<SILU>(cond[e]));
+}
+// dlabel[y[b]] += d_cond[b]: the block of the first sample with a label adds up all samples that have it, in
+// order
+__global__ void __launch_bounds__(256)
+    label_backward_kernel(float *dlabel, const floatX *d_cond, const int *y, int B, int D) {
+    int b = blockIdx.x;
+    for (int i = 0; i < b; i++)
+        if (y[i] == y[b]) return;
+    for (int d = threadIdx.x; d < D; d += 256) {
+        float sum = 0;
+        for (int i = b; i < B; i++)
+            if (y[i] == y[b]) sum += to_float(d_cond[(size_t)i * D + d]);
+        dlabel[(size_t)y[b] * D + d] += sum;
+    }
+}
+
+// After the `rows` rows of g's output [padded,D]: the mask token, once more, and zeros up to a multiple of 64
+// rows.
+__global__ void __launch_bounds__(256) mask_rows_kernel(floatX *g, const float *mask, int rows, int D) {
+    for (int d = threadIdx.x; d < D; d += 256)
+        store(&g[(size_t)(rows + blockIdx.x) * D + d], blockIdx.x < 2 ? mask[d] : 0);
+}
+// The gradient of those rows: the sum of many tokens' is too much for one rounded number, so that it is kept
+// as two, sum = row 0 + row 1 (which is why the mask token stands there twice).
+__global__ void __launch_bounds__(256)
+    mask_rows_backward_kernel(floatX *dG, const float *sum, int rows, int D) {
+    for (int d = threadIdx.x; d < D; d += 256) {
+        floatX *to = dG + (size_t)(rows + blockIdx.x) * D + d, high;
+        store(&high, sum[d]);
+        store(to, blockIdx.x == 0 ? sum[d] : blockIdx.x == 1 ? sum[d] - to_float(high) : 0);
+    }
+}
+
+// dG[rows[n]] = dY[n] for the kept tokens; the sum of dY over the others, which all read the mask token's
+// row, goes to parts [chunks,D]. A block takes `chunk` rows, a thread four columns. 2 bytes read, 2/4
+// written; bound by memory.
+__global__ void __launch_bounds__(256)
+    fusion_gather_kernel(floatX *dG, float *parts, const floatX *dY, const int *rows, int mask, int N, int D,
+                         int chunk) {
+    int n0 = blockIdx.x * chunk, n1 = min(n0 + chunk, N);
+    for (int d = threadIdx.x * 4; d < D; d += 1024) {
+        Vec4 sum = {};
+        for (int n = n0; n < n1; n++) {
+            Vec4 v = load4(dY + (size_t)n * D + d);
+            if (rows[n] < mask) store4(dG + (size_t)rows[n] * D + d, v);
+            else
+                for (int j = 0; j < 4; j++) sum.x[j] += v.x[j];
+        }
+        store4(parts + (size_t)blockIdx.x * D + d, sum);
+    }
+}
+
+// ----------------------------------------------------------------------------------------------------------
+// The model
+
+typedef struct {                             // of one block, with n tokens a sample; what its backward needs
+    float *x, *mid, *r1, *r2, *lse;          // [B,n,D] twice: the stream at its start, middle; [B,n]; [B,H,n]
+    floatX *h1, *qkv, *a, *proj;             // [B,n,D], [B,n,3D], [B,n,D], [B,n,D]
+    floatX *h2, *fc1, *gelu, *fc2;           // [B,n,D], [B,n,F], [B,n,F], [B,n,D]
+} BlockActs;
+typedef struct {
+    floatX *patches, *patch_tokens, *cls_t;                       // [B,P,Cpp], [B,P,D], [B,Z]
+    float *cls_proj, *cls_r;                                      // [B,D], [B]
+    floatX *t_features, *t0_silu, *cond_silu;                     // [B,256], [B,D], [B,D]
+    float *t0, *cond, *mod, *final_mod;                           // [B,D], [B,D], [L,B,6D], [B,2D]
+    BlockActs block[MAX_DEPTH + 1];                               // one more for evaluation, if h is empty
+    float *E;                                                     // [B,T,D] f's output, in float
+    floatX *E_low, *g_out;                                        // [B,T,D] rounded; [B Tk + mask + pads, D]
+    int *rows;                                                    // [B,T] row of g_out that a token reads
+    float *fused, *last, *final_r;                                // [B,T,D], [B,T,D], [B,T]
+    floatX *p0, *p0_silu, *p2, *p2_silu, *zs;                     // [B,T,M] four times, [B,T,Z]
+    floatX *final_h;                                              // [B,T,D], patches first
+    float *out_patches, *cls_out;                                 // [B,P,ppC], [B,Z]
+    // gradients, and scratch that all share
+    float *dx, *d_E, *d_v1, *d_g;                                 // [B,T,D] three times, [B Tk + ..., D]
+    floatX *dy, *dh, *dG, *wide, *wide2;                          // [B,T,D] twice, as g_out, [B,T,F|M|3D]
+    floatX *d_mod, *d_final_mod, *d_out, *d_cls_out;              // [L,B,6D], [B,2D], [B,P,ppC], [B,Z]
+    floatX *d_cond, *d_t0;                                        // [B,D] twice
+    float *d_cond_parts, *bias_parts, *parts, *delta;             // [L+1,B,D], [B,D], sums of chunks, [B,H,T]
+    floatX *mix;                                                  // [B,T,3D], where attention is plain
+} Acts;
+
+enum { LOSS_BLOCKS = 512, NORM_BLOCKS = 1024 };
+typedef struct { double denoise, cls, proj, cfm, grad_norm; } DeviceLosses;
+typedef struct {
+    Model base;                              // its configuration and table are what shared code reads
+    char *memory;
+    float *params, *grads, *m, *v, *ema;     // one block each, in table order
+    floatX *weights;                         // params (for sampling, ema) rounded; NULL in the float build
+    enum Block weights_of;
+    Params w, dw, w_ema;
+    float2 *rope;                            // [G,Dh/4] for attention on tensor cores
+    Acts a;
+    DeviceLosses *losses;
+    float *loss_parts, *norm_parts;          // [4, ...], [NORM_BLOCKS]
+    char *input_memory[2], *pinned[2];       // used in turn: one is filled while the other is read
+    size_t input_bytes, copied_bytes;
+    Input in, on_device[2], on_host[2];      // in: the one of this step
+    cudaEvent_t sent[2], done[2];            // the copy is over; the step that reads it is over
+    int turn, fresh;                         // fresh: gradients count as zero, the next ones overwrite
+    float *host;                             // what `activation` returns lies here
+    size_t host_size;
+} GpuModel;
+static GpuModel *gpu_of(Model *m) { return (GpuModel *)m; }
+
+static size_t loss_parts_of(const Config *c, int B) {
+    return (size_t)imax(LOSS_BLOCKS, div_up(B * tokens_of(c), 8));
+}
+// Rows of g_out: g's, the mask token twice, zeros
+static int padded_rows(int rows) { return (rows + 2 + 63) / 64 * 64; }
+
+static void acts_layout(Acts *a, DeviceArena *m, const Config *c, int B) {
+    size_t b = (size_t)B, T = (size_t)tokens_of(c), Tk = (size_t)kept_of(c), P = (size_t)patches_of(c),
+           L = (size_t)c->depth;
+    size_t D = (size_t)c->hidden_size, F = (size_t)hidden_of(c), M = (size_t)c->projector_dim,
+           Z = (size_t)c->z_dim;
+    size_t H = (size_t)c->num_heads, X = (size_t)patch_dim_of(c), N = b * T,
+           pad = (size_t)padded_rows(B * (int)Tk);
+    take(a->patches, m, b * P * X), take(a->patch_tokens, m, b * P * D), take(a->cls_t, m, b * Z);
+    take(a->cls_proj, m, b * D), take(a->cls_r, m, b);
+    take(a->t_features, m, b * 256), take(a->t0_silu, m, b * D), take(a->cond_silu, m, b * D);
+    take(a->t0, m, b * D), take(a->cond, m, b * D), take(a->mod, m, L * b * 6 * D),
+        take(a->final_mod, m, b * 2 * D);
+    take(a->fused, m, N * D);
+    for (int i = 0; i < c->depth + (c->num_h == 0); i++) {
+        BlockActs *k = &a->block[i];
+        size_t n = b * (is_sparse(c, i) ? Tk : T);
+        if (i == c->depth - c->num_h && c->num_h) k->x = a->fused;   // where the fusion ends
+        else take(k->x, m, n * D);
+        take(k->mid, m, n * D), take(k->r1, m, n), take(k->r2, m, n), take(k->lse, m, n * H);
+        take(k->h1, m, n * D), take(k->qkv, m, n * 3 * D), take(k->a, m, n * D), take(k->proj, m, n * D);
+        take(k->h2, m, n * D), take(k->fc1, m, n * F), take(k->gelu, m, n * F), take(k->fc2, m, n * D);
+    }
+    take(a->E, m, N * D), take(a->E_low, m, N * D), take(a->g_out, m, pad * D), take(a->rows, m, N);
+    take(a->last, m, c->num_h ? N * D : 0), take(a->final_r, m, N);
+    size_t n_align = c->align ? N : 0;
+    take(a->p0, m, n_align * M), take(a->p0_silu, m, n_align * M), take(a->p2, m, n_align * M);
+    take(a->p2_silu, m, n_align * M), take(a->zs, m, n_align * Z);
+    take(a->final_h, m, N * D), take(a->out_patches, m, b * P * X), take(a->cls_out, m, b * Z);
+    take(a->dx, m, N * D), take(a->d_E, m, N * D), take(a->d_v1, m, N * D), take(a->d_g, m, pad * D);
+    size_t wide = F > D ? F : D, wide2 = 3 * D;
+    if (c->align) wide = wide > M ? wide : M, wide2 = wide2 > M ? wide2 : M, wide2 = wide2 > Z ? wide2 : Z;
+    take(a->dy, m, N * D), take(a->dh, m, N * D), take(a->dG, m, pad * D);
+    take(a->wide, m, N * wide + 64 * D), take(a->wide2, m, N * wide2 + 64 * D);
+    take(a->d_mod, m, L * b * 6 * D), take(a->d_final_mod, m, b * 2 * D);
+    take(a->d_out, m, b * P * X), take(a->d_cls_out, m, b * Z), take(a->d_cond, m, b * D),
+        take(a->d_t0, m, b * D);
+    take(a->d_cond_parts, m, (L + 1) * b * D), take(a->bias_parts, m, b * D);
+    // the largest of: norm backward's sums, bias sums, attention's sums
+    size_t columns = 3 * D > F ? 3 * D : F, Dh = D / H, parts = b * (size_t)norm_chunks((int)T) * 4 * D;
+    columns = columns > M ? columns : M, columns = columns > Z ? columns : Z,
+    columns = columns > X ? columns : X;
+    size_t of_bias = BIAS_CHUNKS * columns, of_attention = (b * H + b * (T / 16 + 1)) * (2 * Dh + 1);
+    parts = parts > of_bias ? parts : of_bias, parts = parts > of_attention ? parts : of_attention;
+    take(a->parts, m, parts);
+    Attention longest;
+    memset(&longest, 0, sizeof(longest));
+    float some = 0;
+    longest.T = (int)T, longest.Dh = (int)Dh, longest.wq = c->qk_norm ? &some : NULL;
+    size_t plain = !tensor_attention(&longest);
+    take(a->delta, m, plain * N * H), take(a->mix, m, plain * N * 3 * D);
+}
+
+// All device memory of a model but its input, walked twice: first to count, then to set the pointers
+static void memory_layout(GpuModel *g, DeviceArena *m, int B, size_t part[3]) {
+    const Config *c = &g->base.c;
+    size_t n = g->base.table.total;
+    take(g->params, m, n), take(g->grads, m, n), take(g->m, m, n), take(g->v, m, n), take(g->ema, m, n);
+    take(g->weights, m, sizeof(floatX) == 4 ? 0 : n);
+    part[0] = m->used;
+    take(g->rope, m, (size_t)grid_of(c) * (size_t)(c->hidden_size / c->num_heads / 4));
+    take(g->losses, m, 1), take(g->loss_parts, m, 4 * loss_parts_of(c, B)),
+        take(g->norm_parts, m, NORM_BLOCKS);
+    acts_layout(&g->a, m, c, B);
+    part[1] = m->used - part[0];
+}
+
+// The floatX twin of a weight
+static const floatX *low(const GpuModel *g, const float *p) {
+#ifdef FP32
+    (void)g;
+    return p;
+#else
+    const float *base = p >= g->ema && p < g->ema + g->base.table.total ? g->ema : g->params;
+    return g->weights + (p - base);
+#endif
+}
+static void use_weights(GpuModel *g, enum Block which) {
+    if (g->weights_of == which || sizeof(floatX) == 4) return;
+    cast(g->weights, which == EMA ? g->ema : g->params, g->base.table.trained);
+    g->weights_of = which;
+}
+
+static Attention attention_of(const GpuModel *g, const Params *all, const BlockParams *w, const BlockActs *k,
+                              const floatX *v1, const int *ids, int n) {
+    const Config *c = &g->base.c;
+    int H = c->num_heads;
+    Attention a = {k->qkv,
+                   v1,
+                   ids,
+                   tokens_of(c),
+                   c->cls,
+                   w->q_norm,
+                   w->k_norm,
+                   w->v1_lambda,
+                   c->rope ? all->rope_cos : NULL,
+                   c->rope ? all->rope_sin : NULL,
+                   g->rope,
+                   n,
+                   H,
+                   c->hidden_size / H,
+                   grid_of(c)};
+    return a;
+}
+
+// Distance of a block's parameters from those of the block before it: the same for all tensors that all
+// blocks have
+static size_t block_stride(const GpuModel *g) {
+    return g->base.c.depth > 1 ? (size_t)(g->w.block[1].adaln_w - g->w.block[0].adaln_w) : 0;
+}
+
+// mod[L,B,6D] = cond_silu adaln_w^T + adaln_b for all blocks at once
+static void adaln_forward(GpuModel *g, const Params *w, int B) {
+    const Config *c = &g->base.c;
+    Acts *a = &g->a;
+    int D = c->hidden_size;
+    GemmKey k = gemm_key(B, 6 * D, D, 0, 1);
+    k.float_out = 1, k.epilogue = CUBLASLT_EPILOGUE_BIAS, k.batch = c->depth;
+    k.stepb = k.step_bias = (int64_t)block_stride(g), k.stepc = (int64_t)B * 6 * D;
+    if (matmul(&k, a->mod, a->cond_silu, low(g, w->block[0].adaln_w), w->block[0].adaln_b, NULL)) return;
+    for (int i = 0; i < c->depth; i++)
+        linear_forward<float>(a->mod + (size_t)i * B * 6 * D, a->cond_silu, low(g, w->block[i].adaln_w),
+                              w->block[i].adaln_b, B, D, 6 * D);
+}
+
+// Block i on n tokens a sample: its output is the returned residual. v1: block 0's qkv, NULL where values are
+// not mixed.
+static Residual block_forward(GpuModel *g, int i, BlockActs *k, const Residual &in, const floatX *v1,
+                              const int *ids, const Params *all, int B, int n) {
+    const Config *c = &g->base.c;
+    const BlockParams *w = &all->block[i];
+    int D = c->hidden_size, F = hidden_of(c), N = B * n;
+    const float *mod = g->a.mod + (size_t)i * B * 6 * D;
+    const float *shift1 = mod, *scale1 = mod + D, *gate1 = mod + 2 * D;
+    const float *shift2 = mod + 3 * D, *scale2 = mod + 4 * D, *gate2 = mod + 5 * D;
+    Attention attention = attention_of(g, all, w, k, v1, ids, n);
+    norm_modulate_forward(in.x == k->x && !in.y ? NULL : k->x, k->h1, k->r1, in, shift1, scale1, 6 * D, -1, B,
+                          n, D);
+    linear_forward<floatX>(k->qkv, k->h1, low(g, w->qkv_w), low(g, w->qkv_b), N, D, 3 * D);
+    attention_forward(k->a, k->lse, g->a.mix, &attention, B);
+    linear_forward<floatX>(k->proj, k->a, low(g, w->proj_w), low(g, w->proj_b), N, D, D);
+    norm_modulate_forward(k->mid, k->h2, k->r2, residual_of(k->x, gate1, 6 * D, k->proj), shift2, scale2,
+                          6 * D, -1, B, n, D);
+    GemmKey fused = gemm_key(N, F, D, 0, 1);
+    fused.epilogue = CUBLASLT_EPILOGUE_GELU_AUX_BIAS, fused.aux_ld = F;
+    if (!use_gelu_epilogue || F % 8 ||
+        !matmul(&fused, k->gelu, k->h2, low(g, w->fc1_w), low(g, w->fc1_b), k->fc1)) {
+        linear_forward<floatX>(k->fc1, k->h2, low(g, w->fc1_w), low(g, w->fc1_b), N, D, F);
+        gelu_forward(k->gelu, k->fc1, (size_t)N * F);
+    }
+    linear_forward<floatX>(k->fc2, k->gelu, low(g, w->fc2_w), low(g, w->fc2_b), N, F, D);
+    return residual_of(k->mid, gate2, 6 * D, k->fc2);
+}
+
+// The norm backward of a residual that is x + gate fc2 of block i, without or with the norm that read it: dx
+// [B,n,D] is updated, a->dy becomes the gradient of fc2, and the gradients of gate2 and of fc2's bias are
+// taken.
+static NormBackward norm_backward_of(GpuModel *g, float *dx, int n) {
+    NormBackward a;
+    memset(&a, 0, sizeof(a));
+    a.dx = dx, a.dh_cls = a.dy_cls = -1, a.T = n, a.D = g->base.c.hidden_size, a.parts = g->a.parts,
+    a.dy = g->a.dy;
+    a.gate_stride = 6 * a.D;
+    return a;
+}
+static void norm_backward_behind(NormBackward *a, GpuModel *g, int i, floatX *dshift, floatX *dscale, int B) {
+    int D = a->D;
+    size_t at = (size_t)i * B * 6 * D + 5 * D;
+    a->y = g->a.block[i].fc2, a->gate = g->a.mod + at;
+    norm_modulate_backward(a, dshift, dscale, g->a.d_mod + at, g->dw.block[i].fc2_b, g->a.bias_parts,
+                           !g->fresh, B);
+}
+
+// Block i: dx [B,n,D] comes in as the gradient of its output and leaves as that of its input; a->dy comes in
+// as that of fc2's output. before: the block whose fc2 this one's input added, and a->dy then leaves as the
+// gradient of that; -1: none, and a->dy leaves as dx rounded, patches first if dy_cls >= 0, with db (NULL:
+// none) its sum.
+static void block_backward(GpuModel *g, int i, float *dx, const floatX *v1, const int *ids, int B, int n,
+                           int before, int dy_cls, float *db) {
+    const Config *c = &g->base.c;
+    Acts *a = &g->a;
+    const BlockActs *k = &a->block[i];
+    const BlockParams *w = &g->w.block[i];
+    BlockParams *dw = &g->dw.block[i];
+    int D = c->hidden_size, F = hidden_of(c), N = B * n, add = !g->fresh, Dh = D / c->num_heads;
+    const float *mod = a->mod + (size_t)i * B * 6 * D;
+    floatX *d_mod = a->d_mod + (size_t)i * B * 6 * D;
+    // out = mid + gate2 fc2(gelu(fc1(h2)))
+    linear_backward_weight(dw->fc2_w, a->dy, k->gelu, N, F, D, add);
+    GemmKey fused = gemm_key(N, F, D, 0, 0);
+    fused.epilogue = CUBLASLT_EPILOGUE_DGELU, fused.aux_ld = F;
+    if (use_gelu_epilogue && F % 8 == 0 && matmul(&fused, a->wide, a->dy, low(g, w->fc2_w), NULL, k->fc1))
+        bias_backward(dw->fc1_b, a->parts, a->wide, N, F, add);
+    else {
+        linear_backward_input<floatX>(a->wide, a->dy, low(g, w->fc2_w), N, F, D, 0);
+        activation_backward<GELU, floatX>(a->wide, dw->fc1_b, a->parts, a->wide, k->fc1, N, F, add);
+    }
+    linear_backward_weight(dw->fc1_w, a->wide, k->h2, N, D, F, add);
+    linear_backward_input<floatX>(a->dh, a->wide, low(g, w->fc1_w), N, D, F, 0);
+    NormBackward nb = norm_backward_of(g, dx, n);
+    nb.dh = a->dh, nb.x = k->mid, nb.r = k->r2, nb.scale = mod + 4 * D, nb.stride = 6 * D;
+    nb.y = k->proj, nb.gate = mod + 2 * D;
+    norm_modulate_backward(&nb, d_mod + 3 * D, d_mod + 4 * D, d_mod + 2 * D, dw->proj_b, a->bias_parts, add,
+                           B);
+    // mid = in + gate1 proj(attention(qkv(h1)))
+    linear_backward_weight(dw->proj_w, a->dy, k->a, N, D, D, add);
+    linear_backward_input<floatX>(a->dh, a->dy, low(g, w->proj_w), N, D, D, 0);
+    Attention attention = attention_of(g, &g->w, w, k, v1, ids, n);
+    AttentionGrads grads = {a->wide2, a->d_v1, i == 0 && c->value_residual, a->parts};
+    attention_backward(&grads, a->mix, a->delta, a->dh, k->a, k->lse, &attention, B);
+    int parts = attention_parts(&attention, B);
+    if (c->qk_norm) {
+        column_sum<float, float>(dw->q_norm, a->parts, parts, Dh, 2 * Dh + 1, add);
+        column_sum<float, float>(dw->k_norm, a->parts + Dh, parts, Dh, 2 * Dh + 1, add);
+    }
+    if (v1) column_sum<float, float>(dw->v1_lambda, a->parts + 2 * Dh, parts, 1, 2 * Dh + 1, add);
+    bias_backward(dw->qkv_b, a->parts, a->wide2, N, 3 * D, add);
+    linear_backward_weight(dw->qkv_w, a->wide2, k->h1, N, D, 3 * D, add);
+    linear_backward_input<floatX>(a->dh, a->wide2, low(g, w->qkv_w), N, D, 3 * D, 0);
+    nb = norm_backward_of(g, dx, n);
+    nb.dh = a->dh, nb.x = k->x, nb.r = k->r1, nb.scale = mod + D, nb.stride = 6 * D;
+    if (before >= 0) {
+        norm_backward_behind(&nb, g, before, d_mod, d_mod + D, B);
+        return;
+    }
+    nb.dy_cls = dy_cls;
+    norm_modulate_backward(&nb, d_mod, d_mod + D, NULL, db, a->bias_parts, add, B);
+}
+
+// Velocity of the input at its times and labels into a->out_patches, a->cls_out. training: x_t is made from x
+// and noise, g runs on the kept tokens, the projector runs too; else x is x_t, g runs on all tokens, in one
+// block's memory. path_drop: g is not run and every one of its tokens is the mask token.
+static void network_forward(GpuModel *g, const Params *w, int training, int path_drop, int B) {
+    const Config *c = &g->base.c;
+    Acts *a = &g->a;
+    const Input *in = &g->in;
+    int T = tokens_of(c), P = patches_of(c), D = c->hidden_size, M = c->projector_dim, Z = c->z_dim,
+        X = patch_dim_of(c);
+    int n = training ? kept_of(c) : T, first_h = c->depth - c->num_h, N = B * T, rows = path_drop ? 0 : B * n;
+    size_t latent = (size_t)B * (size_t)latent_of(c);
+    // tokens: patches, CLS before them, positions
+    patchify_kernel<<<(unsigned)((latent + 255) / 256), 256, 0, stream>>>(
+        a->patches, in->x, training ? in->noise : NULL, in->t, c->in_channels, c->input_size, c->patch_size,
+        latent);
+    LAUNCHED();
+    linear_forward<floatX>(a->patch_tokens, a->patches, low(g, w->x_w), low(g, w->x_b), B * P, X, D);
+    if (c->cls) {
+        cls_input_kernel<<<(unsigned)div_up(B * Z, 256), 256, 0, stream>>>(
+            a->cls_t, in->cls, training ? in->noise_cls : NULL, in->t, Z, B * Z);
+        LAUNCHED();
+        linear_forward<float>(a->cls_proj, a->cls_t, low(g, w->cls_w), w->cls_b, B, Z, D);
+    }
+    embed_kernel<<<(unsigned)div_up(N, 8), 256, 0, stream>>>(
+        a->block[0].x, a->cls_r, a->patch_tokens, a->cls_proj, w->cls_norm, w->pos_embed, c->cls, N, T, D);
+    LAUNCHED();
+    // condition: c = mlp(e(t)) + label; all blocks' modulation
+    time_features_kernel<<<(unsigned)B, 128, 0, stream>>>(a->t_features, in->t);
+    LAUNCHED();
+    linear_forward<float>(a->t0, a->t_features, low(g, w->t0_w), w->t0_b, B, 256, D);
+    silu_forward<float>(a->t0_silu, a->t0, (size_t)B * D);
+    linear_forward<float>(a->cond, a->t0_silu, low(g, w->t2_w), w->t2_b, B, D, D);
+    label_kernel<<<(unsigned)div_up(B * D, 256), 256, 0, stream>>>(a->cond, a->cond_silu, w->label, in->y, D,
+                                                                   B * D);
+    LAUNCHED();
+    adaln_forward(g, w, B);
+    linear_forward<float>(a->final_mod, a->cond_silu, low(g, w->final_adaln_w), w->final_adaln_b, B, D,
+                          2 * D);
+    // encoder f on all tokens
+    const floatX *v1 = c->value_residual ? a->block[0].qkv : NULL;
+    Residual x = residual_of(a->block[0].x, NULL, 0, NULL);
+    for (int i = 0; i < c->num_f; i++) x = block_forward(g, i, &a->block[i], x, i ? v1 : NULL, NULL, w, B, T);
+    norm_modulate_forward(a->E, a->E_low, NULL, x, NULL, NULL, 0, -1, B, T, D);
+    if (training && c->align) {   // zs = projector(E)
+        linear_forward<floatX>(a->p0, a->E_low, low(g, w->p0_w), low(g, w->p0_b), N, D, M);
+        silu_forward<floatX>(a->p0_silu, a->p0, (size_t)N * M);
+        linear_forward<floatX>(a->p2, a->p0_silu, low(g, w->p2_w), low(g, w->p2_b), N, M, M);
+        silu_forward<floatX>(a->p2_silu, a->p2, (size_t)N * M);
+        linear_forward<floatX>(a->zs, a->p2_silu, low(g, w->p4_w), low(g, w->p4_b), N, M, Z);
+    }
+    // sparse middle g on the kept tokens; its first norm gathers them
+    floatX *g_out = training ? a->g_out : a->wide2, *G = a->wide;
+    if (!path_drop) {
+        x = residual_of(a->E, NULL, 0, NULL);
+        if (training) x.x_ids = in->ids, x.x_tokens = T;
+        for (int i = c->num_f; i < first_h; i++) {
+            BlockActs *k = training ? &a->block[i] : &a->block[c->num_h ? c->depth - 1 : c->depth];
+            x = block_forward(g, i, k, x, v1, training ? in->ids : NULL, w, B, n);
+        }
+        norm_modulate_forward(NULL, g_out, NULL, x, NULL, NULL, 0, -1, B, n, D);
+    }
+    // fusion_proj([E, G]) = E W1^T + G W2^T + b. Most rows of G are the mask token: it is one more row of g's
+    // output, and each token reads the product of its own row or of that one. The reading is done by the norm
+    // that comes next.
+    int pads = padded_rows(rows) - rows;
+    rows_kernel<<<(unsigned)B, 256, 0, stream>>>(a->rows, training ? in->ids : NULL, n, T, rows, path_drop);
+    LAUNCHED();
+    mask_rows_kernel<<<(unsigned)pads, 256, 0, stream>>>(g_out, w->mask_token, rows, D);
+    LAUNCHED();
+    linear_forward<float>(a->fused, a->E_low, low(g, w->fusion_w), NULL, N, D, D, 2 * D);
+    linear_forward<floatX>(G, g_out, low(g, w->fusion_w) + D, low(g, w->fusion_b), rows + pads, D, D, 2 * D);
+    // decoder h on all tokens
+    x = residual_of(a->fused, NULL, 0, G);
+    x.y_rows = a->rows;
+    for (int i = first_h; i < c->depth; i++) x = block_forward(g, i, &a->block[i], x, v1, NULL, w, B, T);
+    // final layer
+    norm_modulate_forward(c->num_h ? a->last : a->fused, a->final_h, a->final_r, x, a->final_mod,
+                          a->final_mod + D, 2 * D, c->cls, B, T, D);
+    linear_forward<float>(a->out_patches, a->final_h, low(g, w->final_w), w->final_b, B * P, D, X);
+    if (c->cls)
+        linear_forward<float>(a->cls_out, a->final_h + (size_t)B * P * D, low(g, w->final_cls_w),
+                              w->final_cls_b, B, D, Z);
+}
+
+// Gradients of all parameters from those of the outputs (a->d_out, a->d_cls_out, and in a->wide2 that of zs),
+// after a training network_forward. E has three readers: the projector, the fusion and the sparse path; they
+// meet in a->d_E.
+static void network_backward(GpuModel *g, int path_drop, int B) {
+    const Config *c = &g->base.c;
+    Acts *a = &g->a;
+    const Params *w = &g->w;
+    Params *dw = &g->dw;
+    const Input *in = &g->in;
+    int T = tokens_of(c), P = patches_of(c), D = c->hidden_size, M = c->projector_dim, Z = c->z_dim,
+        X = patch_dim_of(c);
+    int n = kept_of(c), first_h = c->depth - c->num_h, N = B * T, add = !g->fresh, L = c->depth,
+        last = c->depth - 1;
+    int rows = path_drop ? 0 : B * n, padded = padded_rows(rows);
+    const floatX *v1 = c->value_residual ? a->block[0].qkv : NULL;
+    CHECK(cudaMemsetAsync(a->d_v1, 0, (size_t)N * D * sizeof(float), stream));
+    if (g->fresh)
+        CHECK(cudaMemsetAsync(dw->label, 0, (size_t)(c->num_classes + 1) * D * sizeof(float), stream));
+    if (path_drop && first_h > c->num_f) {   // g's blocks get no gradient
+        CHECK(cudaMemsetAsync(a->d_mod + (size_t)c->num_f * B * 6 * D, 0,
+                              (size_t)(first_h - c->num_f) * B * 6 * D * sizeof(floatX), stream));
+        float *begin = dw->block[c->num_f].qkv_w, *end = dw->block[first_h - 1].adaln_b + 6 * D;
+        if (g->fresh) CHECK(cudaMemsetAsync(begin, 0, (size_t)(end - begin) * sizeof(float), stream));
+    }
+    // zs = p4(silu(p2(silu(p0(E)))))
+    if (c->align) {
+        linear_backward_weight(dw->p4_w, a->wide2, a->p2_silu, N, M, Z, add);
+        bias_backward(dw->p4_b, a->parts, a->wide2, N, Z, add);
+        linear_backward_input<floatX>(a->wide, a->wide2, low(g, w->p4_w), N, M, Z, 0);
+        activation_backward<SILU, floatX>(a->wide, dw->p2_b, a->parts, a->wide, a->p2, N, M, add);
+        linear_backward_weight(dw->p2_w, a->wide, a->p0_silu, N, M, M, add);
+        linear_backward_input<floatX>(a->wide2, a->wide, low(g, w->p2_w), N, M, M, 0);
+        activation_backward<SILU, floatX>(a->wide2, dw->p0_b, a->parts, a->wide2, a->p0, N, M, add);
+        linear_backward_weight(dw->p0_w, a->wide2, a->E_low, N, D, M, add);
+        linear_backward_input<float>(a->d_E, a->wide2, low(g, w->p0_w), N, D, M, 0);
+    }
+    // final layer: out = linear(final_h[patches]), cls_out = linear_cls(final_h[CLS]); patches lie first
+    linear_backward_weight(dw->final_w, a->d_out, a->final_h, B * P, D, X, add);
+    bias_backward(dw->final_b, a->parts, a->d_out, B * P, X, add);
+    linear_backward_input<floatX>(a->dh, a->d_out, low(g, w->final_w), B * P, D, X, 0);
+    if (c->cls) {
+        size_t cls_rows = (size_t)B * P * D;
+        linear_backward_weight(dw->final_cls_w, a->d_cls_out, a->final_h + cls_rows, B, D, Z, add);
+        bias_backward(dw->final_cls_b, a->parts, a->d_cls_out, B, Z, add);
+        linear_backward_input<floatX>(a->dh + cls_rows, a->d_cls_out, low(g, w->final_cls_w), B, D, Z, 0);
+    }
+    NormBackward nb = norm_backward_of(g, a->dx, T);
+    nb.fresh = 1, nb.dh = a->dh, nb.dh_cls = c->cls, nb.x = c->num_h ? a->last : a->fused, nb.r = a->final_r;
+    nb.scale = a->final_mod + D, nb.stride = 2 * D;
+    if (c->num_h) norm_backward_behind(&nb, g, last, a->d_final_mod, a->d_final_mod + D, B);
+    else
+        norm_modulate_backward(&nb, a->d_final_mod, a->d_final_mod + D, NULL, dw->fusion_b, a->bias_parts,
+                               add, B);
+    // decoder h
+    for (int i = last; i >= first_h; i--)
+        block_backward(g, i, a->dx, v1, NULL, B, T, i > first_h ? i - 1 : -1, -1, dw->fusion_b);
+    // fused = E W1^T + (g_out W2^T)[rows]: a->dy is its gradient
+    int chunk = imax(32, div_up(N, BIAS_CHUNKS)), chunks = div_up(N, chunk);
+    fusion_gather_kernel<<<(unsigned)chunks, 256, 0, stream>>>(a->dG, a->parts, a->dy, a->rows, rows, N, D,
+                                                               chunk);
+    LAUNCHED();
+    column_sum<float, float>(a->bias_parts, a->parts, chunks, D, D, 0);
+    mask_rows_backward_kernel<<<(unsigned)(padded - rows), 256, 0, stream>>>(a->dG, a->bias_parts, rows, D);
+    LAUNCHED();
+    linear_backward_weight(dw->fusion_w, a->dy, a->E_low, N, D, D, add, 2 * D);
+    linear_backward_weight(dw->fusion_w + D, a->dG, a->g_out, padded, D, D, add, 2 * D);
+    linear_backward_input<float>(a->d_E, a->dy, low(g, w->fusion_w), N, D, D, c->align, 2 * D);
+    linear_backward_input<float>(a->d_g, a->dG, low(g, w->fusion_w) + D, padded, D, D, 0, 2 * D);
+    column_sum<float, float>(dw->mask_token, a->d_g + (size_t)rows * D, 2, D, D, add);
+    // sparse middle g, on a path-drop step without gradient
+    if (!path_drop && first_h > c->num_f) {
+        nb = norm_backward_of(g, a->d_g, n);
+        norm_backward_behind(&nb, g, first_h - 1, NULL, NULL, B);
+        for (int i = first_h - 1; i >= c->num_f; i--)
+            block_backward(g, i, a->d_g, v1, in->ids, B, n, i > c->num_f ? i - 1 : -1, -1, NULL);
+    }
+    // encoder f; the gradient of the gathered tokens comes back here
+    nb = norm_backward_of(g, a->d_E, T);
+    nb.dx2 = a->d_g, nb.dx2_rows = a->rows, nb.dx2_count = rows;
+    norm_backward_behind(&nb, g, c->num_f - 1, NULL, NULL, B);
+    for (int i = c->num_f - 1; i >= 0; i--)
+        block_backward(g, i, a->d_E, i ? v1 : NULL, NULL, B, T, i - 1, i ? -1 : c->cls, NULL);
+    // tokens: a->dy has the patches' gradients, then those of CLS
+    linear_backward_weight(dw->x_w, a->dy, a->patches, B * P, X, D, add);
+    bias_backward(dw->x_b, a->parts, a->dy, B * P, D, add);
+    if (c->cls) {
+        rmsnorm_backward_kernel<<<(unsigned)div_up(B, 8), 256, 0, stream>>>(
+            a->dh, a->bias_parts, a->dy + (size_t)B * P * D, a->cls_proj, a->cls_r, w->cls_norm, B, D);
+        LAUNCHED();
+        column_sum<float, float>(dw->cls_norm, a->bias_parts, B, D, D, add);
+        linear_backward_weight(dw->cls_w, a->dh, a->cls_t, B, Z, D, add);
+        bias_backward(dw->cls_b, a->parts, a->dh, B, D, add);
+    }
+    // condition: the modulation of all blocks at once, the final one, then c = mlp(e(t)) + label
+    size_t step = block_stride(g), mod_step = (size_t)B * 6 * D;
+    GemmKey k = gemm_key(6 * D, D, B, 1, 0);
+    k.float_out = 1, k.add = add, k.batch = L, k.stepa = (int64_t)mod_step, k.stepc = (int64_t)step;
+    matmul_sure(&k, dw->block[0].adaln_w, a->d_mod, a->cond_silu, NULL);
+    column_sum<floatX, float>(dw->block[0].adaln_b, a->d_mod, B, 6 * D, 6 * D, add, L, mod_step, step);
+    k = gemm_key(B, D, 6 * D, 0, 0);
+    k.float_out = 1, k.batch = L, k.stepa = (int64_t)mod_step, k.stepb = (int64_t)step,
+    k.stepc = (int64_t)B * D;
+    matmul_sure(&k, a->d_cond_parts, a->d_mod, low(g, w->block[0].adaln_w), NULL);
+    linear_backward_weight(dw->final_adaln_w, a->d_final_mod, a->cond_silu, B, D, 2 * D, add);
+    bias_backward(dw->final_adaln_b, a->parts, a->d_final_mod, B, 2 * D, add);
+    linear_backward_input<float>(a->d_cond_parts + (size_t)L * B * D, a->d_final_mod,
+                                 low(g, w->final_adaln_w), B, D, 2 * D, 0);
+    condition_backward_kernel<<<(unsigned)div_up(B * D, 256), 256, 0, stream>>>(a->d_cond, a->d_cond_parts,
+                                                                                a->cond, L + 1, B * D);
+    LAUNCHED();
+    label_backward_kernel<<<(unsigned)B, 256, 0, stream>>>(dw->label, a->d_cond, in->y, B, D);
+    LAUNCHED();
+    linear_backward_weight(dw->t2_w, a->d_cond, a->t0_silu, B, D, D, add);
+    bias_backward(dw->t2_b, a->parts, a->d_cond, B, D, add);
+    linear_backward_input<floatX>(a->d_t0, a->d_cond, low(g, w->t2_w), B, D, D, 0);
+    activation_backward<SILU, float>(a->d_t0, dw->t0_b, a->parts, a->d_t0, a->t0, B, D, add);
+    linear_backward_weight(dw->t0_w, a->d_t0, a->t_features, B, 256, D, add);
+}
+
+// ----------------------------------------------------------------------------------------------------------
+// The loss (derivation at loss_and_gradients in train_srdit.c). Each kernel leaves one partial sum a block,
+// which loss_sum_kernel adds up in order; the gradients leave in floatX, as the products that follow read
+// them.
+
+// Velocity and contrastive loss over out [B,P,ppC]: reads 4 x 4, writes 2 bytes an element; 2 M elements in
+// B/1.
+__global__ void __launch_bounds__(256)
+    velocity_loss_kernel(floatX *d_out, float *parts, float *cfm_parts, const float *out, const float *x,
+                         const float *noise, const float *v_before, int C, int S, int p, float cfm,
+                         double inverse, size_t count) {
+    __shared__ float sums[8];
+    __shared__ float cfm_sums[8];
+    size_t latent = (size_t)C * S * S;
+    int X = C * p * p;
+    float sum = 0, cfm_sum = 0;
+    for (size_t e = (size_t)blockIdx.x * 256 + threadIdx.x; e < count; e += (size_t)gridDim.x * 256) {
+        size_t at = pixel_of(e / X, (int)(e % X), C, S, p);
+        float d = out[e] - (noise[at] - x[at]);
+        float before = out[e] - (at >= latent ? noise[at - latent] - x[at - latent] : v_before[at]);
+        sum += d * d, cfm_sum -= before * before;
+        store(&d_out[e], (float)((2 * d - cfm * 2 * before) * inverse));
+    }
+    sum = sum_block(sum, sums), cfm_sum = sum_block(cfm_sum, cfm_sums);
+    if (threadIdx.x == 0) parts[blockIdx.x] = sum, cfm_parts[blockIdx.x] = cfm_sum;
+}
+// Velocity loss of CLS over [B,Z]
+__global__ void __launch_bounds__(256)
+    cls_loss_kernel(floatX *d_out, float *parts, const float *out, const float *cls, const float *noise,
+                    double scale, int count) {
+    __shared__ float sums[8];
+    float sum = 0;
+    for (int e = blockIdx.x * 256 + threadIdx.x; e < count; e += (int)gridDim.x * 256) {
+        float d = out[e] - (noise[e] - cls[e]);
+        sum += d * d;
+        store(&d_out[e], (float)(scale * 2 * d));
+    }
+    sum = sum_block(sum, sums);
+    if (threadIdx.x == 0) parts[blockIdx.x] = sum;
+}
+// Cosine loss of zs [rows,Z] against feats, and its gradient, a warp a row; the second reading comes from the
+// cache. Reads 2 + 2, writes 2 bytes an element; bound by memory.
+__global__ void __launch_bounds__(256) align_loss_kernel(floatX *dz, float *parts, const floatX *zs,
+                                                         const floatX *feats, double scale, int rows, int Z) {
+    __shared__ float cosines[8];
+    int n = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
+    float cosine = 0;
+    if (n < rows) {
+        const floatX *z = zs + (size_t)n * Z, *f = feats + (size_t)n * Z;
+        float ff = 0, zz = 0, fz = 0;
+        for (int i = lane; i < Z; i += 32) {
+            float a = to_float(f[i]), b = to_float(z[i]);
+            ff += a * a, zz += b * b, fz += a * b;
+        }
+        ff = fmaxf(sqrtf(sum_lanes<32>(ff)), 1e-12f), zz = fmaxf(sqrtf(sum_lanes<32>(zz)), 1e-12f);
+        cosine = sum_lanes<32>(fz) / (ff * zz);
+        float k = (float)(scale / zz);
+        for (int i = lane; i < Z; i += 32)
+            store(&dz[(size_t)n * Z + i], k * (to_float(f[i]) / ff - cosine * to_float(z[i]) / zz));
+    }
+    if (lane == 0) cosines[threadIdx.x / 32] = cosine;
+    __syncthreads();
+    float sum = 0;
+    for (int i = 0; i < 8 && threadIdx.x == 0; i++) sum -= cosines[i];
+    if (threadIdx.x == 0) parts[blockIdx.x] = sum;
+}
+// *total += scale * sum of parts[count], in double and in a fixed order; one block
+__global__ void __launch_bounds__(256)
+    loss_sum_kernel(double *total, const float *parts, int count, double scale) {
+    __shared__ double sums[256];
+    double sum = 0;
+    for (int i = threadIdx.x; i < count; i += 256) sum += parts[i];
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.x) return;
+    for (int i = 1; i < 256; i++) sum += sums[i];
+    *total += scale * sum;
+}
+
+static void loss_and_gradients(GpuModel *g, const Batch *batch) {
+    const Config *c = &g->base.c;
+    Acts *a = &g->a;
+    const Input *in = &g->in;
+    int B = batch->B, T = tokens_of(c), Z = c->z_dim;
+    size_t latent = (size_t)latent_of(c), count = B * latent, room = loss_parts_of(c, g->base.max_batch);
+    double whole = batch->whole, of_latent = 1 / (whole * (double)latent), of_cls = 1 / (whole * Z),
+           of_align = 1 / (whole * T);
+    float *parts = g->loss_parts;
+    int blocks = imin(LOSS_BLOCKS, (int)((count + 255) / 256));
+    velocity_loss_kernel<<<(unsigned)blocks, 256, 0, stream>>>(
+        a->d_out, parts, parts + room, a->out_patches, in->x, in->noise, in->v_before, c->in_channels,
+        c->input_size, c->patch_size, c->cfm ? (float)c->cfm_coeff : 0, of_latent, count);
+    LAUNCHED();
+    loss_sum_kernel<<<1, 256, 0, stream>>>(&g->losses->denoise, parts, blocks, of_latent);
+    LAUNCHED();
+    loss_sum_kernel<<<1, 256, 0, stream>>>(&g->losses->cfm, parts + room, blocks, of_latent);
+    LAUNCHED();
+    if (c->cls) {
+        blocks = imin(LOSS_BLOCKS, div_up(B * Z, 256));
+        cls_loss_kernel<<<(unsigned)blocks, 256, 0, stream>>>(
+            a->d_cls_out, parts + 2 * room, a->cls_out, in->cls, in->noise_cls, c->cls_coeff * of_cls, B * Z);
+        LAUNCHED();
+        loss_sum_kernel<<<1, 256, 0, stream>>>(&g->losses->cls, parts + 2 * room, blocks, of_cls);
+        LAUNCHED();
+    }
+    if (c->align) {
+        blocks = div_up(B * T, 8);
+        align_loss_kernel<<<(unsigned)blocks, 256, 0, stream>>>(a->wide2, parts + 3 * room, a->zs, in->feats,
+                                                                -c->proj_coeff * of_align, B * T, Z);
+        LAUNCHED();
+        loss_sum_kernel<<<1, 256, 0, stream>>>(&g->losses->proj, parts + 3 * room, blocks, of_align);
+        LAUNCHED();
+    }
+}
+
+// ----------------------------------------------------------------------------------------------------------
+// What a backend offers
+
+static void zero_gradients(Model *m) { gpu_of(m)->fresh = 1; }   // the next gradients overwrite
+static void zero_now(GpuModel *g) {                              // where nothing came after zero_gradients
+    if (g->fresh) CHECK(cudaMemsetAsync(g->grads, 0, g->base.table.total * sizeof(float), stream));
+    g->fresh = 0;
+}
+
+// The batch goes by way of pinned memory and a stream of its own, so that the host can go on at once and the
+// copy runs under the step before. There are two of each buffer; the host waits only when it is two batches
+// ahead.
+static void batch_upload(GpuModel *g, const Batch *batch) {
+    const Config *c = &g->base.c;
+    size_t b = (size_t)batch->B, latent = (size_t)latent_of(c), Z = (size_t)c->z_dim,
+           n = b * (size_t)tokens_of(c) * Z;
+    int k = g->turn;
+    Input *to = &g->on_host[k];
+    CHECK(cudaEventSynchronize(g->sent[k]));
+    Draw draw = {batch->seed, (uint32_t)batch->step, (uint32_t)batch->first, (uint32_t)batch->whole};
+    *to->draw = draw;
+    memcpy(to->x, batch->x, b * latent * sizeof(float));
+    memcpy(to->v_before, batch->v_before, latent * sizeof(float));
+    memcpy(to->t, batch->t, b * sizeof(float)), memcpy(to->y, batch->y, b * sizeof(int));
+    if (c->cls) memcpy(to->cls, batch->cls, b * Z * sizeof(float));
+    if (c->align) {
+#pragma omp parallel for
+        for (long i = 0; i < (long)n; i++) to->feats[i] = (floatX)batch->feats[i];
+    }
+    if (!batch->on_device) {
+        memcpy(to->noise, batch->noise, b * latent * sizeof(float));
+        if (c->cls) memcpy(to->noise_cls, batch->noise_cls, b * Z * sizeof(float));
+        memcpy(to->ids, batch->ids, b * (size_t)kept_of(c) * sizeof(int));
+    }
+    CHECK(cudaStreamWaitEvent(copy_stream, g->done[k], 0));
+    CHECK(cudaMemcpyAsync(g->input_memory[k], g->pinned[k],
+                          batch->on_device ? g->copied_bytes : g->input_bytes, cudaMemcpyHostToDevice,
+                          copy_stream));
+    CHECK(cudaEventRecord(g->sent[k], copy_stream));
+    CHECK(cudaStreamWaitEvent(stream, g->sent[k], 0));
+    g->in = g->on_device[k];
+    g->turn = !k;
+}
+
+// The draws that the CPU makes in batch_load, from the same addresses
+static void draw_on_device(GpuModel *g, int B) {
+    const Config *c = &g->base.c;
+    const Input *in = &g->in;
+    int latent = latent_of(c), T = tokens_of(c);
+    dim3 grid((unsigned)div_up(div_up(latent, 4), 256), (unsigned)B), one(grid.x, 1);
+    noise_kernel<<<grid, 256, 0, stream>>>(in->noise, latent, in->draw, STREAM_NOISE, 0, 0);
+    LAUNCHED();
+    noise_kernel<<<one, 256, 0, stream>>>(in->v_before, latent, in->draw, STREAM_NOISE, -1, 1);   // held -x
+    LAUNCHED();
+    if (c->cls) {
+        dim3 cls_grid((unsigned)div_up(div_up(c->z_dim, 4), 256), (unsigned)B);
+        noise_kernel<<<cls_grid, 256, 0, stream>>>(in->noise_cls, c->z_dim, in->draw, STREAM_NOISE_CLS, 0, 0);
+        LAUNCHED();
+    }
+    route_kernel<<<(unsigned)B, 256, 2 * (size_t)T * sizeof(uint32_t), stream>>>(in->ids, in->draw,
+                                                                                 kept_of(c), T);
+    LAUNCHED();
+}
+
+static void forward_backward(Model *model, const Batch *batch) {
+    GpuModel *g = gpu_of(model);
+    if (batch->B > model->max_batch) die("a batch of %d in a model made for %d", batch->B, model->max_batch);
+    use_weights(g, PARAMS);
+    batch_upload(g, batch);
+    if (batch->on_device) draw_on_device(g, batch->B);
+    network_forward(g, &g->w, 1, batch->path_drop, batch->B);
+    loss_and_gradients(g, batch);
+    network_backward(g, batch->path_drop, batch->B);
+    CHECK(cudaEventRecord(g->done[!g->turn], stream));
+    g->fresh = 0;
+}
+
+// Velocities v [B,C,S,S], v_cls [B,Z] at x, cls, t, y on all tokens: what the sampler asks for, max_batch at
+// a time
+static void velocity(Model *model, real *v, real *v_cls, const real *x, const real *cls, const real *t,
+                     const int *y, int use_ema, int path_drop, int B) {
+    GpuModel *g = gpu_of(model);
+    const Config *c = &model->c;
+    size_t latent = (size_t)latent_of(c), Z = (size_t)c->z_dim;
+    use_weights(g, use_ema ? EMA : PARAMS);
+    for (int b = 0; b < B; b += model->max_batch) {
+        size_t n = (size_t)imin(model->max_batch, B - b), at = (size_t)b;
+        CHECK(cudaMemcpyAsync(g->in.x, x + at * latent, n * latent * sizeof(float), cudaMemcpyHostToDevice,
+                              stream));
+        CHECK(cudaMemcpyAsync(g->in.t, t + at, n * sizeof(float), cudaMemcpyHostToDevice, stream));
+        CHECK(cudaMemcpyAsync(g->in.y, y + at, n * sizeof(int), cudaMemcpyHostToDevice, stream));
+        if (c->cls)
+            CHECK(cudaMemcpyAsync(g->in.cls, cls + at * Z, n * Z * sizeof(float), cudaMemcpyHostToDevice,
+                                  stream));
+        network_forward(g, use_ema ? &g->w_ema : &g->w, 0, path_drop, (int)n);
+        unpatchify_kernel<<<(unsigned)((n * latent + 255) / 256), 256, 0, stream>>>(
+            g->in.noise, g->a.out_patches, c->in_channels, c->input_size, c->patch_size, n * latent);
+        LAUNCHED();
+        CHECK(cudaMemcpyAsync(v + at * latent, g->in.noise, n * latent * sizeof(float),
+                              cudaMemcpyDeviceToHost, stream));
+        if (c->cls)
+            CHECK(cudaMemcpyAsync(v_cls + at * Z, g->a.cls_out, n * Z * sizeof(float), cudaMemcpyDeviceToHost,
+                                  stream));
+        CHECK(cudaStreamSynchronize(stream));
+    }
+}
+
+// ----------------------------------------------------------------------------------------------------------
+// Optimizer: clipping to a global norm, AdamW, the moving average and the rounded weights in one pass
+
+// parts[block] = sum of g^2. 4 bytes an element, bound by memory: 0.56 GB, 0.2 ms in B/1.
+__global__ void __launch_bounds__(256) grad_norm_kernel(float *parts, const float *grads, size_t n) {
+    __shared__ float sums[8];
+    float sum = 0;
+    for (size_t i = ((size_t)blockIdx.x * 256 + threadIdx.x) * 4; i < n; i += (size_t)gridDim.x * 1024) {
+        Vec4 v = load4(grads + i);
+        for (int j = 0; j < 4; j++) sum += v.x[j] * v.x[j];
+    }
+    sum = sum_block(sum, sums);
+    if (threadIdx.x == 0) parts[blockIdx.x] = sum;
+}
+__global__ void __launch_bounds__(256) root_kernel(double *norm, const float *parts, int count) {
+    __shared__ double sums[256];
+    double sum = 0;
+    for (int i = threadIdx.x; i < count; i += 256) sum += parts[i];
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.x) return;
+    for (int i = 1; i < 256; i++) sum += sums[i];
+    *norm = sqrt(sum);
+}
+
+typedef struct { float b1, b2, one1, one2, eps, rate, root, decay, ema, one_ema; double max_norm; } AdamW;
+// Reads 20, writes 16 + 2 bytes a parameter: 5.3 GB, 1.8 ms in B/1; bound by memory. Where the norm is not
+// finite nothing is changed. n is a multiple of 64.
+__global__ void __launch_bounds__(256)
+    adamw_kernel(float *params, float *m, float *v, float *ema, floatX *weights, const float *grads,
+                 const double *norm, const AdamW o, size_t n) {
+    size_t i = ((size_t)blockIdx.x * 256 + threadIdx.x) * 4;
+    if (i >= n || !(*norm < (double)INFINITY)) return;
+    double clip = o.max_norm / (*norm + 1e-6);
+    float scale = (float)(clip < 1 ? clip : 1);
+    Vec4 g = load4(grads + i), p = load4(params + i), a = load4(m + i), b = load4(v + i), e = load4(ema + i);
+    for (int j = 0; j < 4; j++) {
+        float x = g.x[j] * scale;
+        a.x[j] = o.b1 * a.x[j] + o.one1 * x;
+        b.x[j] = o.b2 * b.x[j] + o.one2 * x * x;
+        p.x[j] = p.x[j] * o.decay - o.rate * a.x[j] / (sqrtf(b.x[j]) * o.root + o.eps);
+        e.x[j] = o.ema * e.x[j] + o.one_ema * p.x[j];
+    }
+    store4(params + i, p), store4(m + i, a), store4(v + i, b), store4(ema + i, e);
+    if (weights) store4(weights + i, p);
+}
+
+static void update(Model *model, int step) {
+    GpuModel *g = gpu_of(model);
+    const Config *c = &model->c;
+    size_t n = model->table.trained;
+    zero_now(g);
+    double ema = c->ema ? c->ema_decay : 0, warm = (1.0 + step) / (10.0 + step),
+           e = c->ema_warmup && warm < ema ? warm : ema;
+    AdamW o = {(float)c->beta1, (float)c->beta2, (float)(1 - c->beta1), (float)(1 - c->beta2), (float)c->eps,
+               (float)(c->lr / (1 - pow(c->beta1, step))), (float)(1 / sqrt(1 - pow(c->beta2, step))),
+               (float)(1 - c->lr * c->weight_decay), (float)e, (float)(1 - e), c->max_grad_norm};
+    use_weights(g, PARAMS);
+    grad_norm_kernel<<<NORM_BLOCKS, 256, 0, stream>>>(g->norm_parts, g->grads, n);
+    LAUNCHED();
+    root_kernel<<<1, 256, 0, stream>>>(&g->losses->grad_norm, g->norm_parts, NORM_BLOCKS);
+    LAUNCHED();
+    adamw_kernel<<<(unsigned)((n / 4 + 255) / 256), 256, 0, stream>>>(
+        g->params, g->m, g->v, g->ema, g->weights, g->grads, &g->losses->grad_norm, o, n);
+    LAUNCHED();
+}
+
+// The losses summed since the last call, and a fresh start. This waits for the GPU.
+static Losses read_losses(Model *model) {
+    GpuModel *g = gpu_of(model);
+    const Config *c = &model->c;
+    DeviceLosses d;
+    CHECK(cudaMemcpyAsync(&d, g->losses, sizeof(d), cudaMemcpyDeviceToHost, stream));
+    CHECK(cudaMemsetAsync(g->losses, 0, sizeof(d), stream));
+    CHECK(cudaStreamSynchronize(stream));
+    Losses sum;
+    memset(&sum, 0, sizeof(sum));
+    sum.denoise = d.denoise, sum.cls = d.cls, sum.proj = d.proj, sum.cfm = d.cfm, sum.grad_norm = d.grad_norm;
+    sum.total =
+        d.denoise + c->cls_coeff * d.cls + c->proj_coeff * d.proj + (c->cfm ? c->cfm_coeff : 0) * d.cfm;
+    return sum;
+}
+
+static float *device_block(GpuModel *g, enum Block which) {
+    float *blocks[] = {g->params, g->grads, g->m, g->v, g->ema};
+    if (which == GRADS) zero_now(g);
+    return blocks[which];
+}
+static void get_block(real *host, Model *m, enum Block which) {
+    CHECK(cudaMemcpyAsync(host, device_block(gpu_of(m), which), m->table.total * sizeof(real),
+                          cudaMemcpyDeviceToHost, stream));
+    CHECK(cudaStreamSynchronize(stream));
+}
+static void put_block(Model *m, const real *host, enum Block which) {
+    GpuModel *g = gpu_of(m);
+    CHECK(cudaMemcpyAsync(device_block(g, which), host, m->table.total * sizeof(real), cudaMemcpyHostToDevice,
+                          stream));
+    CHECK(cudaStreamSynchronize(stream));
+    g->weights_of = GRADS;       // neither: they are rounded again before their next use
+}
+
+// An activation of the last forward by the name that reference files use, copied to the host; NULL if unknown
+static const real *activation(Model *m, const char *name, size_t *n) {
+    GpuModel *g = gpu_of(m);
+    const Config *c = &m->c;
+    const Acts *a = &g->a;
+    size_t T = (size_t)tokens_of(c), D = (size_t)c->hidden_size, Z = (size_t)c->z_dim,
+           latent = (size_t)latent_of(c);
+    int i, first_h = c->depth - c->num_h;
+    const float *x = NULL;
+    const floatX *rounded = NULL;
+    if (sscanf(name, "block.%d", &i) == 1 && i >= 0 && i < c->depth) {   // where the next one reads
+        *n = (is_sparse(c, i) ? (size_t)kept_of(c) : T) * D;
+        if (i == c->num_f - 1) x = a->E;
+        else if (i == first_h - 1) rounded = a->g_out;
+        else x = i == c->depth - 1 ? a->last : a->block[i + 1].x;
+    } else if (!strcmp(name, "embed")) x = a->block[0].x, *n = T * D;
+    else if (!strcmp(name, "cond")) x = a->cond, *n = D;
+    else if (!strcmp(name, "fused")) x = a->fused, *n = T * D;
+    else if (!strcmp(name, "zs")) rounded = a->zs, *n = T * Z;
+    else if (!strcmp(name, "cls_out")) x = a->cls_out, *n = Z;
+    else if (!strcmp(name, "out")) x = g->in.noise, *n = latent;   // (not needed any more)
+    if (!x && !rounded) return NULL;
+    size_t count = *n * (size_t)m->max_batch;
+    if (x == g->in.noise) {
+        unpatchify_kernel<<<(unsigned)((count + 255) / 256), 256, 0, stream>>>(
+            g->in.noise, a->out_patches, c->in_channels, c->input_size, c->patch_size, count);
+        LAUNCHED();
+    }
+    if (g->host_size < count) {
+        free(g->host);
+        g->host = (float *)alloc_zero(count, sizeof(float)), g->host_size = count;
+    }
+    if (rounded) {
+        floatX *half = (floatX *)alloc_zero(count, sizeof(floatX));
+        CHECK(cudaMemcpyAsync(half, rounded, count * sizeof(floatX), cudaMemcpyDeviceToHost, stream));
+        CHECK(cudaStreamSynchronize(stream));
+        for (size_t k = 0; k < count; k++) g->host[k] = (float)half[k];
+        free(half);
+    } else {
+        CHECK(cudaMemcpyAsync(g->host, x, count * sizeof(float), cudaMemcpyDeviceToHost, stream));
+        CHECK(cudaStreamSynchronize(stream));
+    }
+    return g->host;
+}
+
+// The first tensor, in the order of the computation, that holds a number that is not finite; "" if there is
+// none
+static void find_bad(char name[96], Model *m, const Batch *batch) {
+    const Config *c = &m->c;
+    size_t B = (size_t)batch->B, Z = (size_t)c->z_dim, n = 0;
+    static const char *const order[] = {"embed", "cond", "block", "fused", "zs", "out", "cls_out"};
+    real *host = (real *)alloc_zero(m->table.total, sizeof(real));
+    name[0] = 0;
+    if (!all_finite(batch->x, B * (size_t)latent_of(c))) snprintf(name, 96, "latents of the data");
+    else if (c->cls && !all_finite(batch->cls, B * Z)) snprintf(name, 96, "cls of the data");
+    else if (c->align && !all_finite(batch->feats, B * (size_t)tokens_of(c) * Z))
+        snprintf(name, 96, "feats of the data");
+    for (int turn = 0; turn < 2; turn++) {
+        gpu::get_block(host, m, turn ? GRADS : PARAMS);
+        for (int i = 0; i < m->table.count && !name[0]; i++)
+            if (!all_finite(host + m->table.tensors[i].offset, m->table.tensors[i].size))
+                snprintf(name, 96, "%s%s", turn ? "gradient of " : "parameter ", m->table.tensors[i].name);
+        for (int k = 0; k < 7 && !turn; k++)
+            for (int i = 0; i < (k == 2 ? c->depth : 1) && !name[0]; i++) {
+                char what[32];
+                if (k == 2) snprintf(what, sizeof(what), "block.%d", i);
+                else snprintf(what, sizeof(what), "%s", order[k]);
+                int unused = k == 2   ? is_sparse(c, i) && batch->path_drop
+                             : k == 4 ? !c->align
+                                      : k == 6 && !c->cls;
+                const real *x = unused ? NULL : gpu::activation(m, what, &n);
+                if (x && !all_finite(x, n * B)) snprintf(name, 96, "activation %s", what);
+            }
+    }
+    free(host);
+}
+
+// ----------------------------------------------------------------------------------------------------------
+// Creation
+
+// One step of each kind on an empty batch, so that every matrix product gets its plan and its time is taken
+static void tune(GpuModel *g) {
+    Model *m = &g->base;
+    Batch *batch = batch_create(&m->c, m->max_batch);
+    tuning = 1, timed_count = 0;
+    batch->on_device = 1;
+    for (int turn = 0; turn < 4; turn++) {
+        if (turn % 2 == 0) gpu::zero_gradients(m);
+        batch->path_drop = turn / 2 && m->c.path_drop;
+        gpu::forward_backward(m, batch);
+    }
+    size_t latent = (size_t)latent_of(&m->c) * (size_t)m->max_batch;
+    real *v = (real *)alloc_zero(latent, sizeof(real)),
+         *v_cls = (real *)alloc_zero((size_t)m->c.z_dim * (size_t)m->max_batch, sizeof(real));
+    for (int drop = 0; drop < 2; drop++)
+        gpu::velocity(m, v, v_cls, batch->x, batch->cls, batch->t, batch->y, 0, drop, m->max_batch);
+    free(v), free(v_cls), batch_free(batch);
+    gpu::read_losses(m);
+    gpu::zero_gradients(m);
+    tuning = 0;
+    if (verbose)
+        printf("matrix products: %d plans, %d timed now (kept in %s)\n", plan_count, timed_count,
+               plans_path());
+}
+
+static Model *model_create(const Config *c, int max_batch, uint64_t seed) {
+    GpuModel *g = (GpuModel *)alloc_zero(1, sizeof(GpuModel));
+    Model *m = &g->base;
+    m->c = *c, m->max_batch = max_batch;
+    if (c->hidden_size > 8192) die("hidden_size %d: the GPU's kernels take at most 8192", c->hidden_size);
+    if (c->hidden_size / c->num_heads > 128)
+        die("a head width of %d: the GPU's kernels take at most 128", c->hidden_size / c->num_heads);
+    if (tokens_of(c) > 6000) die("%d tokens: the GPU's kernels take at most 6000", tokens_of(c));
+    if (!stream) {
+        int devices = 0;
+        if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0)
+            die("no GPU was found: train_srdit runs the same model on the CPU");
+        CHECK(cudaStreamCreate(&stream)), CHECK(cudaStreamCreate(&copy_stream));
+        CHECK(cudaMalloc(&workspace, workspace_bytes));
+        CHECK_LT(cublasLtCreate(&lt));
+    }
+    m->table = params_table(&g->w, c, NULL);
+    size_t part[3], free_bytes, all_bytes, n = m->table.total;
+    DeviceArena arena = {NULL, 0, 0, NULL}, in = {NULL, 0, 1, NULL};
+    memory_layout(g, &arena, max_batch, part);
+    input_layout(&g->in, &in, c, max_batch, &g->copied_bytes);
+    g->input_bytes = in.used;
+    CHECK(cudaMemGetInfo(&free_bytes, &all_bytes));
+    size_t need = arena.used + 2 * in.used;
+    m->parameter_bytes = part[0], m->activation_bytes = part[1] + 2 * in.used;
+    if (verbose)
+        printf("GPU memory: parameters, gradients, moments, average %.3f GB, activations and scratch %.3f "
+               "GB, input %.3f GB, "
+               "workspace %.3f GB; %.3f of %.1f GB\n",
+               (double)part[0] / 1e9, (double)part[1] / 1e9, 2e-9 * (double)in.used,
+               (double)workspace_bytes / 1e9, (double)(need + workspace_bytes) / 1e9,
+               (double)all_bytes / 1e9);
+    if (need > free_bytes)
+        die("the GPU has %.1f GB free but this needs %.1f: a smaller --batch or a larger --accum needs less",
+            (double)free_bytes / 1e9, (double)need / 1e9);
+    size_t unused;
+    g->memory = memory_take(&arena, g);
+    memory_layout(g, &arena, max_batch, part);
+    for (int i = 0; i < 2; i++) {
+        in.used = g->input_bytes;
+        g->input_memory[i] = memory_take(&in, g);
+        input_layout(&g->on_device[i], &in, c, max_batch, &unused);
+        CHECK(cudaMallocHost((void **)&g->pinned[i], g->input_bytes));
+        DeviceArena host = {g->pinned[i], 0, 1, NULL};
+        input_layout(&g->on_host[i], &host, c, max_batch, &unused);
+        CHECK(cudaEventCreate(&g->sent[i])), CHECK(cudaEventCreate(&g->done[i]));
+    }
+    g->in = g->on_device[0];
+    free(m->table.tensors);
+    m->table = params_table(&g->w, c, g->params);
+    free(params_table(&g->dw, c, g->grads).tensors);
+    free(params_table(&g->w_ema, c, g->ema).tensors);
+
+    real *start = (real *)alloc_zero(n, sizeof(real));
+    params_start(start, &m->table, c, seed);
+    gpu::put_block(m, start, PARAMS), gpu::put_block(m, start, EMA);
+    int G = grid_of(c), Dh = c->hidden_size / c->num_heads, quarter = Dh / 4;   // patch (g, 0) turns by g
+    float2 *rope = (float2 *)alloc_zero((size_t)(G * quarter), sizeof(float2));
+    size_t cos_at = (size_t)(g->w.rope_cos - g->params), sin_at = (size_t)(g->w.rope_sin - g->params);
+    for (int i = 0; i < G * quarter; i++) {
+        size_t from = (size_t)(i / quarter * G * Dh + i % quarter * 2);
+        rope[i] = c->rope ? make_float2(start[cos_at + from], start[sin_at + from]) : make_float2(1, 0);
+    }
+    CHECK(cudaMemcpy(g->rope, rope, (size_t)(G * quarter) * sizeof(float2), cudaMemcpyHostToDevice));
+    free(start), free(rope);
+    gpu::zero_gradients(m);
+#ifndef CUDA_ON_CPU              // the emulator proposes one algorithm
+    tune(g);
+#else
+    (void)tune;
+#endif
+    return m;
+}
+
+static void model_destroy(Model *m) {
+    GpuModel *g = gpu_of(m);
+    CHECK(cudaDeviceSynchronize());
+    for (int i = 0; i < 2; i++) {
+        CHECK(cudaEventDestroy(g->sent[i])), CHECK(cudaEventDestroy(g->done[i]));
+        CHECK(cudaFreeHost(g->pinned[i]));
+        memory_free(g->input_memory[i], NULL);
+    }
+    memory_free(g->memory, g);
+    free(g->host), free(m->table.tensors), free(g);
+}
+
+}   // namespace gpu
+
+static const Backend gpu_backend = {
+    "GPU",           gpu::model_create, gpu::model_destroy, gpu::zero_gradients, gpu::forward_backward,
+    gpu::update,     gpu::read_losses,  gpu::velocity,      gpu::get_block,      gpu::put_block,
+    gpu::activation, gpu::find_bad};
+
+#ifndef TRAIN_SRDIT_CU_NO_MAIN
+int main(int argc, char **argv) {
+    wait_calmly(argv);
+    return train_main(argc, argv, &gpu_backend);
+}
+#endif
