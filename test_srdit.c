@@ -948,9 +948,9 @@ static void test_damaged(void) {
 // ----------------------------------------------------------------------------------------------------------
 // train_srdit.cu against train_srdit.c. The GPU may be one, or the emulator of dev/cuda_on_cpu.
 //
-// In float: each activation, gradient and updated parameter within 1e-4 of the CPU's, relative in L2. In bf16 the measure
-// is what rounding alone does: the CPU computes once more with the operands of its products rounded to bf16, and the GPU
-// may be off by twice as much as that run is.
+// In float: each activation, gradient and updated parameter within 1e-4 of the CPU's, relative in L2. In bf16
+// the measure is what rounding alone does: the CPU computes once more with the operands of its products
+// rounded to bf16, and the GPU may be off by twice as much as that run is.
 
 enum { MOST_ITEMS = 4096 };
 typedef struct { char name[96]; size_t n; real *x; } Item;       // a tensor of a run
@@ -1010,12 +1010,15 @@ static Outcome *run_step(const Backend *which, const Config *c, int B, int path_
     }
     o->losses = which->read_losses(m);
     SamplerWork w = sampler_work(c, B);
-    fill_normal(w.x, (size_t)(B * latent_of(c)), 3, 1, 0, 0), fill_normal(w.cls, (size_t)(B * c->z_dim), 3, 2, 0, 0);
+    fill_normal(w.x, (size_t)(B * latent_of(c)), 3, 1, 0, 0),
+        fill_normal(w.cls, (size_t)(B * c->z_dim), 3, 2, 0, 0);
     for (int i = 0; i < B; i++) w.t[i] = (real)(0.1 + 0.8 * i / B), w.y[i] = i % (c->num_classes + 1);
     for (int drop = 0; drop < 2; drop++) {
         which->velocity(m, w.v[0], w.v_cls[0], w.x, w.cls, w.t, w.y, drop, drop, B);
         keep(o, drop ? "velocity, path dropped, EMA" : "velocity", w.v[0], (size_t)(B * latent_of(c)));
-        if (c->cls) keep(o, drop ? "velocity of CLS, path dropped, EMA" : "velocity of CLS", w.v_cls[0], (size_t)(B * c->z_dim));
+        if (c->cls)
+            keep(o, drop ? "velocity of CLS, path dropped, EMA" : "velocity of CLS", w.v_cls[0],
+                 (size_t)(B * c->z_dim));
     }
     sampler_work_free(&w), free(host), which->destroy(m);
     backend = before;
@@ -1045,10 +1048,12 @@ static int same_kind(const char *a, const char *b) {
 }
 
 static void compare_step(const char *what, const Config *c, int B, int path_drop, int parts) {
-    Outcome *want = run_step(&cpu_backend, c, B, path_drop, parts), *got = run_step(&gpu_backend, c, B, path_drop, parts);
+    Outcome *want = run_step(&cpu_backend, c, B, path_drop, parts),
+            *got = run_step(&gpu_backend, c, B, path_drop, parts);
     Outcome *round = NULL;
     int in_float = sizeof(gpu::floatX) == 4, bad = 0;
-    if (!in_float) round_like_gpu = 1, round = run_step(&cpu_backend, c, B, path_drop, parts), round_like_gpu = 0;
+    if (!in_float)
+        round_like_gpu = 1, round = run_step(&cpu_backend, c, B, path_drop, parts), round_like_gpu = 0;
     double worst = 0;
     char worst_name[96] = "";
     for (int i = 0; i < want->count; i++) {
@@ -1056,8 +1061,9 @@ static void compare_step(const char *what, const Config *c, int B, int path_drop
         double size = length(w), error = distance(g, w), allowed = 1e-4 * size + 1e-12;
         int adam = !strncmp(w->name, "after.", 6) || !strncmp(w->name, "ema.", 4);
         if (!in_float) {
-            // A tensor of few numbers may be lucky in the rounded run. So the measure is that of all blocks' tensors of
-            // its kind, if that is more, and twice is a little more where there are few numbers to take a mean of.
+            // A tensor of few numbers may be lucky in the rounded run. So the measure is that of all blocks'
+            // tensors of its kind, if that is more, and twice is a little more where there are few numbers to
+            // take a mean of.
             double sum = 0, n = 0;
             for (int k = 0; k < want->count; k++)
                 if (same_kind(want->items[k].name, w->name)) {
@@ -1067,32 +1073,40 @@ static void compare_step(const char *what, const Config *c, int B, int path_drop
             double own = distance(&round->items[i], w);
             allowed = 2 * (1 + 2 / sqrt((double)w->n)) * fmax(own, sqrt(sum / n * (double)w->n));
         }
-        // Adam divides a gradient by its own size, so that one near 0 may move its parameter the other way: by 2 lr at most
+        // Adam divides a gradient by its own size, so that one near 0 may move its parameter the other way:
+        // by 2 lr at most
         if (adam) allowed += (in_float ? 0.02 : 2) * c->lr * sqrt((double)w->n);
         double share = error / (allowed + 1e-30);
-        if (getenv("SHOW")) printf("     %-45s size %9.2e error %9.2e allowed %9.2e share %.3f\n", w->name, size, error, allowed, share);
+        if (getenv("SHOW"))
+            printf("     %-45s size %9.2e error %9.2e allowed %9.2e share %.3f\n", w->name, size, error,
+                   allowed, share);
         if (!(share <= worst)) worst = share, snprintf(worst_name, sizeof(worst_name), "%s", w->name);
         bad += !(share <= 1);
     }
     double loss = fabs(got->losses.total - want->losses.total);
-    double loss_allowed = in_float ? 1e-5 * (1 + fabs(want->losses.total)) : 5e-3 * (1 + fabs(want->losses.total));
-    result(!bad && loss <= loss_allowed, what, "%d tensors, %d off; worst %s at %.2f of what is allowed; loss off by %.1e",
-           want->count, bad, worst_name, worst, loss);
+    double loss_allowed =
+        in_float ? 1e-5 * (1 + fabs(want->losses.total)) : 5e-3 * (1 + fabs(want->losses.total));
+    result(!bad && loss <= loss_allowed, what,
+           "%d tensors, %d off; worst %s at %.2f of what is allowed; loss off by %.1e", want->count, bad,
+           worst_name, worst, loss);
     outcome_free(want), outcome_free(got);
     if (round) outcome_free(round);
 }
 
-// Tokens of a length that has tails everywhere; head width 64, so that attention runs on tensor cores where there are any
+// Tokens of a length that has tails everywhere; head width 64, so that attention runs on tensor cores where
+// there are any
 static Config long_config(int side, int width, int heads) {
     Config c = small_config();
-    c.depth = 3, c.num_f = c.num_h = 1, c.hidden_size = width, c.num_heads = heads, c.input_size = side, c.patch_size = 1;
+    c.depth = 3, c.num_f = c.num_h = 1, c.hidden_size = width, c.num_heads = heads, c.input_size = side,
+    c.patch_size = 1;
     return c;
 }
 
 // `only`: the tests whose names contain it
 static void compare_all(const char *only) {
     struct { const char *name; Config c; int B, path_drop, parts; } list[40], *at = list;
-#define CASE(text, config, batch, drop, micro) at->name = text, at->c = config, at->B = batch, at->path_drop = drop, at++->parts = micro
+#define CASE(text, config, batch, drop, micro) \
+    at->name = text, at->c = config, at->B = batch, at->path_drop = drop, at++->parts = micro
     CASE("small", small_config(), 2, 0, 1);
     CASE("path drop", small_config(), 3, 1, 1);
     CASE("batch 1", small_config(), 1, 0, 1);
@@ -1129,7 +1143,8 @@ static void compare_all(const char *only) {
     }
 #undef CASE
     for (int i = 0; i < at - list; i++)
-        if (strstr(list[i].name, only)) compare_step(list[i].name, &list[i].c, list[i].B, list[i].path_drop, list[i].parts);
+        if (strstr(list[i].name, only))
+            compare_step(list[i].name, &list[i].c, list[i].B, list[i].path_drop, list[i].parts);
 }
 
 // A small model of the digits, for tests that train
@@ -1141,8 +1156,8 @@ static Config digits_config(const Data *d, int heads) {
     return c;
 }
 
-// 200 steps from the same start on the same data and draws; the GPU draws its noise and its tokens itself. The mean loss
-// of every 20 steps stays within half a percent of the CPU's.
+// 200 steps from the same start on the same data and draws; the GPU draws its noise and its tokens itself.
+// The mean loss of every 20 steps stays within half a percent of the CPU's.
 static void test_training(void) {
     char *path[] = {(char *)"data/digits.safetensors"};
     Data *d = data_open(path, 1);
@@ -1162,10 +1177,13 @@ static void test_training(void) {
     }
     for (int i = 0; i < 10; i++) {
         double off = fabs(loss[1][i] / loss[0][i] - 1);
-        if (getenv("SHOW")) printf("     steps %3d to %3d: CPU %.5f GPU %.5f, %.3f %%\n", 20 * i + 1, 20 * i + 20, loss[0][i], loss[1][i], 100 * off);
+        if (getenv("SHOW"))
+            printf("     steps %3d to %3d: CPU %.5f GPU %.5f, %.3f %%\n", 20 * i + 1, 20 * i + 20, loss[0][i],
+                   loss[1][i], 100 * off);
         if (!(off <= worst)) worst = off;
     }
-    result(worst <= 0.005, "200 steps", "loss %.4f to %.4f on the CPU, to %.4f on the GPU; at most %.3f %% apart (allowed 0.5)",
+    result(worst <= 0.005, "200 steps",
+           "loss %.4f to %.4f on the CPU, to %.4f on the GPU; at most %.3f %% apart (allowed 0.5)",
            loss[0][0], loss[0][9], loss[1][9], 100 * worst);
     data_close(d);
 }
@@ -1196,7 +1214,8 @@ static void test_draws(void) {
     cudaMemcpy(ids, g->in.ids, k * sizeof(int), cudaMemcpyDeviceToHost);
     for (size_t i = 0; i < k; i++) wrong += ids[i] != b->ids[i];
     for (int i = 0; i < B; i++) wrong += on_gpu->t[i] != b->t[i] || on_gpu->y[i] != b->y[i];
-    result(worst < 1e-5 && !wrong, "draws", "noise within %.1e of the CPU's, %d tokens, times or labels differ", worst, wrong);
+    result(worst < 1e-5 && !wrong, "draws",
+           "noise within %.1e of the CPU's, %d tokens, times or labels differ", worst, wrong);
     free(x), free(ids), batch_free(b), batch_free(on_gpu), gpu_backend.destroy(m), data_close(d);
 }
 
@@ -1209,12 +1228,14 @@ static void test_same_bits(void) {
         for (int i = 0; i < a->count; i++)
             differ += memcmp(a->items[i].x, b->items[i].x, a->items[i].n * sizeof(real)) != 0;
         differ += memcmp(&a->losses, &b->losses, sizeof(Losses)) != 0;
-        result(!differ, "same bits twice", "%d tensors%s, %d differ", a->count, drop ? ", path drop" : "", differ);
+        result(!differ, "same bits twice", "%d tensors%s, %d differ", a->count, drop ? ", path drop" : "",
+               differ);
         outcome_free(a), outcome_free(b);
     }
 }
 
-// Where cuBLASLt has no GELU epilogue the layer is a kernel of its own; where there are no tensor cores' shapes, so is attention
+// Where cuBLASLt has no GELU epilogue the layer is a kernel of its own; where there are no tensor cores'
+// shapes, so is attention
 static void test_other_ways(void) {
     Config c = long_config(8, 128, 2);
     gpu::use_gelu_epilogue = 0;
