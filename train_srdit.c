@@ -985,9 +985,12 @@ static void matmul_rows(real *C, long ldc, int m, int N, int kc, const real *a, 
 // This thread's part of a scratch memory with `each` elements a thread
 static real *thread_work(real *work, size_t each) { return work + (size_t)omp_get_thread_num() * each; }
 
-// For the tests of train_srdit.cu: where round_like_gpu is set, matrix products read their operands rounded
-// to bf16, and what passes through `stored` is rounded too, as on the GPU. What that changes is the measure
-// of what the GPU may be off by.
+// Nothing here but for the tests of train_srdit.cu (TEST_CUDA): there the CPU can round the operands of its
+// products, and what passes through `stored`, to bf16 where the GPU does. What that changes measures what the
+// GPU may be off by.
+#ifndef TEST_CUDA
+static inline void stored(real *x, size_t n) { (void)x, (void)n; }
+#else
 static int round_like_gpu;
 static void round_bf16(real *x, size_t n) {
     for (size_t i = 0; i < n; i++) {
@@ -1008,12 +1011,14 @@ static real *rounded_copy(const real *x, long ld, int rows, int cols) {
     round_bf16(copy, (size_t)rows * (size_t)cols);
     return copy;
 }
+#endif
 
 // C[M,N] = op(A)[M,K] op(B)[K,N] (+ bias, or + C where add). Matrices are whole; op transposes where ta, tb.
 // Memory for panels is kept between calls (so this is not for use inside a parallel region: see
 // matmul_small).
 static void matmul(real *C, const real *A, const real *B, const real *bias, int M, int N, int K, int ta,
                    int tb, int add) {
+#ifdef TEST_CUDA
     if (round_like_gpu) {
         real *a = rounded_copy(A, ta ? M : K, ta ? K : M, ta ? M : K);
         real *b = rounded_copy(B, tb ? K : N, tb ? N : K, tb ? K : N);
@@ -1023,6 +1028,7 @@ static void matmul(real *C, const real *A, const real *B, const real *bias, int 
         free(a), free(b);
         return;
     }
+#endif
     int panels = (N + NR - 1) / NR, blocks = (K + KC - 1) / KC, threads = omp_get_max_threads();
     int strips = (M + threads * MC - 1) / (threads * MC) * threads;   // the same number for each thread
     int copy = tb || N > 512 || N % NR;   // short rows of B are near enough to each other to be read in place
@@ -1065,6 +1071,7 @@ static void matmul_small(real *C, long ldc, const real *A, long lda, int ta, con
     for (int p = 0; p < panels; p++)
         matmul_panel(work + (size_t)p * NR * (size_t)K, B, ldb, tb, p * NR, imin(NR, N - p * NR), K);
     if (ta) transpose(pa, K, A, lda, K, M);
+#ifdef TEST_CUDA
     if (round_like_gpu) {
         real *a = rounded_copy(ta ? pa : A, ta ? K : lda, M, K);
         round_bf16(work, (size_t)panels * NR * (size_t)K);
@@ -1072,6 +1079,7 @@ static void matmul_small(real *C, long ldc, const real *A, long lda, int ta, con
         free(a);
         return;
     }
+#endif
     matmul_rows(C, ldc, M, N, K, ta ? pa : A, ta ? K : lda, work, 0, NULL, 0);
 }
 
@@ -1141,7 +1149,7 @@ static void linear_forward(real *out, const real *in, const real *w, const real 
 // din[N,I] = dout[N,O] w (NULL: not wanted; += where add_din);  dw[O,I] += dout^T in;  db[O] += sum_n dout
 static void linear_backward(real *din, real *dw, real *db, const real *dout, const real *in, const real *w,
                             int N, int I, int O, int add_din) {
-    stored((real *)dout, (size_t)N * O);   // (does nothing, see there; all callers' dout is scratch)
+    stored((real *)dout, (size_t)N * O);
     if (din) matmul(din, dout, w, NULL, N, I, O, 0, 0, add_din);
     if (din && !add_din) stored(din, (size_t)N * I);
     matmul(dw, dout, in, NULL, O, I, N, 1, 0, 1);
