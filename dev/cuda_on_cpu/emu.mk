@@ -101,3 +101,30 @@ test_cuda_on_cpu:
 	elif command -v valgrind >/dev/null; then \
 		printf '%-24s ' valgrind && valgrind -q --error-exitcode=9 build/emu-plain/selftest no-bugs; \
 	else echo 'msan, valgrind: left out, since there is neither clang++ nor valgrind'; fi
+	@$(MAKE) --no-print-directory -s test_srdit_on_cpu
+
+# The trainer's kernels: everything in float and in bf16, then chosen comparisons (test_srdit_emu WORDS) in the
+# other thread orders, with late streams, and under each sanitizer. TSan is the race detector.
+.PHONY: test_srdit_on_cpu
+EMU_TEST = $(MAKE) --no-print-directory -s MODE=$(1) build/emu-$(1)/test_srdit_$(2)
+# $(call trainer_run,what,environment,mode,precision,words)
+trainer_run = @printf '%-38s ' '$(1)'; $(2) build/emu-$(3)/test_srdit_$(4) $(5) > build/emu-$(3)/log 2>&1 && \
+	tail -n 1 build/emu-$(3)/log || { tail -n 40 build/emu-$(3)/log; exit 1; }
+test_srdit_on_cpu:
+	@$(call EMU_TEST,plain,fp32) && $(call EMU_TEST,plain,bf16)
+	@$(call EMU_TEST,asan,bf16) && $(call EMU_TEST,tsan,bf16)
+	$(call trainer_run,trainer in float,,plain,fp32)
+	$(call trainer_run,trainer in bf16,,plain,bf16)
+	$(call trainer_run,reverse order,CUDA_CPU_ORDER=rev,plain,bf16,"65 tokens")
+	$(call trainer_run,random order,CUDA_CPU_ORDER=rand CUDA_CPU_SEED=1,plain,bf16,"65 tokens")
+	$(call trainer_run,random order$(COMMA) in float,CUDA_CPU_ORDER=rand CUDA_CPU_SEED=2,plain,fp32,"path drop")
+	$(call trainer_run,late streams,CUDA_CPU_ASYNC=1,plain,fp32,"path drop")
+	$(call trainer_run,asan and ubsan,,asan,bf16,"path drop")
+	$(call trainer_run,asan and ubsan$(COMMA) one token kept,,asan,bf16,"one token")
+	$(call trainer_run,asan and ubsan$(COMMA) late streams,CUDA_CPU_ASYNC=1,asan,bf16,"batch 1")
+	$(call trainer_run,tsan,,tsan,bf16,"path drop")
+	$(call trainer_run,tsan$(COMMA) batch 1,,tsan,bf16,"batch 1")
+	@if command -v clang++ >/dev/null; then $(call EMU_TEST,msan,bf16) && printf '%-38s ' 'msan' && \
+		build/emu-msan/test_srdit_bf16 "65 tokens, path" > build/emu-msan/log 2>&1 && tail -n 1 build/emu-msan/log || \
+		{ tail -n 40 build/emu-msan/log; exit 1; }; \
+	else echo 'msan: left out, since there is no clang++'; fi
