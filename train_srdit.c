@@ -2940,7 +2940,7 @@ static int train_main(int argc, char **argv, const Backend *backend) {
         if (!model_preset(&c, run.model))
             die("--model %s: there is no such model; there are nano and S/1 S/2 S/4 B/1 ... XL/4", run.model);
         run.batch = strcmp(run.model, "nano") ? 256 : 64,
-        run.steps = strcmp(run.model, "nano") ? 400000 : 850;
+        run.steps = strcmp(run.model, "nano") ? 400000 : 900;
     }
     if (help) {
         print_help(argv[0], &c, &run);
