@@ -310,6 +310,12 @@ static double shift_time(const Config *c, double u) {
 }
 
 static void config_check(const Config *c, const char *where) {
+    // so that products of two or three sizes stay in an int
+    if ((double)c->in_channels * c->input_size * c->input_size > 1 << 27)
+        die("%s: latents of %d x %d x %d are too large", where, c->in_channels, c->input_size, c->input_size);
+    if (c->patch_size > c->input_size || patches_of(c) >= 1 << 16)
+        die("%s: patch_size %d on a side of %d gives no usable number of patches", where, c->patch_size,
+            c->input_size);
     if (c->hidden_size % c->num_heads || c->hidden_size / c->num_heads % 4)
         die("%s: hidden_size %d over num_heads %d must give a head width that is a multiple of 4", where,
             c->hidden_size, c->num_heads);
@@ -1624,6 +1630,8 @@ static void acts_layout(Acts *a, Arena *m, const Config *c, int B, int threads) 
 
 // A model whose activations hold max_batch samples; the parameters are at their start values.
 static Model *model_create(const Config *c, int max_batch, uint64_t seed) {
+    if ((double)max_batch * tokens_of(c) > 1 << 30)
+        die("%d samples of %d tokens are too many at once; use a larger --accum", max_batch, tokens_of(c));
     Model *model = (Model *)alloc_zero(1, sizeof(Model));
     model->c = *c, model->max_batch = max_batch, model->threads = omp_get_max_threads();
     model->table = params_table(&model->w, c, NULL);
