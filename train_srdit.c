@@ -310,6 +310,9 @@ static double shift_time(const Config *c, double u) {
 }
 
 static void config_check(const Config *c, const char *where) {
+    for (int i = 0; i < NUM_FIELDS; i++)
+        if (field_get(c, &config_fields[i]) < config_fields[i].low)
+            die("%s: %s is missing", where, config_fields[i].name);
     // so that products of two or three sizes stay in an int
     if ((double)c->in_channels * c->input_size * c->input_size > 1 << 27)
         die("%s: latents of %d x %d x %d are too large", where, c->in_channels, c->input_size, c->input_size);
@@ -509,7 +512,8 @@ static SafeFile *safe_open(const char *path) {
     f->map = (const uint8_t *)mmap(NULL, f->size, PROT_READ, MAP_PRIVATE, fd, 0);
     if (f->map == MAP_FAILED) die("%s: cannot be mapped: %s", path, strerror(errno));
     close(fd);
-    uint64_t length = (uint64_t)element(f->map, "U64", 0);
+    uint64_t length = 0;
+    for (int i = 0; i < 8; i++) length |= (uint64_t)f->map[i] << (8 * i);
     if (length > 100000000 || length > f->size - 8)
         die("%s: the header claims %.0f bytes: not a safetensors file, or a truncated one", path,
             (double)length);

@@ -84,6 +84,7 @@ MUTANTS = [   # name, function, text, replacement
     # the optimizer
     ("clip: also scales up", "update", "clip < 1 ? clip : 1", "clip"),
     ("clip: never", "update", "clip < 1 ? clip : 1", "1"),
+    ("clip: norm without 1e-6", "update", "norm + 1e-6", "norm"),
     ("Adam: first bias correction", "update", "(1 - pow(c->beta1, step))", "1"),
     ("Adam: second bias correction", "update", "sqrt(1 - pow(c->beta2, step))", "1"),
     ("Adam: eps inside the root", "update", "(real)sqrt(v) * root + eps", "(real)sqrt(v + eps) * root"),
