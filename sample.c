@@ -28,12 +28,12 @@
 #include <sys/ioctl.h>
 
 // ----------------------------------------------------------------------------------------------------------
-// The decoder (srdit_spec: "Latents and the decoder"). A map of C channels and H x W pixels lies channels
-// last and with a border of one pixel: [H+2, W+2, C]. With the border zero, a 3x3 convolution is three matrix
-// products without any copy (no im2col): for kernel row ky, the 3 C numbers that pixel q sees are one stretch
-// of memory, which starts C numbers after that of pixel q-1. So they are the rows of a matrix whose rows
-// overlap, [pixels, 3C] with a row length of C. All pixels are one such matrix; what is computed at the
-// border between two rows of pixels is never read.
+// The decoder (that of latent diffusion, arXiv 2112.10752). A map of C channels and H x W pixels lies
+// channels last and with a border of one pixel: [H+2, W+2, C]. With the border zero, a 3x3 convolution is
+// three matrix products without any copy (no im2col): for kernel row ky, the 3 C numbers that pixel q sees
+// are one stretch of memory, which starts C numbers after that of pixel q-1. So they are the rows of a matrix
+// whose rows overlap, [pixels, 3C] with a row length of C. All pixels are one such matrix; what is computed
+// at the border between two rows of pixels is never read.
 //
 //   H x W x C         whose      x          the residual stream; its border holds anything
 //                                n          what a convolution reads; its border is zero
@@ -1207,6 +1207,9 @@ static int sample_main(int argc, char **argv, const Backend *backend) {
     // labels, places
     const char *list = r.one_class ? r.one_class : r.classes;
     int list_count = list ? class_list(NULL, list, K) : 0;
+    if (list && strlen(list) >= sizeof(((SafePair *)0)->value))
+        die("--classes: the list is longer than the %zu characters that are kept with the pictures",
+            sizeof(((SafePair *)0)->value) - 1);
     int *classes = (int *)alloc_zero((size_t)list_count, sizeof(int)), kinds = list ? list_count : K;
     if (list) class_list(classes, list, K);
     if (r.one_class && list_count > 1)

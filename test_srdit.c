@@ -42,6 +42,13 @@ static void result(int good, const char *name, const char *format, ...) {
     else failed++;
 }
 
+// Is x worse than the worst so far? NaN is, and then nothing else.
+static int worsens(double *worst, double x) {
+    if (isnan(*worst) || x <= *worst) return 0;
+    *worst = x;
+    return 1;
+}
+
 // One comparison: the largest |got - want| over the tensor, as a share of what is allowed
 typedef struct { char name[96]; double error, tolerance, share; } Check;
 typedef struct { Check *checks; int count, room, failed; double override_tolerance; } Report;
@@ -64,8 +71,7 @@ static void compare(Report *r, const char *name, const real *got, const double *
     double most = 0, error = 0;
     for (size_t i = 0; i < n; i++) {
         double d = fabs((double)got[i] - want[i]);
-        if (!(fabs(want[i]) <= most)) most = fabs(want[i]);
-        if (!(d <= error)) error = d;
+        worsens(&most, fabs(want[i])), worsens(&error, d);
     }
     if (r->override_tolerance > 0) tolerance = r->override_tolerance, extra = 0;
     report_add(r, name, error, tolerance * most + extra + 1e-300);
@@ -127,7 +133,7 @@ static double tolerance_of(void) { return sizeof(real) == 8 ? 1e-9 : 1000 * REAL
 
 static void replay_training(Report *r, const SafeFile *f, Model *m) {
     const Config *c = &m->c;
-    int B = batch_of(f, "in.x"), steps = (int)safe_number(f, "steps", 0);
+    int B = batch_of(f, "in.x"), steps = (int)safe_whole(f, "steps", 0, 1000, 0);
     size_t b = (size_t)B, latent = (size_t)latent_of(c), Z = (size_t)c->z_dim, T = (size_t)tokens_of(c);
     const char *skip = safe_metadata(f, "no_gradient");
     double tol = tolerance_of();
@@ -286,7 +292,8 @@ static void replay_sit(Report *r, const SafeFile *f) {
 static void replay_decoder(Report *r, const SafeFile *f) {
     Decoder *d = decoder_open(f, "param.");
     const SafeTensor *in = safe_find(f, "in.z");
-    if (!in || in->ndim != 4 || in->shape[0] > 1000 || in->shape[2] > 1000 || in->shape[3] > 1000)
+    if (!in || in->ndim != 4 || !safe_elements(in) || in->shape[0] > 1000 || in->shape[2] > 1000 ||
+        in->shape[3] > 1000)
         die("%s: tensor in.z is missing or has no usable size", f->path);
     int B = (int)in->shape[0], h = (int)in->shape[2], w = (int)in->shape[3], k = decoder_factor(d);
     size_t H = (size_t)(h * k), W = (size_t)(w * k), ch = (size_t)d->out_ch, n = (size_t)B * ch * H * W;
@@ -421,7 +428,7 @@ static double finite_differences(Config c, int path_drop, char worst[64], int *c
             double slope = (8 * (f[3] - f[1]) - (f[4] - f[0])) / (12 * h),
                    error = fabs(slope - (double)g[at]) / 1e-9;
             ++*count;
-            if (!(error <= most)) most = error, snprintf(worst, 64, "%s", t->name);
+            if (worsens(&most, error)) snprintf(worst, 64, "%s", t->name);
         }
     }
     free(g), batch_free(b), backend->destroy(m);
@@ -482,11 +489,10 @@ static void test_accumulation(void) {
             const Tensor *t = &m->table.tensors[i];
             double most = 0, error = 0;
             for (size_t j = t->offset; j < t->offset + t->size; j++) {
-                most = fmax(most, fabs((double)whole[j]));
-                error =
-                    !(fabs((double)whole[j] - parts[j]) <= error) ? fabs((double)whole[j] - parts[j]) : error;
+                worsens(&most, fabs((double)whole[j]));
+                worsens(&error, fabs((double)whole[j] - parts[j]));
             }
-            if (!(error <= worst * most)) worst = error / most;
+            if (error > 0 || isnan(error)) worsens(&worst, error / most);
         }
     }
     double allowed = sizeof(real) == 8 ? 1e-12 : 100 * REAL_EPS;
@@ -567,7 +573,7 @@ static void test_matmul(void) {
                         sum += (double)(ta ? a[z * m + y] : a[y * k + z]) *
                                (double)(tb ? b[x * k + z] : b[z * n + x]);
                     double error = fabs(sum - c[0][y * n + x]) / (2 * REAL_EPS * (K + 4));
-                    if (!(error <= worst)) worst = error;
+                    worsens(&worst, error);
                 }
             free(start);
         }
@@ -672,8 +678,8 @@ static void test_functions(void) {
         float x;
         memcpy(&x, &bits, 4);
         if (!(fabsf(x) < 80)) continue;
-        if (fabsf(x) > 1e-30f) worst[0] = fmax(worst[0], ulps(fast_exp(x), exp((double)x)));
-        if (fabsf(x) > 1e-30f) worst[1] = fmax(worst[1], ulps(fast_tanh(x), tanh((double)x)));
+        if (fabsf(x) > 1e-30f) worsens(&worst[0], ulps(fast_exp(x), exp((double)x)));
+        if (fabsf(x) > 1e-30f) worsens(&worst[1], ulps(fast_tanh(x), tanh((double)x)));
     }
     int nan = isnan(fast_exp(NAN)) && isnan(fast_tanh(NAN));
     result(worst[0] <= 1.1 && worst[1] <= 1.4 && nan, "exp and tanh",
@@ -1080,7 +1086,7 @@ static void compare_step(const char *what, const Config *c, int B, int path_drop
         if (getenv("SHOW"))
             printf("     %-45s size %9.2e error %9.2e allowed %9.2e share %.3f\n", w->name, size, error,
                    allowed, share);
-        if (!(share <= worst)) worst = share, snprintf(worst_name, sizeof(worst_name), "%s", w->name);
+        if (worsens(&worst, share)) snprintf(worst_name, sizeof(worst_name), "%s", w->name);
         bad += !(share <= 1);
     }
     double loss = fabs(got->losses.total - want->losses.total);
@@ -1180,7 +1186,7 @@ static void test_training(void) {
         if (getenv("SHOW"))
             printf("     steps %3d to %3d: CPU %.5f GPU %.5f, %.3f %%\n", 20 * i + 1, 20 * i + 20, loss[0][i],
                    loss[1][i], 100 * off);
-        if (!(off <= worst)) worst = off;
+        worsens(&worst, off);
     }
     result(worst <= 0.005, "200 steps",
            "loss %.4f to %.4f on the CPU, to %.4f on the GPU; at most %.3f %% apart (allowed 0.5)",
@@ -1206,11 +1212,11 @@ static void test_draws(void) {
     int *ids = (int *)alloc_zero(k, sizeof(int));
     double worst = 0;
     cudaMemcpy(x, g->in.noise, n * sizeof(real), cudaMemcpyDeviceToHost);
-    for (size_t i = 0; i < n; i++) worst = fmax(worst, fabs((double)x[i] - b->noise[i]));
+    for (size_t i = 0; i < n; i++) worsens(&worst, fabs((double)x[i] - b->noise[i]));
     cudaMemcpy(x, g->in.noise_cls, Z * sizeof(real), cudaMemcpyDeviceToHost);
-    for (size_t i = 0; i < Z; i++) worst = fmax(worst, fabs((double)x[i] - b->noise_cls[i]));
+    for (size_t i = 0; i < Z; i++) worsens(&worst, fabs((double)x[i] - b->noise_cls[i]));
     cudaMemcpy(x, g->in.v_before, (size_t)latent_of(&c) * sizeof(real), cudaMemcpyDeviceToHost);
-    for (int i = 0; i < latent_of(&c); i++) worst = fmax(worst, fabs((double)x[i] - b->v_before[i]));
+    for (int i = 0; i < latent_of(&c); i++) worsens(&worst, fabs((double)x[i] - b->v_before[i]));
     cudaMemcpy(ids, g->in.ids, k * sizeof(int), cudaMemcpyDeviceToHost);
     for (size_t i = 0; i < k; i++) wrong += ids[i] != b->ids[i];
     for (int i = 0; i < B; i++) wrong += on_gpu->t[i] != b->t[i] || on_gpu->y[i] != b->y[i];
@@ -1314,6 +1320,7 @@ int main(int argc, char **argv) {
         if (!strcmp(argv[i], "--tolerance")) {
             if (i + 1 >= argc) die("--tolerance needs a value");
             tolerance = text_number(argv[++i], "command line", "--tolerance");
+            if (!(tolerance > 0)) die("--tolerance is %g, which is not above 0", tolerance);
             continue;
         }
         if (!strncmp(argv[i], "--", 2)) die("unknown argument %s (--help lists all)", argv[i]);

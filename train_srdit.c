@@ -15,7 +15,7 @@
 //
 // Letters, as in the paper and in dev/reference.py:
 //   B batch            C, S latent channels, side    p patch size          P = (S/p)^2 patches
-//   T = P + 1 tokens, CLS first                      Tk tokens kept in the sparse middle
+//   T = P + 1 tokens, CLS first (P without it)                      Tk tokens kept in the sparse middle
 //   D width            H heads      Dh = D/H         L = Lf + Lg + Lh blocks: encoder f, sparse g, decoder h
 //   Z width of the alignment features and of CLS     M hidden width of the projector       K classes
 // In signatures outputs come first, then inputs, then sizes; dX is the gradient of the loss by X.
@@ -34,6 +34,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <time.h>
@@ -217,7 +218,7 @@ static const Field config_fields[] = {
     NUM(lr, 0, 1e6, "learning rate"),
     NUM(beta1, 0, 0.9999999, "AdamW's decay of the first moment"),
     NUM(beta2, 0, 0.9999999, "AdamW's decay of the second moment"),
-    NUM(eps, 0, 1, "AdamW's epsilon"),
+    NUM(eps, 1e-30, 1, "AdamW's epsilon"),
     NUM(weight_decay, 0, 1e6, "decoupled weight decay"),
     NUM(max_grad_norm, 1e-12, 1e30, "gradients are clipped to this global norm"),
     NUM(ema_decay, 0, 1, "decay of the weights' moving average, which is what is sampled from"),
@@ -393,7 +394,7 @@ __attribute__((noreturn)) static void json_die(const Json *j, const char *what) 
 }
 static int json_accept(Json *j, char c) {
     while (j->p < j->end && strchr(" \t\r\n", *j->p) && *j->p) j->p++;
-    if (j->p >= j->end || *j->p != c) return 0;
+    if (j->p >= j->end || *j->p != c || !c) return 0;   // c = 0 skips blanks only
     j->p++;
     return 1;
 }
@@ -503,7 +504,7 @@ static size_t safe_elements(const SafeTensor *t) {
 static SafeFile *safe_open(const char *path) {
     SafeFile *f = (SafeFile *)alloc_zero(1, sizeof(SafeFile));
     f->path = strdup(path);
-    int fd = open(path, O_RDONLY);
+    int fd = open(path, O_RDONLY | O_NONBLOCK);   // a FIFO would wait for its writer
     struct stat st;
     if (fd < 0 || fstat(fd, &st)) die("%s: cannot be opened: %s", path, strerror(errno));
     if (!S_ISREG(st.st_mode)) die("%s: is not a file", path);
@@ -612,6 +613,14 @@ static double text_number(const char *text, const char *where, const char *what)
     if (end == text || *end) die("%s: %s is \"%s\", which is not a number", where, what, text);
     return x;
 }
+// The same for a whole number in a range; `otherwise` where the key is absent
+static double safe_whole(const SafeFile *f, const char *key, double low, double high, double otherwise) {
+    const char *text = safe_metadata(f, key);
+    double x = text ? text_number(text, f->path, key) : otherwise;
+    if (!(x >= low && x <= high) || x != floor(x))
+        die("%s: %s is %g, which is not a whole number from %.0f to %.0f", f->path, key, x, low, high);
+    return x;
+}
 static double safe_number(const SafeFile *f, const char *key, double otherwise) {
     const char *text = safe_metadata(f, key);
     return text ? text_number(text, f->path, key) : otherwise;
@@ -659,7 +668,10 @@ static void json_print(FILE *out, const char *s) {
 
 // A file appears under its name only when it is whole: it is written beside it, flushed to disk and renamed.
 static FILE *file_begin(char temporary[PATH_MAX], const char *path) {
+    struct stat st;
     if (snprintf(temporary, PATH_MAX, "%s.part", path) >= PATH_MAX) die("%s: the name is too long", path);
+    if (!stat(path, &st) && !S_ISREG(st.st_mode))
+        die("%s: there is something of that name that is not a file", path);
     FILE *out = fopen(temporary, "wb");
     if (!out) die("%s: cannot be written: %s", temporary, strerror(errno));
     return out;
@@ -837,7 +849,7 @@ static size_t count_trained(const Table *t) {   // without the pads
     return n;
 }
 
-// Start value i of a tensor that is not zero (srdit_spec: "Parameters, shapes, initial values")
+// Fills a tensor with its start values, as the reference implementation of arXiv 2512.12386 does
 static void tensor_start(real *out, const Tensor *t, const Config *c, uint64_t seed) {
     int D = c->hidden_size, G = grid_of(c);
     uint32_t hash = 2166136261u;   // FNV-1a of the name: a tensor starts alike whatever else is switched off
@@ -1415,7 +1427,7 @@ static void qkv_mix_backward(real *dqkv, real *dwq, real *dwk, real *dv1, real *
 // Elements of scratch memory that attention needs for one head
 static size_t attention_work(int T, int Dh) {
     size_t wide = (size_t)((T > Dh ? T : Dh) + NR - 1) / NR * NR;
-    return wide * (size_t)(T > Dh ? T : Dh) + 2 * (size_t)T * (size_t)T + (size_t)T * (size_t)Dh;
+    return wide * (size_t)(T > Dh ? T : Dh) + 2 * (size_t)T * (size_t)T;
 }
 
 // out[B,T,D] = softmax(q k^T / sqrt(Dh)) v for each sample and head, from qkv[B,T,3D]; att [B,H,T,T] is kept.
@@ -1548,8 +1560,8 @@ typedef struct {
     real *feats;             // [B,T,Z]
 } Batch;
 
-// The parts before their coefficients, summed over the steps since they were last read; the last step's
-// gradient norm
+// The total, and its parts before their coefficients, summed over the steps since they were last read; the
+// last step's gradient norm
 typedef struct { double total, denoise, cls, proj, cfm, grad_norm; } Losses;
 
 // Activations of a block that its backward needs; n = tokens of the block (T, or Tk in g)
@@ -1886,7 +1898,7 @@ static void network_backward(Model *model, const int *y, const int *ids, int pat
 }
 
 // ----------------------------------------------------------------------------------------------------------
-// The loss, over the outputs of the network and the batch (srdit_spec: "Loss"):
+// The loss, over the outputs of the network and the batch:
 //
 //   L = mean (out - v)^2 + cls_coeff mean (cls_out - v_cls)^2 + proj_coeff L_align + cfm_coeff L_cfm
 //   v = noise - x,   L_cfm = - mean (out - v[b-1])^2,   L_align = - mean_{b,t} cos(feats, zs)
@@ -2103,7 +2115,7 @@ static const Backend cpu_backend = {
     read_losses, velocity, get_block, put_block, activation, find_bad};
 
 // ----------------------------------------------------------------------------------------------------------
-// Sampler: from noise at t = 1 to data at t = 0 (srdit_spec: "Sampler"). State in double.
+// Sampler: from noise at t = 1 to data at t = 0. State in double.
 
 typedef struct {
     int steps;                      // network evaluations, N
@@ -2228,7 +2240,7 @@ typedef struct {
     size_t count;
     char name[128], decoder[32];
     double scale, offset;              // model input = stored * scale + offset
-    int C, S, K, tokens, Z;            // tokens and Z are 0 where there are no feats
+    int C, S, K, tokens, Z;            // tokens is 0 where there are no feats
 } Data;
 
 static const SafeTensor *shard_tensor(const SafeFile *f, const char *name, int ndim, int required) {
@@ -2268,7 +2280,7 @@ static Data *data_open(char **paths, int count) {
             die("%s: tensor %s: no usable size", f->path, s->feats ? "feats" : "cls");
         Data one;
         memset(&one, 0, sizeof(one));
-        one.C = (int)C, one.S = (int)S, one.K = (int)safe_number(f, "classes", 0);
+        one.C = (int)C, one.S = (int)S, one.K = (int)safe_whole(f, "classes", 0, 1e7, 0);
         one.tokens = s->feats ? (int)s->feats->shape[1] : 0;
         one.Z = s->feats ? (int)s->feats->shape[2] : s->cls ? (int)s->cls->shape[1] : 0;
         one.scale = safe_number(f, "latent_scale", 1), one.offset = safe_number(f, "latent_offset", 0);
@@ -2281,8 +2293,8 @@ static Data *data_open(char **paths, int count) {
         if (strcmp(one.decoder, "pixels") && strcmp(one.decoder, "invae"))
             die("%s: decoder is \"%s\", which is neither pixels nor invae", f->path, one.decoder);
         if (one.K < 1) die("%s: metadata `classes` is missing: how many classes the labels have", f->path);
-        if (one.scale == 0 || !(fabs(one.scale) < INFINITY))
-            die("%s: latent_scale %g is not usable", f->path, one.scale);
+        if (one.scale == 0 || !(fabs(one.scale) < INFINITY) || !(fabs(one.offset) < INFINITY))
+            die("%s: latent_scale %g, latent_offset %g are not usable", f->path, one.scale, one.offset);
         double use = safe_number(f, "train_samples", (double)n);
         if (!(use >= 1 && use <= (double)n))
             die("%s: train_samples %g is not from 1 to %.0f", f->path, use, (double)n);
@@ -2619,6 +2631,10 @@ static void checkpoint_write(const char *path, const Backend *backend, Model *m,
     for (int k = 0; k < 4; k++) {
         host[k] = (real *)alloc_zero(m->table.total, sizeof(real));
         backend->get_block(host[k], m, blocks[k]);
+        if (!all_finite(host[k], m->table.total))
+            die("step %d: the weights are no longer finite numbers, so %s was not written; try a smaller "
+                "--lr",
+                step, path);
         for (int i = 0; i < m->table.count; i++) {
             const Tensor *t = &m->table.tensors[i];
             if (t->start >= POSITIONS) continue;
@@ -2821,12 +2837,15 @@ static void parse_flags(Config *c, Run *run, int given[NUM_FIELDS], int argc, ch
 
 static void make_folder(const char *path) {   // and those above it
     char part[PATH_MAX];
+    struct stat st;
+    if (!*path || strlen(path) >= PATH_MAX - 64) die("\"%s\": the folder's name is empty or too long", path);
     for (size_t i = 1; i <= strlen(path) && i < sizeof(part); i++)
         if (path[i] == '/' || !path[i]) {
             memcpy(part, path, i), part[i] = 0;
             if (mkdir(part, 0777) && errno != EEXIST)
                 die("%s: the folder cannot be made: %s", part, strerror(errno));
         }
+    if (stat(path, &st) || !S_ISDIR(st.st_mode)) die("%s: is not a folder", path);
 }
 
 // ----------------------------------------------------------------------------------------------------------
@@ -2943,11 +2962,13 @@ static int train_main(int argc, char **argv, const Backend *backend) {
         resume = checkpoint_open(run.resume, &c);
         if (strcmp(safe_metadata(resume, "format"), "srdit-checkpoint-1"))
             die("%s: an export holds only weights; resume from a checkpoint", run.resume);
-        const char *name = safe_metadata(resume, "model"), *seed = safe_metadata(resume, "seed");
+        const char *name = safe_metadata(resume, "model");
         run.model = name ? name : "custom";
-        step = (int)safe_number(resume, "step", 0), run.steps = (int)safe_number(resume, "steps", 0);
-        run.batch = (int)safe_number(resume, "batch", 64), run.accum = (int)safe_number(resume, "accum", 1);
-        run.seed = seed ? strtoull(seed, NULL, 10) : 1;
+        step = (int)safe_whole(resume, "step", 0, 1e9, 0),
+        run.steps = (int)safe_whole(resume, "steps", 0, 1e9, 0);
+        run.batch = (int)safe_whole(resume, "batch", 1, 1e6, 64);
+        run.accum = (int)safe_whole(resume, "accum", 1, 1e6, 1);
+        run.seed = (uint64_t)safe_whole(resume, "seed", 0, 9e15, 1);
     } else {
         if (!model_preset(&c, run.model))
             die("--model %s: there is no such model; there are nano and S/1 S/2 S/4 B/1 ... XL/4", run.model);
@@ -2963,6 +2984,8 @@ static int train_main(int argc, char **argv, const Backend *backend) {
     parse_flags(&c, &run, given, argc, argv);
     if (resume && strcmp(model_name, run.model))
         die("--model %s: the checkpoint's model is %s", run.model, model_name);
+    if (run.steps < step && !run.export_to)   // exporting needs no step
+        die("--steps %d: %s is at step %d already", run.steps, run.resume, step);
     if (run.batch % run.accum) die("--accum %d does not divide --batch %d", run.accum, run.batch);
     if (run.threads) omp_set_num_threads(run.threads);
 
@@ -2983,6 +3006,9 @@ static int train_main(int argc, char **argv, const Backend *backend) {
         const char *name = safe_metadata(resume, "data"), *decoder = safe_metadata(resume, "decoder");
         if (name && strcmp(name, d->name))
             die("%s: it was trained on %s, and %s is %s", run.resume, name, run.data[0], d->name);
+        if (safe_number(resume, "data_samples", (double)d->count) != (double)d->count)
+            die("%s: it was trained on %.0f samples, and %s has %zu (are all shards given to --data?)",
+                run.resume, safe_number(resume, "data_samples", 0), run.data[0], d->count);
         if (decoder && strcmp(decoder, d->decoder))
             die("%s: its decoder is %s, that of %s is %s", run.resume, decoder, run.data[0], d->decoder);
         if (safe_number(resume, "latent_scale", d->scale) != d->scale ||
@@ -3005,9 +3031,23 @@ static int train_main(int argc, char **argv, const Backend *backend) {
 
     char path[PATH_MAX], picture[PATH_MAX], log_path[PATH_MAX];
     make_folder(run.out);
+    int folder = open(run.out, O_RDONLY | O_DIRECTORY);   // locked until the program ends
+    if (folder < 0 || (flock(folder, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK))
+        die("%s: another run is writing there; give this one another --out", run.out);
+    if (run.export_to) {   // better to know now than after the training
+        char temporary[PATH_MAX];
+        fclose(file_begin(temporary, run.export_to));
+        unlink(temporary);
+    }
     snprintf(path, sizeof(path), "%s/checkpoint.safetensors", run.out);
     snprintf(picture, sizeof(picture), "%s/samples.png", run.out);
     snprintf(log_path, sizeof(log_path), "%s/log.csv", run.out);
+    if (!resume && !access(path, F_OK)) {   // a new run does not destroy an old one's work
+        char old[PATH_MAX];
+        if (snprintf(old, sizeof(old), "%s/checkpoint.old.safetensors", run.out) < PATH_MAX &&
+            !rename(path, old))
+            printf("%s: kept as %s\n", path, old);
+    }
     Model *m = backend->create(&c, run.batch / run.accum, run.seed);
     if (resume) checkpoint_load(backend, m, resume);
     print_start(&c, &run, d, m, backend, step);
@@ -3041,12 +3081,17 @@ static int train_main(int argc, char **argv, const Backend *backend) {
             log_now) {   // reading waits for a GPU, so there only where a line is due
             Losses now = backend->read_losses(m);
             if (!(fabs(now.total) < INFINITY && now.grad_norm < INFINITY)) {
-                char bad[96];
-                backend->find_bad(bad, m, batch);
+                char bad[96] = "";
+                backend->zero_gradients(m);
+                for (int k = 0; k < run.accum && !bad[0]; k++) {   // once more, to see where it began
+                    batch_load(batch, d, &c, run.seed, step - 1, k * batch->B, run.batch);
+                    backend->forward_backward(m, batch);
+                    backend->find_bad(bad, m, batch);
+                }
                 die("step %d: the loss or its gradient is not a finite number; first bad: %s. %s%s; try a "
                     "smaller --lr",
                     step, bad[0] ? bad : "unknown",
-                    saved >= 0 ? "The last good checkpoint is " : "No checkpoint was written yet",
+                    saved >= 0 ? "The last checkpoint is " : "No checkpoint was written yet",
                     saved >= 0 ? path : "");
             }
             sum.total += now.total, sum.denoise += now.denoise, sum.cls += now.cls, sum.proj += now.proj,
@@ -3076,8 +3121,11 @@ static int train_main(int argc, char **argv, const Backend *backend) {
             write_samples(picture, backend, m, &run, d, step);
         if (log_now) paused += now_seconds() - logged, since = now_seconds();
     }
-    fclose(log);
-    if (interrupted) {
+    if (step > first && saved != step) checkpoint_write(path, backend, m, &run, d, step), saved = step;
+    if (fclose(log)) die("%s: cannot be written: %s", log_path, strerror(errno));
+    if (interrupted && step == first)
+        printf("\ninterrupted before the first step; nothing was written to %s\n", path);
+    else if (interrupted) {
         printf("\ninterrupted after step %d; to go on:  %s --resume %s", step, argv[0], path);
         for (int i = 0; i < run.data_count; i++) printf("%s %s", i ? "" : " --data", run.data[i]);
         printf(" --out %s\n", run.out);
@@ -3093,6 +3141,8 @@ static int train_main(int argc, char **argv, const Backend *backend) {
     backend->destroy(m);
     if (resume) safe_close(resume);
     data_close(d);
+    close(folder);
+    if (fflush(stdout) || ferror(stdout)) die("standard output: %s", strerror(errno));
     return interrupted ? 130 : 0;
 }
 
