@@ -23,8 +23,8 @@ parser.add_argument("--quick", action="store_true", help="fewer turns")
 parser.add_argument("--only", default="", help="of " + ", ".join(PARTS))
 parser.add_argument("--threads", type=int, default=2, help="for all sides [2]")
 parser.add_argument("--wait", choices=("default", "passive", "active"), default="default",
-                    help="OMP_WAIT_POLICY for all sides: waiting threads sleep (passive) or spin (active); the "
-                    "default, libgomp's own, spins for a while and then sleeps")
+                    help="OMP_WAIT_POLICY for all sides: waiting threads sleep (passive) or spin (active); "
+                    "the default, libgomp's own, spins for a while and then sleeps")
 parser.add_argument("--save", action="store_true", help="put the result into dev/README.md")
 args = parser.parse_args()
 parts = args.only.split(",") if args.only else [p for p in PARTS if not (args.quick and p == "s1")]
@@ -107,12 +107,26 @@ def seconds(f):
     f()
     return time.perf_counter() - start
 
-def take_turns(sides, budget, least=3):
-    """The best and the median time of each side; they run one after another until the budget is spent."""
-    times, end = [[] for _ in sides], time.perf_counter() + budget
-    while len(times[0]) < least or time.perf_counter() < end:
+def take_turns(sides, budget, least=3, times=None):
+    """Adds to `times` those of each side; the sides run one after another until the budget is spent."""
+    times, end, first = times or [[] for _ in sides], time.perf_counter() + budget, True
+    while first or len(times[0]) < least or time.perf_counter() < end:
+        first = False
         for f, t in zip(sides, times):
             t.append(seconds(f))
+    return times
+
+def in_passes(cases, budget, least=3):
+    """Times of all cases (each a list of sides), in several passes over all of them, so that a busy stretch
+    of the machine falls on a part of each case and not on the whole of one."""
+    passes = 2 if args.quick else 6
+    times = [None] * len(cases)
+    for _ in range(passes):
+        for i, sides in enumerate(cases):
+            times[i] = take_turns(sides, budget / passes, least=1, times=times[i])
+    return [take_turns(sides, 0, least, t) if len(t[0]) < least else t for sides, t in zip(cases, times)]
+
+def best_and_median(times):
     return [min(t) for t in times], [sorted(t)[len(t) // 2] for t in times]
 
 def geometric_mean(xs):
@@ -134,62 +148,58 @@ def shape(product, rows, I, O):                 # M, N, K, ta, tb, add of linear
     return {"output": (rows, O, I, 0, 1, 0), "input gradient": (rows, I, O, 0, 0, 0),
             "weight gradient": (O, I, rows, 1, 0, 1)}[product]
 
-def matrices(M, N, K):
+def matrices(*shapes):
+    """C, A and B large enough for the products of all these shapes."""
     rs = np.random.RandomState(1)
-    return [rs.standard_normal(n).astype(np.float32) for n in (M * N, M * K, K * N)]
+    return [rs.standard_normal(max(s[i] * s[k] for s in shapes)).astype(np.float32)
+            for i, k in ((0, 1), (0, 2), (2, 1))]
 
 def bench_matmul(lib, blas, blas_name):
     sgemm = ctypes.cast(blas.cblas_sgemm, ctypes.c_void_p)
+    products = [(model, f"{model} {name} {rows} x {I} x {O}", product, shape(product, rows, I, O))
+                for model, _, rows, sizes in MODELS for name, I, O in sizes for product in PRODUCTS]
+    C, A, B = matrices(*(dims for *_, dims in products))
+    c, a, b = (x.ctypes.data for x in (C, A, B))
+
+    def sides(name, product, dims):
+        M, N, K = dims[:3]
+        flop, got, want = 2.0 * M * N * K, np.zeros(M * N, np.float32), np.zeros(M * N, np.float32)
+        lib.bench_matmul(4, 1, got.ctypes.data, a, b, *dims)
+        lib.bench_sgemm(sgemm, 1, want.ctypes.data, a, b, *dims)
+        if not abs(got - want).max() <= 1e-5 * math.sqrt(K) * abs(want).max():
+            sys.exit(f"{name} {product}: ours and OpenBLAS disagree")
+        times = max(1, round(2e-3 * 1e11 / flop))                   # some 2 ms a turn
+        return flop * times, [lambda: lib.bench_matmul(4, times, c, a, b, *dims),
+                              lambda: lib.bench_sgemm(sgemm, times, c, a, b, *dims)]
+
+    flops, cases = zip(*(sides(name, product, dims) for _, name, product, dims in products))
+    rates = [[1e-9 * flop / t for t in best_and_median(times)[0]]
+             for flop, times in zip(flops, in_passes(cases, 0.15 if args.quick else 0.6, least=5))]
     say(f"Matrix product, float, {args.threads} threads, against {blas_name}; GFLOP/s of ours / OpenBLAS / "
         "ours as a share of OpenBLAS:\n")
     table("layer (rows x inputs x outputs)", *PRODUCTS)
-    means = []
-    for model, batch, rows, sizes in MODELS:
-        ratios = {p: [] for p in PRODUCTS}
-        for name, I, O in sizes:
-            cells = []
-            for product in PRODUCTS:
-                M, N, K, ta, tb, add = dims = shape(product, rows, I, O)
-                C, A, B = matrices(M, N, K)
-                want, flop = C.copy(), 2.0 * M * N * K
-                c, a, b = (x.ctypes.data for x in (C, A, B))
-                lib.bench_matmul(4, 1, c, a, b, *dims)
-                lib.bench_sgemm(sgemm, 1, want.ctypes.data, a, b, *dims)
-                if not abs(C - want).max() <= 1e-5 * math.sqrt(K) * abs(want).max():
-                    sys.exit(f"{model} {name} {product}: ours and OpenBLAS disagree")
-                times = max(1, round(2e-3 * 1e11 / flop))           # some 2 ms a turn
-                best, _ = take_turns(
-                    [lambda: lib.bench_matmul(4, times, c, a, b, *dims),
-                     lambda: lib.bench_sgemm(sgemm, times, c, a, b, *dims)],
-                    0.15 if args.quick else 0.6, least=5)
-                ours, theirs = (1e-9 * flop * times / t for t in best)
-                ratios[product].append(ours / theirs)
-                cells.append(f"{ours:.0f} / {theirs:.0f} / {100 * ours / theirs:.0f} %")
-            row(f"{model} {name} {rows} x {I} x {O}", *cells)
-        every = [r for p in PRODUCTS for r in ratios[p]]
-        means.append((model, batch, [geometric_mean(ratios[p]) for p in PRODUCTS] + [geometric_mean(every)]))
+    for i in range(0, len(products), 3):
+        row(products[i][1], *(f"{x:.0f} / {y:.0f} / {100 * x / y:.0f} %" for x, y in rates[i:i + 3]))
     say()
     table("geometric mean of ours / OpenBLAS", *PRODUCTS, "all")
-    for model, batch, xs in means:
-        row(f"{model}, {batch}", *(f"{100 * x:.0f} %" for x in xs))
+    for model, batch, *_ in MODELS:
+        own = [(product, x / y) for (m, _, product, _), (x, y) in zip(products, rates) if m == model]
+        means = [geometric_mean([r for p, r in own if p == product]) for product in PRODUCTS]
+        row(f"{model}, {batch}", *(f"{100 * x:.0f} %" for x in means + [geometric_mean([r for _, r in own])]))
     say()
 
 def bench_versions(lib):
+    products = [(f"{model} {sizes[2][0]} {product}", shape(product, rows, *sizes[2][1:]))
+                for model, _, rows, sizes in MODELS if "sparse" not in model for product in PRODUCTS]
+    C, A, B = matrices(*(dims for _, dims in products))
+    c, a, b = (x.ctypes.data for x in (C, A, B))
+    run = lambda version, dims: lambda: lib.bench_matmul(version, 1, c, a, b, *dims)
+    fast = in_passes([[run(v, dims) for v in (2, 3, 4)] for _, dims in products], 0.2 if args.quick else 1.0)
+    slow = [take_turns([run(1, dims)], 0, least=1 if args.quick else 2) for _, dims in products]
     say(f"The versions of dev/matmul_versions.c, GFLOP/s, {args.threads} threads:\n")
     table("product", "1 naive", "2 loops turned", "3 register tile", "4 train_srdit.c")
-    for model, batch, rows, sizes in MODELS:
-        name, I, O = sizes[2]                   # fc1
-        if model == "nano, sparse":
-            continue
-        for product in PRODUCTS:
-            dims = shape(product, rows, I, O)
-            C, A, B = matrices(*dims[:3])
-            flop, best = 2.0 * dims[0] * dims[1] * dims[2], {}
-            for v in (4, 3, 2, 1):              # the naive one gets few turns, since it takes seconds
-                [best[v]], _ = take_turns(
-                    [lambda: lib.bench_matmul(v, 1, C.ctypes.data, A.ctypes.data, B.ctypes.data, *dims)],
-                    0.1 if args.quick else 0.5, least=1 if v == 1 else 3)
-            row(f"{model} {name} {product}", *(f"{1e-9 * flop / best[v]:.1f}" for v in (1, 2, 3, 4)))
+    for (name, (M, N, K, *_)), one, others in zip(products, slow, fast):
+        row(name, *(f"{2e-9 * M * N * K / t:.1f}" for t in best_and_median(one + others)[0]))
     say()
 
 # ------------------------------------------------------------------------------------------- the functions
@@ -202,8 +212,8 @@ def bench_functions(lib):
     say("Functions on one core, 10^9 elements a second:\n")
     table("function", "ours", "libm", "ratio")
     for i, name in enumerate(("exp", "tanh", "GELU (tanh form)")):
-        (ours, theirs), _ = take_turns([lambda: run(i, times), lambda: run(i + 3, times // 10)],
-                                       0.3 if args.quick else 1.5, least=10)
+        (ours, theirs), _ = best_and_median(take_turns(
+            [lambda: run(i, times), lambda: run(i + 3, times // 10)], 0.3 if args.quick else 1.5, least=10))
         ours, theirs = 1e-9 * n * times / ours, 1e-9 * n * (times // 10) / theirs
         row(name, f"{ours:.2f}", f"{theirs:.3f}", f"{ours / theirs:.0f} x")
     say()
@@ -296,7 +306,7 @@ def bench_step(lib, name, batch, budget):
         if not abs(a - b) <= 2e-3 * abs(b):
             sys.exit(f"{name}, step {i + 1}: our loss is {a}, PyTorch's {b}")
     progress(f"{name}: the loss of step 3 is {a:.6f}, PyTorch's {b:.6f}")
-    best, median = take_turns([ours.step, theirs.step], budget, least=3)
+    best, median = best_and_median(take_turns([ours.step, theirs.step], budget))
     lib.bench_destroy(ours.at)
     return [1000 * t for t in best], [1000 * t for t in median], torch.__version__
 
