@@ -2720,7 +2720,15 @@ static Model *model_create(const Config *c, int max_batch, uint64_t seed) {
     if (tokens_of(c) > 6000) die("%d tokens: the GPU's kernels take at most 6000", tokens_of(c));
     if (!stream) {
         int devices = 0;
-        if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0)
+        cudaError_t found = cudaGetDeviceCount(&devices);
+        if (found == cudaErrorInsufficientDriver) {
+            int driver = 0, toolkit = 0;
+            cudaDriverGetVersion(&driver), cudaRuntimeGetVersion(&toolkit);
+            die("the driver knows CUDA %d.%d at most, but this was built with %d.%d: update the driver, or "
+                "build with an older toolkit (make NVCC=...)", driver / 1000, driver % 1000 / 10,
+                toolkit / 1000, toolkit % 1000 / 10);
+        }
+        if (found != cudaSuccess || devices == 0)
             die("no GPU was found: train_srdit runs the same model on the CPU");
         CHECK(cudaStreamCreate(&stream)), CHECK(cudaStreamCreate(&copy_stream));
         CHECK(cudaMalloc(&workspace, workspace_bytes));
@@ -2742,9 +2750,17 @@ static Model *model_create(const Config *c, int max_batch, uint64_t seed) {
                (double)part[0] / 1e9, (double)part[1] / 1e9, 2e-9 * (double)in.used,
                (double)workspace_bytes / 1e9, (double)(need + workspace_bytes) / 1e9,
                (double)all_bytes / 1e9);
-    if (need > free_bytes)
-        die("the GPU has %.1f GB free but this needs %.1f: a smaller --batch or a larger --accum needs less",
-            (double)free_bytes / 1e9, (double)need / 1e9);
+    if (need > free_bytes) {
+        int fits = max_batch;   // the largest of a half, a quarter, ... that fits
+        for (size_t less = need; fits && less > free_bytes;) {
+            DeviceArena a = {NULL, 0, 0, NULL}, i = {NULL, 0, 1, NULL};
+            if (!(fits /= 2)) break;
+            memory_layout(g, &a, fits, part), input_layout(&g->in, &i, c, fits, &g->copied_bytes);
+            less = a.used + 2 * i.used;
+        }
+        die("the GPU has %.1f GB free but %d samples at once need %.1f; %d fit (a smaller --batch, or --accum)",
+            (double)free_bytes / 1e9, max_batch, (double)need / 1e9, fits);
+    }
     size_t unused;
     g->memory = memory_take(&arena, g);
     memory_layout(g, &arena, max_batch, part);
