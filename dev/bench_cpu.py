@@ -15,7 +15,7 @@ Needs a C compiler ($CC, or cc), numpy, OpenBLAS (Debian: libopenblas0-openmp) a
 (Debian: python3-torch). OPENBLAS_CORETYPE and OPENBLAS_L2_SIZE, which can slow OpenBLAS down, are taken
 out of the environment first.
 """
-import argparse, ctypes, math, os, subprocess, sys, time
+import argparse, ctypes, math, os, subprocess, sys, textwrap, time
 
 PARTS = ("matmul", "versions", "functions", "nano", "s1")
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -47,6 +47,9 @@ ROOT = os.path.dirname(HERE)
 lines = []                                      # of markdown
 
 def say(text=""):
+    if not text.startswith("|"):
+        end = "\n" * text.endswith("\n")
+        text = textwrap.fill(text, 110, break_long_words=False) + end
     print(text, flush=True)
     lines.append(text)
 

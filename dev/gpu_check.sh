@@ -90,10 +90,11 @@ SANITIZER=${SANITIZER:-compute-sanitizer}
 stage build "$no_nvcc" "everything that the other stages run" "
   make FP32=1 -B test_srdit_cu
   cp test_srdit_cu $work/test_fp32
-  make -B train_srdit_cu test_srdit_cu sample_cu
+  make -B train_srdit_cu test_srdit_cu
   $NVCC -std=c++17 -O3 $arch -w dev/ptx_check.cu -o $work/ptx_check -lcublasLt
   $NVCC -std=c++17 -O3 $arch dev/bench_gpu.cu -o $work/bench_gpu -lcublasLt
-  $NVCC -std=c++17 -O3 $arch dev/cuda_on_cpu/selftest.cu -o $work/selftest -lcublasLt"
+  $NVCC -std=c++17 -O3 $arch dev/cuda_on_cpu/selftest.cu -o $work/selftest -lcublasLt
+  make -B sample_cu"
 stage tests "$no_gpu" "all CUDA tests: in float against the CPU, then in bf16" "
   $work/test_fp32
   ./test_srdit_cu"

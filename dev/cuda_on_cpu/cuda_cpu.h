@@ -355,9 +355,11 @@ template <int N> void ldmatrix(unsigned (&r)[N], const void *row, CUDA_CPU_LINE)
 template <int N> void ldmatrix_trans(unsigned (&r)[N], const void *row, CUDA_CPU_LINE) {
     cuda_cpu::ldmatrix(r, row, true, line);
 }
-// 16 bytes from global to shared memory (zeros if not valid): NaN there until this thread waits for them
+// 16 bytes from global to shared memory (zeros if not valid): NaN there until this thread waits for them. The
+// source is looked at here already, for the sanitizers: the hardware reads it even if nobody ever waits.
 inline void cp_async16(void *shared, const void *global, bool valid = true, CUDA_CPU_LINE) {
     cuda_cpu::check_copy(shared, global, line);
+    if (valid) (void)*(const volatile uint64_t *)global, (void)((const volatile uint64_t *)global)[1];
     *(cuda_cpu::Quad *)shared = {~0u, ~0u, ~0u, ~0u};
     cuda_cpu::cp_async(shared, valid ? global : nullptr);
 }

@@ -897,6 +897,11 @@ __global__ void bug_missing_fence(float *out, float *part, int *done) {
     if (atomicAdd(done, 1) == (int)gridDim.x - 1) *out = part[0] + part[1];
 }
 __global__ void bug_unwritten(float *p) { if (threadIdx.x != 5) p[threadIdx.x] = 1; }
+__global__ void bug_copy_past_end(float *p) {       // never waited for, and yet read
+    __shared__ float4 s[32];
+    cp_async16(&s[threadIdx.x], p + 4 * (threadIdx.x + 1));
+    cp_async_commit();
+}
 __global__ void bug_no_wait(float *p) {
     __shared__ float4 s[32];
     cp_async16(&s[threadIdx.x], p + 4 * threadIdx.x);
@@ -944,6 +949,9 @@ static const Bug bugs[] = {
      [] { Device<float> p(128, 1.0f); bug_no_wait<<<1, 32>>>(p.p); expect_ones(p.get()); }, RUNTIME(WRONG)},
     {"write past an allocation", [] { Device<float> p(64); bug_write_past_end<<<1, 64>>>(p.p); },
      "behind an allocation", "heap-buffer-overflow", "behind an allocation", nullptr},
+    {"cp.async from past an allocation",
+     [] { Device<float> p(128, 1.0f); bug_copy_past_end<<<1, 32>>>(p.p); },
+     nullptr, "heap-buffer-overflow", nullptr, nullptr},
     {"the host touches device memory", [] { Device<float> p(64, 1.0f); volatile float x = p.p[3]; (void)x; },
      nullptr, PAST, nullptr, nullptr},
     {"write past a shared array", [] { Device<float> p(32); bug_past_shared<<<1, 32>>>(p.p); },
