@@ -298,7 +298,7 @@ static void conv_forward(real *out, const real *in, const Conv *c, int H, int W)
                 const real *a =
                     in + (to + (size_t)(ky * row) - (size_t)(reach * row) - (size_t)reach) * (size_t)c->in;
                 matmul_rows(out + to * (size_t)c->out, c->out, imin(STRIP, pixels - s * STRIP), c->out, kc,
-                            a + k0, c->in, c->w + ((size_t)ky * (size_t)K + (size_t)k0) * packed, 0,
+                            a + k0, c->in, 1, c->w + ((size_t)ky * (size_t)K + (size_t)k0) * packed, 0,
                             begin ? NULL : c->b, begin);
             }
 }
@@ -379,10 +379,10 @@ static void map_rows(real *map, real *matrix, int to_map, int H, int W, int C) {
 // x += proj(softmax(q k^T / sqrt(C)) v), q, k, v linear in norm(x): one head over the T = H W pixels
 static void attn_forward(real *x, real *n, real *h, const AttnBlock *a, const Decoder *d, int H, int W) {
     int C = a->norm.channels, T = H * W;
-    size_t t = (size_t)T, c = (size_t)C;
-    real *qkv = (real *)alloc_zero(5 * t * c + t * t + (size_t)omp_get_max_threads() * attention_work(T, C),
+    size_t t = (size_t)T, c = (size_t)C, r = (size_t)attention_row(T);
+    real *qkv = (real *)alloc_zero(5 * t * c + t * r + (size_t)omp_get_max_threads() * attention_work(T, C),
                                    sizeof(real));
-    real *in = qkv + 3 * t * c, *out = in + t * c, *att = out + t * c, *work = att + t * t;
+    real *in = qkv + 3 * t * c, *out = in + t * c, *att = out + t * c, *work = att + t * r;
     group_norm_forward(n, x, &a->norm, d, 0, H, W);
     map_rows(n, in, 0, H, W, C);
     matmul(qkv, in, a->qkv_w, a->qkv_b, T, 3 * C, C, 0, 1, 0);

@@ -721,17 +721,29 @@ static double ulps(double got, double want) {
     return fabs(got - want) / ldexp(1, (e < -125 ? -125 : e) - 24);
 }
 static void test_functions(void) {
-    double worst[2] = {0, 0};
+    double worst[3] = {0, 0, 0};
     for (uint32_t bits = 0; bits < 0xffffff00u; bits += 977) {
         float x;
         memcpy(&x, &bits, 4);
-        if (!(fabsf(x) < 80)) continue;
-        if (fabsf(x) > 1e-30f) worsens(&worst[0], ulps(fast_exp(x), exp((double)x)));
-        if (fabsf(x) > 1e-30f) worsens(&worst[1], ulps(fast_tanh(x), tanh((double)x)));
+        if (fabsf(x) < 80 && fabsf(x) > 1e-30f) worsens(&worst[0], ulps(fast_exp(x), exp((double)x)));
     }
-    int nan = isnan(fast_exp(NAN)) && isnan(fast_tanh(NAN));
-    result(worst[0] <= 1.1 && worst[1] <= 1.4 && nan, "exp and tanh",
-           "within %.2f and %.2f units in the last place; NaN stays", worst[0], worst[1]);
+    // GELU against its form with tanh, x/2 (1 + tanh u); its rounding is that of x, of the slope that of 1
+    enum { COUNT = 1 << 16 };
+    real *x = (real *)alloc_zero(4 * COUNT, sizeof(real)), *y = x + COUNT, *one = y + COUNT, *slope = one + COUNT;
+    for (int i = 0; i < COUNT; i++) x[i] = (real)(-20 + 40 * (i + 0.3) / COUNT), one[i] = 1;
+    gelu_forward(y, x, COUNT);
+    gelu_backward(slope, one, x, COUNT);
+    for (int i = 0; i < COUNT; i++) {
+        double v = x[i], h = tanh(sqrt(2 / M_PI) * (v + 0.044715 * v * v * v));
+        double du = sqrt(2 / M_PI) * (1 + 3 * 0.044715 * v * v);
+        worsens(&worst[1], fabs(y[i] - v / 2 * (1 + h)) / fabs(v) * (1 << 24));
+        worsens(&worst[2], fabs(slope[i] - (1 + h) / 2 - v / 2 * (1 - h * h) * du) * (1 << 24));
+    }
+    free(x);
+    int nan = isnan(fast_exp(NAN)) && isnan(fast_exp(-NAN));
+    result(worst[0] <= 1.1 && worst[1] <= 4 && worst[2] <= 8 && nan, "exp and GELU",
+           "exp within %.2f units in the last place; GELU %.2f, its slope %.2f (in units of 2^-24); NaN stays",
+           worst[0], worst[1], worst[2]);
 
     Config c = config_default();
     model_preset(&c, "B/1");

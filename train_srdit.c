@@ -910,6 +910,7 @@ enum {
     KC = 512, MC = 128                  // at most KC steps of k in a block; MC rows at a time
 };
 typedef real vec __attribute__((vector_size(VBYTES), aligned(sizeof(real)), may_alias));
+typedef real quad __attribute__((vector_size(4 * sizeof(real)), aligned(sizeof(real)), may_alias));
 #if defined(__clang__)   // the sums stay in registers only if every loop over a tile is unrolled
 #define UNROLL _Pragma("clang loop unroll(full)")
 #elif defined(__GNUC__) && !defined(__CUDACC__)
@@ -918,17 +919,21 @@ typedef real vec __attribute__((vector_size(VBYTES), aligned(sizeof(real)), may_
 #define UNROLL
 #endif
 
-// c[mr][nr] = (bias, or c, or 0) + a[mr][kc] b[kc][nv vectors]; inlined, so that mr and nv are constants
+// c[mr][nr] = (bias, or c, or 0) + a[mr][kc] b[kc][nv vectors]; inlined, so that mr and nv are constants.
+// Element (i, k) of a lies at a[i si + k sk], so that a may stand as it is or turned.
 static inline __attribute__((always_inline))
-void matmul_tile(real *c, long ldc, int mr, int nv, int nr, int kc, const real *a, long lda, const real *b,
-                 long ldb, const real *bias, int add) {
+void matmul_tile(real *c, long ldc, int mr, int nv, int nr, int kc, const real *a, long si, long sk,
+                 const real *b, long ldb, const real *bias, int add) {
     vec sum[MR][NV];
     const vec zero = {0};
     int narrow = nr < nv * (int)VL;                         // stored by way of edge
-    UNROLL for (int i = 0; i < mr; i++) UNROLL for (int v = 0; v < nv; v++) sum[i][v] = zero;
+    UNROLL for (int i = 0; i < mr; i++) UNROLL for (int v = 0; v < nv; v++) {
+        sum[i][v] = zero;
+        __builtin_prefetch(c + i * ldc + v * VL, 1);        // c comes from memory while the sums are made
+    }
     for (int k = 0; k < kc; k++)
         UNROLL for (int i = 0; i < mr; i++) UNROLL for (int v = 0; v < nv; v++)
-            sum[i][v] += a[i * lda + k] * ((const vec *)(b + k * ldb))[v];
+            sum[i][v] += a[i * si + k * sk] * ((const vec *)(b + k * ldb))[v];
     UNROLL for (int i = 0; i < mr; i++) {
         real edge[NR], *to = narrow ? edge : c + i * ldc;
         for (int j = 0; j < NR && narrow; j++)
@@ -950,8 +955,6 @@ static void transpose(real *out, long ldo, const real *in, long ldi, int m, int 
             if (i + 4 <= m && j + 4 <= n) {
 #if defined(__has_builtin) && !defined(__CUDACC__)
 #if __has_builtin(__builtin_shufflevector)
-                typedef real quad
-                    __attribute__((vector_size(4 * sizeof(real)), aligned(sizeof(real)), may_alias));
                 quad r0 = *(const quad *)s, r1 = *(const quad *)(s + ldi);
                 quad r2 = *(const quad *)(s + 2 * ldi), r3 = *(const quad *)(s + 3 * ldi);
                 quad t0 = __builtin_shufflevector(r0, r2, 0, 4, 1, 5);
@@ -973,31 +976,30 @@ static void transpose(real *out, long ldo, const real *in, long ldi, int m, int 
 
 // Columns j0 ... j0+nr of kc rows of op(B), copied to a panel [kc][NR]; B points at row 0 of the block
 static void matmul_panel(real *to, const real *B, long ldb, int tb, int j0, int nr, int kc) {
+    if (nr < NR) memset(to, 0, sizeof(real) * (size_t)kc * NR);
     if (tb) transpose(to, NR, B + j0 * ldb, ldb, nr, kc);
     else
         for (int k = 0; k < kc; k++) memcpy(to + k * NR, B + k * ldb + j0, sizeof(real) * (size_t)nr);
-    for (int k = 0; k < kc && nr < NR; k++)
-        for (int j = nr; j < NR; j++) to[k * NR + j] = 0;
 }
 
-// Rows 0 ... m of C += those of a (row-major, [m][kc]) times all panels; b in panels, or (ldb > 0) read in
-// place
-static void matmul_rows(real *C, long ldc, int m, int N, int kc, const real *a, long lda, const real *b,
-                        long ldb, const real *bias, int add) {
+// Rows 0 ... m of C += those of a (element (i, k) at a[i si + k sk]) times all panels; b in panels, or
+// (ldb > 0) read in place
+static void matmul_rows(real *C, long ldc, int m, int N, int kc, const real *a, long si, long sk,
+                        const real *b, long ldb, const real *bias, int add) {
     long step = ldb ? ldb : (long)NR;
     for (int j = 0; j < N; j += NR) {
         const real *bj = ldb ? b + j : b + (long)j * kc, *bi = bias ? bias + j : NULL;
         int nr = imin(NR, N - j), one = nr <= (int)VL;       // the last panel may need only one vector
         for (int i = 0; i < m;) {
             real *c = C + i * ldc + j;
-            const real *ai = a + i * lda;
+            const real *ai = a + i * si;
             if (i + MR <= m) {
-                if (one) matmul_tile(c, ldc, MR, 1, nr, kc, ai, lda, bj, step, bi, add);
-                else matmul_tile(c, ldc, MR, NV, nr, kc, ai, lda, bj, step, bi, add);
+                if (one) matmul_tile(c, ldc, MR, 1, nr, kc, ai, si, sk, bj, step, bi, add);
+                else matmul_tile(c, ldc, MR, NV, nr, kc, ai, si, sk, bj, step, bi, add);
                 i += MR;
             } else {
-                if (one) matmul_tile(c, ldc, 1, 1, nr, kc, ai, lda, bj, step, bi, add);
-                else matmul_tile(c, ldc, 1, NV, nr, kc, ai, lda, bj, step, bi, add);
+                if (one) matmul_tile(c, ldc, 1, 1, nr, kc, ai, si, sk, bj, step, bi, add);
+                else matmul_tile(c, ldc, 1, NV, nr, kc, ai, si, sk, bj, step, bi, add);
                 i++;
             }
         }
@@ -1052,8 +1054,11 @@ static void matmul(real *C, const real *A, const real *B, const real *bias, int 
     }
 #endif
     int panels = (N + NR - 1) / NR, blocks = (K + KC - 1) / KC, threads = omp_get_max_threads();
-    int strips = (M + threads * MC - 1) / (threads * MC) * threads;   // the same number for each thread
-    int copy = tb || N > 512 || N % NR;   // short rows of B are near enough to each other to be read in place
+    // short rows of A^T and B are near enough to each other to be read in place
+    int copy = tb || N > 512 || N % NR, turn = ta && M > 512;
+    // The threads share out the columns of C where there are more of them than rows, else the rows
+    int groups = N > 2 * M && !turn ? imin(threads, panels) : 1, each = groups > 1 ? 1 : threads;
+    int strips = (M + each * MC - 1) / (each * MC) * each;   // of rows: the same number for each thread
     static real *pb;
     static size_t have;
     size_t need = (size_t)KC * NR * (size_t)panels + (size_t)threads * (MC + 2 * MR) * KC;
@@ -1068,50 +1073,63 @@ static void matmul(real *C, const real *A, const real *B, const real *bias, int 
 #pragma omp parallel if (!small)
     for (int q = 0; q < blocks; q++) {
         int k0 = (int)((long)K * q / blocks), kc = (int)((long)K * (q + 1) / blocks) - k0;
+        if (copy) {
+#pragma omp barrier   // until nobody needs the block before
 #pragma omp for
-        for (int p = 0; p < panels * copy; p++)
-            matmul_panel(pb + (size_t)p * NR * (size_t)kc, B + (tb ? k0 : (long)k0 * N), tb ? K : N, tb,
-                         p * NR, imin(NR, N - p * NR), kc);
-#pragma omp for
-        for (int s = 0; s < strips; s++) {
+            for (int p = 0; p < panels; p++)
+                matmul_panel(pb + (size_t)p * NR * (size_t)kc, B + (tb ? k0 : (long)k0 * N), tb ? K : N, tb,
+                             p * NR, imin(NR, N - p * NR), kc);
+        }
+#pragma omp for schedule(static) nowait   // a thread has the same parts in each block, and no other has
+        for (int part = 0; part < strips * groups; part++) {
+            int s = part % strips, g = part / strips, j0 = panels * g / groups * NR;
+            int width = imin(N, panels * (g + 1) / groups * NR) - j0;
             int lo = (int)((long)M * s / strips / MR * MR);
             int hi = s + 1 < strips ? (int)((long)M * (s + 1) / strips / MR * MR) : M;
-            real *pa = thread_work(pa_all, (MC + 2 * MR) * KC);
-            if (ta) transpose(pa, kc, A + (long)k0 * M + lo, M, kc, hi - lo);
-            matmul_rows(C + (long)lo * N, N, hi - lo, N, kc, ta ? pa : A + (long)lo * K + k0, ta ? kc : K,
-                        copy ? pb : B + (long)k0 * N, copy ? 0 : N, q ? NULL : bias, add || q);
+            const real *a = ta ? A + (long)k0 * M + lo : A + (long)lo * K + k0;
+            const real *b = copy ? pb + (long)j0 * kc : B + (long)k0 * N + j0;
+            long si = ta ? 1 : K, sk = ta ? M : 1;
+            if (turn) {
+                real *pa = thread_work(pa_all, (MC + 2 * MR) * KC);
+                transpose(pa, kc, a, M, kc, hi - lo);
+                a = pa, si = kc, sk = 1;
+            }
+            matmul_rows(C + (long)lo * N + j0, N, hi - lo, width, kc, a, si, sk, b, copy ? 0 : N,
+                        q || !bias ? NULL : bias + j0, add || q);
         }
     }
 }
 
 // The same for one thread and matrices that are parts of larger ones (ldx: length of a row in memory), as
-// attention needs for each head. `work` holds (N rounded up to NR) * K + (ta ? M * K : 0) elements.
-static void matmul_small(real *C, long ldc, const real *A, long lda, int ta, const real *B, long ldb, int tb,
-                         int M, int N, int K, real *work) {
-    int panels = (N + NR - 1) / NR;
-    real *pa = work + (size_t)panels * NR * (size_t)K;
-    for (int p = 0; p < panels; p++)
-        matmul_panel(work + (size_t)p * NR * (size_t)K, B, ldb, tb, p * NR, imin(NR, N - p * NR), K);
-    if (ta) transpose(pa, K, A, lda, K, M);
+// attention needs for each head. Up to `room` >= N columns of C may be written, with zeros. `work` holds
+// (N rounded up to NR) * K elements.
+static void matmul_small(real *C, long ldc, int room, const real *A, long lda, int ta, const real *B,
+                         long ldb, int tb, int M, int N, int K, real *work) {
+    int copy = tb || N % VL;
+#ifdef TEST_CUDA
+    copy |= round_like_gpu;
+#endif
+    for (int j = 0; j < N && copy; j += NR)
+        matmul_panel(work + (size_t)j * (size_t)K, B, ldb, tb, j, imin(NR, N - j), K);
+    int width = imin(room, (N + VL - 1) / VL * VL);
 #ifdef TEST_CUDA
     if (round_like_gpu) {
-        real *a = rounded_copy(ta ? pa : A, ta ? K : lda, M, K);
-        round_bf16(work, (size_t)panels * NR * (size_t)K);
-        matmul_rows(C, ldc, M, N, K, a, K, work, 0, NULL, 0);
+        real *a = rounded_copy(A, lda, ta ? K : M, ta ? M : K);
+        round_bf16(work, (size_t)((N + NR - 1) / NR * NR) * (size_t)K);
+        matmul_rows(C, ldc, M, width, K, a, ta ? 1 : K, ta ? M : 1, work, 0, NULL, 0);
         free(a);
         return;
     }
 #endif
-    matmul_rows(C, ldc, M, N, K, ta ? pa : A, ta ? K : lda, work, 0, NULL, 0);
+    matmul_rows(C, ldc, M, width, K, A, ta ? 1 : lda, ta ? lda : 1, copy ? work : B, copy ? 0 : ldb, NULL, 0);
 }
 
 // ----------------------------------------------------------------------------------------------------------
-// exp and tanh that the compiler can vectorise: no branch, no library call. Within 1.01 and 1.30 units in the
-// last place of float (measured over all exponents). The double build, which checks gradients, uses libm's.
+// An exp that the compiler can vectorise: no branch, no library call. Within 1.01 units in the last place of
+// float (measured over all exponents). The double build, which checks gradients, uses libm's.
 
 #ifdef USE_DOUBLE
 static inline real fast_exp(real x) { return exp(x); }
-static inline real fast_tanh(real x) { return tanh(x); }
 #else
 // e^x = 2^n e^r with n = round(x / ln 2), |r| <= ln 2 / 2; the polynomial is Cephes' expf
 static inline real fast_exp(real x) {
@@ -1134,27 +1152,35 @@ static inline real fast_exp(real x) {
     memcpy(&s, &i, 4);
     return p * s;
 }
-// tanh x = x P(x^2) where x is small (Cephes' tanhf), else 1 - 2 / (e^2x + 1)
-static inline real fast_tanh(real x) {
-    float a = fabsf(x), s = x * x;
-    float p = -5.70498872745e-3f;
-    p = p * s + 2.06390887954e-2f;
-    p = p * s - 5.37397155531e-2f;
-    p = p * s + 1.33314422036e-1f;
-    p = p * s - 3.33332819422e-1f;
-    p = p * s * x + x;
-    float big = 1.0f - 2.0f / (fast_exp(2.0f * a) + 1.0f);
-    return a < 0.625f ? p : copysignf(big, x);
-}
 #endif
 
+// For vectors, a where a > b, else b
+#define LARGER(a, b) ({ \
+    __typeof__((a) > (b)) mask = (a) > (b); \
+    (__typeof__(a))(((__typeof__(mask))(a) & mask) | ((__typeof__(mask))(b) & ~mask)); })
+// The sum of a vector's lanes, and the largest of them: four at a time, then those four
+static inline real lane_sum(vec x) {
+    const real *lane = (const real *)&x;
+    if (VL == 2) return lane[0] + lane[1];
+    quad sum = *(const quad *)lane;
+    UNROLL for (int l = 4; l < VL; l += 4) sum += *(const quad *)(lane + l);
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+static inline real lane_max(vec x) {
+    const real *lane = (const real *)&x;
+    if (VL == 2) return lane[0] > lane[1] ? lane[0] : lane[1];
+    quad most = *(const quad *)lane;
+    UNROLL for (int l = 4; l < VL; l += 4) most = LARGER(most, *(const quad *)(lane + l));
+    real a = most[0] > most[1] ? most[0] : most[1], b = most[2] > most[3] ? most[2] : most[3];
+    return a > b ? a : b;
+}
+
 // sum_i a_i b_i over n, in one fixed order of vector lanes
-static real dot(const real *a, const real *b, int n) {
+static inline real dot(const real *a, const real *b, int n) {
     vec s = {0};
     int i = 0;
     for (; i + VL <= n; i += VL) s += *(const vec *)(a + i) * *(const vec *)(b + i);
-    real sum = 0;
-    for (int l = 0; l < VL; l++) sum += s[l];
+    real sum = lane_sum(s);
     for (; i < n; i++) sum += a[i] * b[i];
     return sum;
 }
@@ -1168,6 +1194,18 @@ static void linear_forward(real *out, const real *in, const real *w, const real 
     matmul(out, in, w, b, N, O, I, 0, 1, 0);
 }
 
+// sum[O] += all N rows of in[N,O]; ld is the length of a row in memory
+static void add_rows(real *sum, const real *in, long ld, int N, int O) {
+#pragma omp parallel for
+    for (int o = 0; o < O; o += VL) {
+        vec part = {0};
+        for (int n = 0; n < N && o + VL <= O; n++) part += *(const vec *)(in + n * ld + o);
+        if (o + VL <= O) *(vec *)(sum + o) += part;
+        for (int i = o; i < O && o + VL > O; i++)
+            for (int n = 0; n < N; n++) sum[i] += in[n * ld + i];
+    }
+}
+
 // din[N,I] = dout[N,O] w (NULL: not wanted; += where add_din);  dw[O,I] += dout^T in;  db[O] += sum_n dout
 static void linear_backward(real *din, real *dw, real *db, const real *dout, const real *in, const real *w,
                             int N, int I, int O, int add_din) {
@@ -1175,13 +1213,7 @@ static void linear_backward(real *din, real *dw, real *db, const real *dout, con
     if (din) matmul(din, dout, w, NULL, N, I, O, 0, 0, add_din);
     if (din && !add_din) stored(din, (size_t)N * I);
     matmul(dw, dout, in, NULL, O, I, N, 1, 0, 1);
-#pragma omp parallel for
-    for (int o0 = 0; o0 < O; o0 += 64) {
-        real sum[64] = {0};
-        for (int n = 0; n < N; n++)
-            for (int o = o0; o < imin(O, o0 + 64); o++) sum[o - o0] += dout[(size_t)n * O + o];
-        for (int o = o0; o < imin(O, o0 + 64); o++) db[o] += sum[o - o0];
-    }
+    add_rows(db, dout, O, N, O);
 }
 
 // RMSNorm, n = x r with r = 1 / sqrt(mean(x^2) + eps). Its backward, used three times below: from
@@ -1215,7 +1247,6 @@ static void norm_modulate_backward(real *dx, real *dshift, real *dscale, const r
             const real *xn = x + (size_t)n * D, *d = dout + (size_t)n * D;
             real *dxn = dx + (size_t)n * D, rn = r[n];
             vec sums = {0};
-            real sum = 0;
             int i = 0;
             for (; i + VL <= D; i += VL) {
                 vec v = *(const vec *)(d + i), nv = *(const vec *)(xn + i) * rn;
@@ -1223,7 +1254,7 @@ static void norm_modulate_backward(real *dx, real *dshift, real *dscale, const r
                 *(vec *)(dsc + i) += v * nv;
                 sums += v * (1 + *(const vec *)(sc + i)) * nv;
             }
-            for (int l = 0; l < VL; l++) sum += sums[l];
+            real sum = lane_sum(sums);
             for (; i < D; i++) {
                 dsh[i] += d[i];
                 dsc[i] += d[i] * xn[i] * rn;
@@ -1288,25 +1319,24 @@ static void rmsnorm_backward(real *dx, real *dw, const real *dout, const real *x
     }
 }
 
-// GELU, tanh form: out = x/2 (1 + tanh u), u = sqrt(2/pi) (x + 0.044715 x^3)
+// GELU, tanh form: out = x/2 (1 + tanh u) with u = sqrt(2/pi) (x + 0.044715 x^3). As (1 + tanh u)/2 is the
+// sigmoid of 2u, out = x s with s = 1 / (1 + e^-2u): one exp, and nothing cancels.
 #define GELU_A ((real)0.7978845608028654)
 #define GELU_B ((real)0.044715)
+static inline real gelu_exp(real x) { return fast_exp(-2 * GELU_A * x * (1 + GELU_B * x * x)); }   // e^-2u
+
 static void gelu_forward(real *out, const real *in, size_t n) {
 #pragma omp parallel for
-    for (size_t i = 0; i < n; i++) {
-        real x = in[i];
-        out[i] = (real)0.5 * x * (1 + fast_tanh(GELU_A * (x + GELU_B * x * x * x)));
-    }
+    for (size_t i = 0; i < n; i++) out[i] = in[i] / (1 + gelu_exp(in[i]));
 }
 
-// With h = tanh u:  dout/dx = (1 + h)/2 + x/2 (1 - h^2) du/dx,  du/dx = sqrt(2/pi) (1 + 3 * 0.044715 x^2).
-// din may be dout.
+// With e = e^-2u, so that 1 - s = e s:  dout/dx = s + x (1 - s) s 2 du/dx,  du/dx = sqrt(2/pi) (1 + 3 *
+// 0.044715 x^2). din may be dout.
 static void gelu_backward(real *din, const real *dout, const real *in, size_t n) {
 #pragma omp parallel for
     for (size_t i = 0; i < n; i++) {
-        real x = in[i], h = fast_tanh(GELU_A * (x + GELU_B * x * x * x));
-        real slope = (real)0.5 * (1 + h) + (real)0.5 * x * (1 - h * h) * GELU_A * (1 + 3 * GELU_B * x * x);
-        din[i] = dout[i] * slope;
+        real x = in[i], e = gelu_exp(x), s = 1 / (1 + e);
+        din[i] = dout[i] * s * (1 + e * s * x * 2 * GELU_A * (1 + 3 * GELU_B * x * x));
     }
 }
 
@@ -1334,40 +1364,41 @@ typedef struct {
 } Places;
 static int place_of(const Places *p, int b, int t, int T) { return p->ids ? p->ids[(size_t)b * T + t] : t; }
 
-// RoPE in place: each pair of neighbours (a, b) of x[Dh] turns by +-angle: (a cos - b sin, b cos + a sin)
-static void rotate_pairs(real *__restrict x, const Places *p, int patch, int sign, int Dh) {
-    const real *__restrict cs = p->rope_cos + (size_t)patch * Dh;
-    const real *__restrict sn = p->rope_sin + (size_t)patch * Dh;
-    for (int i = 0; i < Dh; i += 2) {
-        real a = x[i], b = x[i + 1], s = sign * sn[i];
-        x[i] = a * cs[i] - b * s;
-        x[i + 1] = b * cs[i] + a * s;
-    }
+// RoPE on two pairs of neighbours: (a, b) turns by its angle to (a cos - b sin, b cos + a sin); cs and sn are
+// rows of the tables, which hold each value twice. sign -1 turns back.
+static inline void rotate(quad *x, const real *cs, const real *sn, real sign) {
+    const quad other = {(*x)[1], (*x)[0], (*x)[3], (*x)[2]}, signs = {-sign, sign, -sign, sign};
+    *x = *x * *(const quad *)cs + other * (*(const quad *)sn * signs);
 }
 
 // out[B,T,3D] from qkv[B,T,3D]; r [B,T,2H] is kept.
 //   q, k:  n = q r (RMSNorm over the head, eps 2^-23), m = n w, then RoPE     wq, wk [Dh] NULL: no norm
-//   v:     lambda v1 + (1 - lambda) v                                         v1 [B,tokens,3D] NULL: v itself
+//   v:     lambda v1 + (1 - lambda) v                                         v1 [B,tokens,D] NULL: v itself
 static void qkv_mix_forward(real *out, real *r, const real *qkv, const real *wq, const real *wk,
                             const real *v1, real lambda, const Places *places, int B, int T, int H, int Dh) {
     int D = H * Dh;
 #pragma omp parallel for
     for (int n = 0; n < B * T; n++) {
         int token = place_of(places, n / T, n % T, T), patch = token - places->cls;
-        int rotate = places->rope_cos && patch >= 0;
+        int turned = places->rope_cos && patch >= 0;
+        const real *cs = turned ? places->rope_cos + patch * Dh : NULL;
+        const real *sn = turned ? places->rope_sin + patch * Dh : NULL;
         for (int h = 0; h < 2 * H; h++) {   // the heads of q, then those of k
             const real *x = qkv + (size_t)n * 3 * D + (size_t)h * Dh, *w = h < H ? wq : wk;
-            real *o = out + (size_t)n * 3 * D + (size_t)h * Dh;
-            real rn = 1;
+            real *o = out + (size_t)n * 3 * D + (size_t)h * Dh, rn = 1;
             if (w) rn = r[(size_t)n * 2 * H + h] = rms_scale(x, Dh, 1.1920928955078125e-07);
-            for (int i = 0; i < Dh; i++) o[i] = w ? x[i] * rn * w[i] : x[i];
-            if (rotate) rotate_pairs(o, places, patch, 1, Dh);
+            for (int i = 0; i < Dh; i += 4) {
+                quad m = *(const quad *)(x + i) * rn;
+                if (w) m *= *(const quad *)(w + i);
+                if (cs) rotate(&m, cs + i, sn + i, 1);
+                *(quad *)(o + i) = m;
+            }
         }
         const real *v = qkv + (size_t)n * 3 * D + 2 * D;
         real *o = out + (size_t)n * 3 * D + 2 * D;
         if (!v1) memcpy(o, v, sizeof(real) * (size_t)D);
         else {
-            const real *first = v1 + ((size_t)(n / T) * places->tokens + token) * 3 * D + 2 * D;
+            const real *first = v1 + ((size_t)(n / T) * places->tokens + token) * D;
             for (int i = 0; i < D; i++) o[i] = lambda * first[i] + (1 - lambda) * v[i];
         }
     }
@@ -1375,7 +1406,7 @@ static void qkv_mix_forward(real *out, real *r, const real *qkv, const real *wq,
 
 // The rotation's transpose is the rotation by -angle: dm = RoPE^-1 dq';  then dw += dm n, dn = dm w,
 // dq = r (dn - n mean(dn n)).  And v' = lambda v1 + (1 - lambda) v:  dv = (1 - lambda) dv', dv1 += lambda dv'
-// at the original token, dlambda += sum (v1 - v) dv'.  dv1 is [B,tokens,D]: rows of D, not of 3D. parts [B, 2
+// at the original token, dlambda += sum (v1 - v) dv'.  parts [B, 2
 // Dh + 1] holds each sample's sums for wq, wk and lambda, added up in the order of the samples.
 static void qkv_mix_backward(real *dqkv, real *dwq, real *dwk, real *dv1, real *dlambda, real *parts,
                              const real *dout, const real *qkv, const real *r, const real *wq, const real *wk,
@@ -1386,35 +1417,46 @@ static void qkv_mix_backward(real *dqkv, real *dwq, real *dwk, real *dv1, real *
     for (int n0 = 0; n0 < B * T; n0 += T)
         for (int n = n0; n < n0 + T; n++) {
             int token = place_of(places, n / T, n % T, T), patch = token - places->cls;
-            int rotate = places->rope_cos && patch >= 0;
+            int turned = places->rope_cos && patch >= 0;
+            const real *cs = turned ? places->rope_cos + patch * Dh : NULL;
+            const real *sn = turned ? places->rope_sin + patch * Dh : NULL;
             real *part = parts + (size_t)(n / T) * (size_t)(2 * Dh + 1);
             for (int h = 0; h < 2 * H; h++) {
                 size_t at = (size_t)n * 3 * D + (size_t)h * Dh;
                 const real *x = qkv + at, *d = dout + at, *w = h < H ? wq : wk;
-                real *dx = dqkv + at, *dw = part + (h < H ? 0 : Dh);
-                memcpy(dx, d, sizeof(real) * (size_t)Dh);
-                if (rotate) rotate_pairs(dx, places, patch, -1, Dh);
-                if (!w) continue;
-                real rn = r[(size_t)n * 2 * H + h], sum = 0;
-                for (int i = 0; i < Dh; i++) {
-                    dw[i] += dx[i] * x[i] * rn;
-                    dx[i] *= w[i];                 // now dn
+                real *dx = dqkv + at, *dw = part + (h < H ? 0 : Dh), rn = w ? r[(size_t)n * 2 * H + h] : 1;
+                quad sums = {0};
+                for (int i = 0; i < Dh; i += 4) {
+                    quad dm = *(const quad *)(d + i), nn = *(const quad *)(x + i) * rn;
+                    if (cs) rotate(&dm, cs + i, sn + i, -1);
+                    if (w) {
+                        *(quad *)(dw + i) += dm * nn;
+                        dm *= *(const quad *)(w + i);   // now dn
+                        sums += dm * nn;
+                    }
+                    *(quad *)(dx + i) = dm;
                 }
-                sum = dot(dx, x, Dh) * rn / Dh;    // mean(dn n)
-                for (int i = 0; i < Dh; i++) dx[i] = rn * (dx[i] - x[i] * rn * sum);
+                real mean = (sums[0] + sums[1] + sums[2] + sums[3]) / Dh;
+                for (int i = 0; i < Dh && w; i += 4) {
+                    quad nn = *(const quad *)(x + i) * rn;
+                    *(quad *)(dx + i) = rn * (*(quad *)(dx + i) - nn * mean);
+                }
             }
             const real *d = dout + (size_t)n * 3 * D + 2 * D, *v = qkv + (size_t)n * 3 * D + 2 * D;
             real *dv = dqkv + (size_t)n * 3 * D + 2 * D;
             if (!v1) memcpy(dv, d, sizeof(real) * (size_t)D);
             else {
                 size_t row = (size_t)(n / T) * places->tokens + token;
-                const real *first = v1 + row * 3 * D + 2 * D;
+                const real *first = v1 + row * D;
                 real *dfirst = dv1 + row * D;
-                part[2 * Dh] += dot(d, first, D) - dot(d, v, D);
-                for (int i = 0; i < D; i++) {
-                    dv[i] = (1 - lambda) * d[i];
-                    dfirst[i] += lambda * d[i];
+                quad sums = {0};
+                for (int i = 0; i < D; i += 4) {
+                    quad di = *(const quad *)(d + i);
+                    sums += di * (*(const quad *)(first + i) - *(const quad *)(v + i));
+                    *(quad *)(dv + i) = (1 - lambda) * di;
+                    *(quad *)(dfirst + i) += lambda * di;
                 }
+                part[2 * Dh] += sums[0] + sums[1] + sums[2] + sums[3];
             }
         }
     for (int b = 0; b < B; b++) {
@@ -1424,42 +1466,42 @@ static void qkv_mix_backward(real *dqkv, real *dwq, real *dwk, real *dv1, real *
     }
 }
 
-// Elements of scratch memory that attention needs for one head
+// A row of attention's T scores in memory: whole vectors, so that no loop over it has an end of its own
+static int attention_row(int T) { return (T + VL - 1) / VL * VL; }
+
+// Elements of scratch memory that attention needs for one head: panels and a matrix of scores
 static size_t attention_work(int T, int Dh) {
-    size_t wide = (size_t)((T > Dh ? T : Dh) + NR - 1) / NR * NR;
-    return wide * (size_t)(T > Dh ? T : Dh) + 2 * (size_t)T * (size_t)T;
+    int most = T > Dh ? T : Dh;
+    return (size_t)((most + NR - 1) / NR * NR) * (size_t)most + (size_t)T * (size_t)attention_row(T);
 }
 
-// out[B,T,D] = softmax(q k^T / sqrt(Dh)) v for each sample and head, from qkv[B,T,3D]; att [B,H,T,T] is kept.
-// work: attention_work elements a thread
+// out[B,T,D] = softmax(q k^T / sqrt(Dh)) v for each sample and head, from qkv[B,T,3D]; att [B,H,T,R] is kept,
+// in rows of R = attention_row(T). work: attention_work elements a thread
 static void attention_forward(real *out, real *att, const real *qkv, real *work, int B, int T, int H,
                               int Dh) {
-    int D = H * Dh;
-    real scale = (real)(1.0 / sqrt((double)Dh));
+    int D = H * Dh, R = attention_row(T);
+    real scale = (real)(1.0 / sqrt((double)Dh)), pads[VL];
+    for (int l = 0; l < VL; l++) pads[l] = R - VL + l < T ? 0 : -INFINITY;
 #pragma omp parallel for
     for (int bh = 0; bh < B * H; bh++) {
         const real *q = qkv + (size_t)(bh / H) * T * 3 * D + (size_t)(bh % H) * Dh;
         const real *k = q + D, *v = q + 2 * D;
-        real *p = att + (size_t)bh * T * T, *o = out + (size_t)(bh / H) * T * D + (size_t)(bh % H) * Dh;
+        real *p = att + (size_t)bh * T * R, *o = out + (size_t)(bh / H) * T * D + (size_t)(bh % H) * Dh;
         real *w = thread_work(work, attention_work(T, Dh));
-        matmul_small(p, T, q, 3 * D, 0, k, 3 * D, 1, T, T, Dh, w);
-        for (int t = 0; t < T; t++) {
-            real *row = p + (size_t)t * T, most[VL], top = row[0], sum = 0;
-            for (int l = 0; l < VL; l++) most[l] = row[0];
-            int i = 0;
-            for (; i + VL <= T; i += VL)
-                for (int l = 0; l < VL; l++) most[l] = row[i + l] > most[l] ? row[i + l] : most[l];
-            for (; i < T; i++) top = row[i] > top ? row[i] : top;
-            for (int l = 0; l < VL; l++) top = most[l] > top ? most[l] : top;
-            for (i = 0; i < T; i++) row[i] = fast_exp((row[i] - top) * scale);
-            vec sums = {0};
-            for (i = 0; i + VL <= T; i += VL) sums += *(const vec *)(row + i);
-            for (int l = 0; l < VL; l++) sum += sums[l];
-            for (; i < T; i++) sum += row[i];
-            real inverse = 1 / sum;
-            for (i = 0; i < T; i++) row[i] *= inverse;
+        matmul_small(p, R, R, q, 3 * D, 0, k, 3 * D, 1, T, T, Dh, w);
+        for (real *row = p; row < p + (size_t)T * R; row += R) {
+            *(vec *)(row + R - VL) += *(vec *)pads;            // -infinity after the T scores: e^-inf adds nothing
+            vec most = *(vec *)row, sums = {0};
+            for (int i = VL; i < R; i += VL) most = LARGER(most, *(vec *)(row + i));
+            real top = lane_max(most);
+            for (int i = 0; i < R; i += VL) {
+                for (int l = 0; l < VL; l++) row[i + l] = fast_exp((row[i + l] - top) * scale);
+                sums += *(vec *)(row + i);
+            }
+            real inverse = 1 / lane_sum(sums);
+            for (int i = 0; i < R; i += VL) *(vec *)(row + i) *= inverse;
         }
-        matmul_small(o, D, p, T, 0, v, 3 * D, 0, T, Dh, T, w);
+        matmul_small(o, D, Dh, p, R, 0, v, 3 * D, 0, T, Dh, T, w);
     }
 }
 
@@ -1468,25 +1510,27 @@ static void attention_forward(real *out, real *att, const real *qkv, real *work,
 //   dq = ds k / sqrt(Dh),  dk = ds^T q / sqrt(Dh)
 static void attention_backward(real *dqkv, const real *dout, const real *qkv, const real *att, real *work,
                                int B, int T, int H, int Dh) {
-    int D = H * Dh;
+    int D = H * Dh, R = attention_row(T);
     real scale = (real)(1.0 / sqrt((double)Dh));
 #pragma omp parallel for
     for (int bh = 0; bh < B * H; bh++) {
         size_t at = (size_t)(bh / H) * T * 3 * D + (size_t)(bh % H) * Dh;
-        const real *q = qkv + at, *k = q + D, *v = q + 2 * D, *p = att + (size_t)bh * T * T;
+        const real *q = qkv + at, *k = q + D, *v = q + 2 * D, *p = att + (size_t)bh * T * R;
         const real *d = dout + (size_t)(bh / H) * T * D + (size_t)(bh % H) * Dh;
         real *dq = dqkv + at, *dk = dq + D, *dv = dq + 2 * D;
-        real *ds = thread_work(work, attention_work(T, Dh)), *w = ds + (size_t)T * T;
-        matmul_small(dv, 3 * D, p, T, 1, d, D, 0, T, Dh, T, w);
-        matmul_small(ds, T, d, D, 0, v, 3 * D, 1, T, T, Dh, w);
-        for (int t = 0; t < T; t++) {
-            real *row = ds + (size_t)t * T;
-            const real *pt = p + (size_t)t * T;
-            real sum = dot(row, pt, T);
-            for (int i = 0; i < T; i++) row[i] = scale * pt[i] * (row[i] - sum);
+        real *ds = thread_work(work, attention_work(T, Dh)), *w = ds + (size_t)T * R;
+        matmul_small(ds, R, R, d, D, 0, v, 3 * D, 1, T, T, Dh, w);
+        for (int t = 0; t < T; t++, ds += R, p += R) {
+            real sum = dot(ds, p, R);
+            for (int i = 0; i < R; i += VL) {
+                vec *row = (vec *)(ds + i);
+                *row = (*row - sum) * (scale * *(const vec *)(p + i));
+            }
         }
-        matmul_small(dq, 3 * D, ds, T, 0, k, 3 * D, 0, T, Dh, T, w);
-        matmul_small(dk, 3 * D, ds, T, 1, q, 3 * D, 0, T, Dh, T, w);
+        ds -= (size_t)T * R, p -= (size_t)T * R;
+        matmul_small(dv, 3 * D, Dh, p, R, 1, d, D, 0, T, Dh, T, w);
+        matmul_small(dq, 3 * D, Dh, ds, R, 0, k, 3 * D, 0, T, Dh, T, w);
+        matmul_small(dk, 3 * D, Dh, ds, R, 1, q, 3 * D, 0, T, Dh, T, w);
     }
 }
 
@@ -1518,22 +1562,32 @@ static void unpatchify(real *x, real *patches, const Config *c, int B, int backw
 
 // e(t)[B,256] = [cos(t f_k), sin(t f_k)], f_k = 10000^(-k/128); t in [0, 1], not times 1000
 static void time_features(real *out, const real *t, int B) {
-    for (int b = 0; b < B; b++)
-        for (int k = 0; k < 128; k++) {
-            double angle = (double)t[b] * pow(10000, -k / 128.0);
-            out[b * 256 + k] = (real)cos(angle);
-            out[b * 256 + 128 + k] = (real)sin(angle);
+#pragma omp parallel for
+    for (int k = 0; k < 128; k++) {
+        double f = pow(10000, -k / 128.0);
+        for (int b = 0; b < B; b++) {
+            out[b * 256 + k] = (real)cos((double)t[b] * f);
+            out[b * 256 + 128 + k] = (real)sin((double)t[b] * f);
         }
+    }
+}
+
+// N rows of D; ldo and ldi are the lengths of the rows in memory
+static void copy_rows(real *out, long ldo, const real *in, long ldi, int N, int D) {
+#pragma omp parallel for
+    for (int n = 0; n < N; n++) memcpy(out + n * ldo, in + n * ldi, sizeof(real) * (size_t)D);
 }
 
 // out[B,n,D] = rows ids[b] of in[B,T,D]
 static void gather_rows(real *out, const real *in, const int *ids, int B, int n, int T, int D) {
+#pragma omp parallel for
     for (int i = 0; i < B * n; i++)
         memcpy(out + (size_t)i * D, in + ((size_t)(i / n) * T + ids[i]) * D, sizeof(real) * (size_t)D);
 }
 
 // Rows of a sequence [B,T,D] that are tokens t0 ... t0+n, copied out of it or (to_tokens) into it: [B,n,D]
 static void copy_tokens(real *part, real *tokens, int to_tokens, int B, int n, int t0, int T, int D) {
+#pragma omp parallel for
     for (int b = 0; b < B; b++) {
         real *a = part + (size_t)b * n * D, *s = tokens + ((size_t)b * T + t0) * D;
         memcpy(to_tokens ? s : a, to_tokens ? a : s, sizeof(real) * (size_t)n * (size_t)D);
@@ -1569,7 +1623,7 @@ typedef struct {
     const real *in;               // [B,n,D] the block before's output
     real *mod;                    // [B,6D] shift1, scale1, gate1, shift2, scale2, gate2
     real *h1, *r1, *qkv, *r_qk;   // [B,n,D], [B,n], [B,n,3D], [B,n,2H]
-    real *mix, *att, *a, *proj;   // [B,n,3D] normed, rotated, mixed; [B,H,n,n]; [B,n,D]; [B,n,D]
+    real *mix, *att, *a, *proj;   // [B,n,3D] normed, rotated, mixed; [B,H,n,attention_row(n)]; [B,n,D]; [B,n,D]
     real *mid, *h2, *r2;          // [B,n,D] after the first residual; [B,n,D]; [B,n]
     real *fc1, *gelu, *fc2, *out; // [B,n,F], [B,n,F], [B,n,D], [B,n,D]
 } BlockActs;
@@ -1577,7 +1631,7 @@ typedef struct {
 typedef struct {
     real *x_t, *cls_t;                                              // [B,C,S,S], [B,Z]
     real *patches, *patch_tokens, *cls_proj, *cls_r, *cls_token;    // [B,P,Cpp], [B,P,D], [B,D], [B], [B,D]
-    real *embed;                                                    // [B,T,D]
+    real *embed, *v1;                                               // [B,T,D] twice; v1: block 0's values
     real *t_features, *t0, *t0_silu, *cond, *cond_silu;             // [B,256], then [B,D]
     BlockActs block[MAX_DEPTH + 1];                                 // one more for evaluation, if h is empty
     real *kept, *pair, *fused;                                      // [B,Tk,D], [B,T,2D], [B,T,D]
@@ -1611,7 +1665,7 @@ static void acts_layout(Acts *a, Arena *m, const Config *c, int B, int threads) 
     a->x_t = take(m, b * latent), a->cls_t = take(m, b * Z);
     a->patches = take(m, b * P * X), a->patch_tokens = take(m, b * P * D);
     a->cls_proj = take(m, b * D), a->cls_r = take(m, b), a->cls_token = take(m, b * D);
-    a->embed = take(m, b * T * D);
+    a->embed = take(m, b * T * D), a->v1 = take(m, b * T * D);
     a->t_features = take(m, b * 256), a->t0 = take(m, b * D), a->t0_silu = take(m, b * D);
     a->cond = take(m, b * D), a->cond_silu = take(m, b * D);
     for (int i = 0; i < c->depth + (c->num_h == 0); i++) {
@@ -1619,7 +1673,7 @@ static void acts_layout(Acts *a, Arena *m, const Config *c, int B, int threads) 
         size_t n = b * (is_sparse(c, i) ? Tk : T), t = is_sparse(c, i) ? Tk : T;
         k->mod = take(m, b * 6 * D);
         k->h1 = take(m, n * D), k->r1 = take(m, n), k->qkv = take(m, n * 3 * D), k->r_qk = take(m, n * 2 * H);
-        k->mix = take(m, n * 3 * D), k->att = take(m, b * H * t * t), k->a = take(m, n * D),
+        k->mix = take(m, n * 3 * D), k->att = take(m, b * H * t * (size_t)attention_row((int)t)), k->a = take(m, n * D),
         k->proj = take(m, n * D);
         k->mid = take(m, n * D), k->h2 = take(m, n * D), k->r2 = take(m, n);
         k->fc1 = take(m, n * F), k->gelu = take(m, n * F), k->fc2 = take(m, n * D), k->out = take(m, n * D);
@@ -1657,6 +1711,8 @@ static Model *model_create(const Config *c, int max_batch, uint64_t seed) {
     size_t count = 5 * n + arena.used + 64;
     model->activation_bytes = arena.used * sizeof(real), model->parameter_bytes = 5 * n * sizeof(real);
     model->memory = (real *)alloc_zero(count, sizeof(real));
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), start = ((uintptr_t)model->memory + page - 1) / page * page;
+    (void)madvise((void *)start, count * sizeof(real) / page * page, MADV_HUGEPAGE);   // fewer page-table misses
     arena.base = (real *)(((uintptr_t)model->memory + 63) / 64 * 64), arena.used = 0;
     model->params = take(&arena, n), model->grads = take(&arena, n);
     model->m = take(&arena, n), model->v = take(&arena, n), model->ema = take(&arena, n);
@@ -1677,7 +1733,7 @@ static Places places_of(const Config *c, const Params *w, const int *ids) {
     return p;
 }
 
-// Block i on n tokens a sample: out = block(in; cond). v1: block 0's qkv, NULL where values are not mixed.
+// Block i on n tokens a sample: out = block(in; cond). v1: block 0's values, NULL where values are not mixed.
 static void block_forward(BlockActs *k, const BlockParams *w, const real *in, const real *v1, const int *ids,
                           const Config *c, const Params *all, Acts *a, int B, int n) {
     int D = c->hidden_size, H = c->num_heads, F = hidden_of(c), N = B * n;
@@ -1723,9 +1779,11 @@ static void block_backward(real *dx, BlockParams *dw, const BlockActs *k, const 
     attention_backward(a->d_mix, a->d_wide, k->mix, k->att, a->work, B, n, H, D / H);
     qkv_mix_backward(a->d_qkv, dw->q_norm, dw->k_norm, a->d_v1, dw->v1_lambda, a->parts, a->d_mix, k->qkv,
                      k->r_qk, w->q_norm, w->k_norm, v1, v1 ? *w->v1_lambda : 0, &places, B, n, H, D / H);
-    if (is_first && c->value_residual)
+    if (is_first && c->value_residual) {
+#pragma omp parallel for
         for (size_t i = 0; i < (size_t)N; i++)
             for (int j = 0; j < D; j++) a->d_qkv[i * 3 * D + 2 * D + j] += a->d_v1[i * D + j];
+    }
     linear_backward(dh, dw->qkv_w, dw->qkv_b, a->d_qkv, k->h1, w->qkv_w, N, D, 3 * D, 0);
     norm_modulate_backward(dx, dm, dm + D, dh, k->in, k->r1, scale1, 6 * D, B, n, D);
     linear_backward(a->d_cond_silu, dw->adaln_w, dw->adaln_b, dm, a->cond_silu, w->adaln_w, B, D, 6 * D, 1);
@@ -1762,10 +1820,10 @@ static void network_forward(Model *model, const Params *w, const real *t, const 
         for (int i = 0; i < D; i++) a->cond[(size_t)b * D + i] += w->label[(size_t)y[b] * D + i];
     silu_forward(a->cond_silu, a->cond, (size_t)B * D);
     // encoder f on all tokens
-    const real *x = a->embed, *first_qkv = a->block[0].qkv;
+    const real *x = a->embed, *v1 = c->value_residual ? a->v1 : NULL;
     for (int i = 0; i < c->num_f; i++) {
-        const real *v1 = c->value_residual && i > 0 ? first_qkv : NULL;
-        block_forward(&a->block[i], &w->block[i], x, v1, NULL, c, w, a, B, T);
+        block_forward(&a->block[i], &w->block[i], x, i ? v1 : NULL, NULL, c, w, a, B, T);
+        if (i == 0) copy_rows(a->v1, D, a->block[0].qkv + 2 * D, 3 * D, B * T, D);
         x = a->block[i].out;
     }
     const real *E = x, *g = NULL;
@@ -1782,25 +1840,23 @@ static void network_forward(Model *model, const Params *w, const real *t, const 
         g = ids ? a->kept : E;
         for (int i = c->num_f; i < first_h; i++) {
             BlockActs *k = ids ? &a->block[i] : &a->block[c->num_h ? c->depth - 1 : c->depth];
-            block_forward(k, &w->block[i], g, c->value_residual ? first_qkv : NULL, ids, c, w, a, B, n);
+            block_forward(k, &w->block[i], g, v1, ids, c, w, a, B, n);
             g = k->out;
         }
     }
     // pad with the mask token, fuse: fusion_proj([E, G])
-    for (int i = 0; i < B * T; i++) {
-        memcpy(a->pair + (size_t)i * 2 * D, E + (size_t)i * D, sizeof(real) * (size_t)D);
-        const real *row = g && !ids ? g + (size_t)i * D : w->mask_token;
-        memcpy(a->pair + (size_t)i * 2 * D + D, row, sizeof(real) * (size_t)D);
-    }
-    for (int i = 0; g && ids && i < B * n; i++)
+    copy_rows(a->pair, 2 * D, E, D, B * T, D);
+    if (g && !ids) copy_rows(a->pair + D, 2 * D, g, D, B * T, D);
+    else copy_rows(a->pair + D, 2 * D, w->mask_token, 0, B * T, D);
+#pragma omp parallel for
+    for (int i = 0; i < (g && ids ? B * n : 0); i++)
         memcpy(a->pair + ((size_t)(i / n) * T + ids[i]) * 2 * D + D, g + (size_t)i * D,
                sizeof(real) * (size_t)D);
     linear_forward(a->fused, a->pair, w->fusion_w, w->fusion_b, B * T, 2 * D, D);
     // decoder h on all tokens
     x = a->fused;
     for (int i = first_h; i < c->depth; i++) {
-        block_forward(&a->block[i], &w->block[i], x, c->value_residual ? first_qkv : NULL, NULL, c, w, a, B,
-                      T);
+        block_forward(&a->block[i], &w->block[i], x, v1, NULL, c, w, a, B, T);
         x = a->block[i].out;
     }
     // final layer
@@ -1826,7 +1882,7 @@ static void network_backward(Model *model, const int *y, const int *ids, int pat
         X = patch_dim_of(c);
     int n = kept_of(c), first_h = c->depth - c->num_h;
     size_t N = (size_t)B * (size_t)T, bytes = sizeof(real) * N * (size_t)D;
-    const real *first_qkv = a->block[0].qkv, *v1 = c->value_residual ? first_qkv : NULL;
+    const real *v1 = c->value_residual ? a->v1 : NULL;
     memset(a->d_cond_silu, 0, sizeof(real) * (size_t)B * (size_t)D);
     memset(a->d_v1, 0, bytes);
     // final layer: out = linear(final_h[patches]), cls_out = linear_cls(final_h[CLS])
@@ -1850,19 +1906,20 @@ static void network_backward(Model *model, const int *y, const int *ids, int pat
         block_backward(a->dx, &dw->block[i], &a->block[i], &w->block[i], v1, NULL, c, w, a, B, T, 0);
     // fused = fusion_proj([E, G]), G = mask_token where g has no token
     linear_backward(a->d_wide, dw->fusion_w, dw->fusion_b, a->dx, a->pair, w->fusion_w, (int)N, 2 * D, D, 0);
-    for (size_t i = 0; i < N; i++) memcpy(a->d_E + i * D, a->d_wide + i * 2 * D, sizeof(real) * (size_t)D);
+    copy_rows(a->d_E, D, a->d_wide, 2 * D, (int)N, D);
     // kept tokens pass theirs to g; what is left is the mask's
-    for (int i = 0; i < B * n && !path_drop; i++) {
+#pragma omp parallel for
+    for (int i = 0; i < (path_drop ? 0 : B * n); i++) {
         real *from = a->d_wide + ((size_t)(i / n) * T + ids[i]) * 2 * D + D;
         memcpy(a->d_kept + (size_t)i * D, from, sizeof(real) * (size_t)D);
         memset(from, 0, sizeof(real) * (size_t)D);
     }
-    for (size_t i = 0; i < N; i++)
-        for (int j = 0; j < D; j++) dw->mask_token[j] += a->d_wide[i * 2 * D + D + j];
+    add_rows(dw->mask_token, a->d_wide + D, 2 * D, (int)N, D);
     // sparse middle g, on a path-drop step without gradient
     if (!path_drop) {
         for (int i = first_h - 1; i >= c->num_f; i--)
             block_backward(a->d_kept, &dw->block[i], &a->block[i], &w->block[i], v1, ids, c, w, a, B, n, 0);
+#pragma omp parallel for
         for (int i = 0; i < B * n; i++)
             for (int j = 0; j < D; j++)
                 a->d_E[((size_t)(i / n) * T + ids[i]) * D + j] += a->d_kept[(size_t)i * D + j];
@@ -2720,7 +2777,7 @@ static const Option run_options[] = {
     OPTION("out", out, 't', 0, 0, "folder for checkpoint.safetensors, samples.png, log.csv [out]"),
     OPTION("steps", steps, 'i', 0, 1e9, "training steps in all"),
     OPTION("batch", batch, 'i', 1, 1e6, "samples a step"),
-    OPTION("accum", accum, 'i', 1, 1e6, "parts that a batch is computed in, to save memory"),
+    OPTION("accum", accum, 'i', 0, 1e6, "parts that a batch is computed in, to save memory; 0: chosen"),
     OPTION("seed", seed, 'u', 0, 9e15, "of everything random"),
     OPTION("resume", resume, 't', 0, 0, "go on from this checkpoint, bit for bit"),
     OPTION("export", export_to, 't', 0, 0,
@@ -2946,10 +3003,20 @@ static void wait_calmly(char **argv) {
 #endif
 }
 
+// Parts that suit a CPU's cache: of no more than some 3000 tokens, if the batch can be halved so often
+static int parts_of(const Config *c, int batch) {
+    int parts = 1;
+    while (batch % (2 * parts) == 0 && batch / parts * tokens_of(c) > 3000) parts *= 2;
+    return parts;
+}
+
 static int train_main(int argc, char **argv, const Backend *backend) {
     char *default_data[] = {(char *)"data/digits.safetensors"};
     Config c = config_default();
-    Run run = {default_data, 1, "nano", "out", NULL, NULL, 0, 1, 0, 50, 500, 0, 50, 0, 1};
+    Run run;
+    memset(&run, 0, sizeof(run));   // 0 steps, batch, accum, threads: chosen below
+    run.data = default_data, run.data_count = 1, run.model = "nano", run.out = "out";
+    run.log_every = 50, run.save_every = 500, run.sample_steps = 50, run.seed = 1;
     int given[NUM_FIELDS] = {0}, step = 0, help = 0;
     SafeFile *resume = NULL;
     for (int i = 1; i < argc; i++) {   // these two come first, whatever their place
@@ -2986,6 +3053,7 @@ static int train_main(int argc, char **argv, const Backend *backend) {
         die("--model %s: the checkpoint's model is %s", run.model, model_name);
     if (run.steps < step && !run.export_to)   // exporting needs no step
         die("--steps %d: %s is at step %d already", run.steps, run.resume, step);
+    if (!run.accum) run.accum = backend == &cpu_backend ? parts_of(&c, run.batch) : 1;
     if (run.batch % run.accum) die("--accum %d does not divide --batch %d", run.accum, run.batch);
     if (run.threads) omp_set_num_threads(run.threads);
 
