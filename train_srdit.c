@@ -1073,14 +1073,11 @@ static void matmul(real *C, const real *A, const real *B, const real *bias, int 
 #pragma omp parallel if (!small)
     for (int q = 0; q < blocks; q++) {
         int k0 = (int)((long)K * q / blocks), kc = (int)((long)K * (q + 1) / blocks) - k0;
-        if (copy) {
-#pragma omp barrier   // until nobody needs the block before
 #pragma omp for
-            for (int p = 0; p < panels; p++)
-                matmul_panel(pb + (size_t)p * NR * (size_t)kc, B + (tb ? k0 : (long)k0 * N), tb ? K : N, tb,
-                             p * NR, imin(NR, N - p * NR), kc);
-        }
-#pragma omp for schedule(static) nowait   // a thread has the same parts in each block, and no other has
+        for (int p = 0; p < panels * copy; p++)
+            matmul_panel(pb + (size_t)p * NR * (size_t)kc, B + (tb ? k0 : (long)k0 * N), tb ? K : N, tb,
+                         p * NR, imin(NR, N - p * NR), kc);
+#pragma omp for
         for (int part = 0; part < strips * groups; part++) {
             int s = part % strips, g = part / strips, j0 = panels * g / groups * NR;
             int width = imin(N, panels * (g + 1) / groups * NR) - j0;
@@ -1218,7 +1215,7 @@ static void linear_backward(real *din, real *dw, real *db, const real *dout, con
 
 // RMSNorm, n = x r with r = 1 / sqrt(mean(x^2) + eps). Its backward, used three times below: from
 //   dn_j/dx_i = r [i = j] - x_i x_j r^3 / D      follows      dx = r (dn - n mean(dn n)).
-static real rms_scale(const real *x, int D, double eps) { return (real)(1.0 / sqrt(dot(x, x, D) / D + eps)); }
+static real rms_scale(const real *x, int D, real eps) { return 1 / (real)sqrt(dot(x, x, D) / D + eps); }
 
 // RMSNorm and adaLN: out[B,T,D] = x[B,T,D] r (1 + scale) + shift, with shift and scale [B, stride] of the
 // sample. r [B,T] is kept for the backward.
@@ -1228,7 +1225,7 @@ static void norm_modulate_forward(real *out, real *r, const real *x, const real 
     for (int n = 0; n < B * T; n++) {
         const real *xn = x + (size_t)n * D, *sh = shift + (size_t)(n / T) * stride,
                    *sc = scale + (size_t)(n / T) * stride;
-        real *o = out + (size_t)n * D, rn = r[n] = rms_scale(xn, D, 1e-6);
+        real *o = out + (size_t)n * D, rn = r[n] = rms_scale(xn, D, (real)1e-6);
         for (int i = 0; i < D; i++) o[i] = xn[i] * rn * (1 + sc[i]) + sh[i];
     }
 }
@@ -1300,7 +1297,7 @@ static void gate_backward(real *dy, real *dgate, const real *dout, const real *g
 static void rmsnorm_forward(real *out, real *r, const real *x, const real *w, int N, int D) {
     for (int n = 0; n < N; n++) {
         const real *xn = x + (size_t)n * D;
-        r[n] = rms_scale(xn, D, 1e-6);
+        r[n] = rms_scale(xn, D, (real)1e-6);
         for (int i = 0; i < D; i++) out[(size_t)n * D + i] = xn[i] * r[n] * w[i];
     }
 }
@@ -1386,7 +1383,7 @@ static void qkv_mix_forward(real *out, real *r, const real *qkv, const real *wq,
         for (int h = 0; h < 2 * H; h++) {   // the heads of q, then those of k
             const real *x = qkv + (size_t)n * 3 * D + (size_t)h * Dh, *w = h < H ? wq : wk;
             real *o = out + (size_t)n * 3 * D + (size_t)h * Dh, rn = 1;
-            if (w) rn = r[(size_t)n * 2 * H + h] = rms_scale(x, Dh, 1.1920928955078125e-07);
+            if (w) rn = r[(size_t)n * 2 * H + h] = rms_scale(x, Dh, (real)1.1920928955078125e-07);
             for (int i = 0; i < Dh; i += 4) {
                 quad m = *(const quad *)(x + i) * rn;
                 if (w) m *= *(const quad *)(w + i);
@@ -2991,12 +2988,14 @@ static FILE *log_open(const char *path, int step) {
     return log;
 }
 
-// OpenMP's threads wait for each other by spinning, which on a machine that has anything else to do costs a
-// multiple of what it saves (measured: dev/README.md). The library reads its setting before main, so the
-// program starts anew.
+// OpenMP's threads wait for each other by spinning for long, which on a machine that has anything else to do
+// costs a multiple of what it saves; falling asleep at once makes a step half as long again (measured:
+// dev/README.md). gcc's library can spin for some microseconds first, clang's cannot. Both read their settings
+// before main, so the program starts anew.
 static void wait_calmly(char **argv) {
 #ifdef _OPENMP
     if (getenv("OMP_WAIT_POLICY") || setenv("OMP_WAIT_POLICY", "passive", 1)) return;
+    setenv("GOMP_SPINCOUNT", "500", 0);
     execv("/proc/self/exe", argv);   // where there is no such file, it spins
 #else
     (void)argv;
@@ -3053,8 +3052,7 @@ static int train_main(int argc, char **argv, const Backend *backend) {
         die("--model %s: the checkpoint's model is %s", run.model, model_name);
     if (run.steps < step && !run.export_to)   // exporting needs no step
         die("--steps %d: %s is at step %d already", run.steps, run.resume, step);
-    if (!run.accum) run.accum = backend == &cpu_backend ? parts_of(&c, run.batch) : 1;
-    if (run.batch % run.accum) die("--accum %d does not divide --batch %d", run.accum, run.batch);
+    if (run.accum && run.batch % run.accum) die("--accum %d does not divide --batch %d", run.accum, run.batch);
     if (run.threads) omp_set_num_threads(run.threads);
 
     Data *d = data_open(run.data, run.data_count);
@@ -3116,6 +3114,7 @@ static int train_main(int argc, char **argv, const Backend *backend) {
             !rename(path, old))
             printf("%s: kept as %s\n", path, old);
     }
+    if (!run.accum) run.accum = backend == &cpu_backend ? parts_of(&c, run.batch) : 1;
     Model *m = backend->create(&c, run.batch / run.accum, run.seed);
     if (resume) checkpoint_load(backend, m, resume);
     print_start(&c, &run, d, m, backend, step);
