@@ -731,8 +731,8 @@ static void test_functions(void) {
     enum { COUNT = 1 << 16 };
     real *x = (real *)alloc_zero(4 * COUNT, sizeof(real)), *y = x + COUNT, *one = y + COUNT, *slope = one + COUNT;
     for (int i = 0; i < COUNT; i++) x[i] = (real)(-20 + 40 * (i + 0.3) / COUNT), one[i] = 1;
-    gelu_forward(y, x, COUNT);
-    gelu_backward(slope, one, x, COUNT);
+    gelu_forward(y, slope, x, COUNT);
+    gelu_backward(slope, one, slope, COUNT);
     for (int i = 0; i < COUNT; i++) {
         double v = x[i], h = tanh(sqrt(2 / M_PI) * (v + 0.044715 * v * v * v));
         double du = sqrt(2 / M_PI) * (1 + 3 * 0.044715 * v * v);

@@ -931,9 +931,11 @@ void matmul_tile(real *c, long ldc, int mr, int nv, int nr, int kc, const real *
         sum[i][v] = zero;
         __builtin_prefetch(c + i * ldc + v * VL, 1);        // c comes from memory while the sums are made
     }
-    for (int k = 0; k < kc; k++)
+    for (int k = 0; k < kc; k++) {
+        UNROLL for (int v = 0; v < nv; v++) __builtin_prefetch(b + (k + 16) * ldb + v * VL);   // if in place
         UNROLL for (int i = 0; i < mr; i++) UNROLL for (int v = 0; v < nv; v++)
             sum[i][v] += a[i * si + k * sk] * ((const vec *)(b + k * ldb))[v];
+    }
     UNROLL for (int i = 0; i < mr; i++) {
         real edge[NR], *to = narrow ? edge : c + i * ldc;
         for (int j = 0; j < NR && narrow; j++)
@@ -1320,21 +1322,22 @@ static void rmsnorm_backward(real *dx, real *dw, const real *dout, const real *x
 // sigmoid of 2u, out = x s with s = 1 / (1 + e^-2u): one exp, and nothing cancels.
 #define GELU_A ((real)0.7978845608028654)
 #define GELU_B ((real)0.044715)
-static inline real gelu_exp(real x) { return fast_exp(-2 * GELU_A * x * (1 + GELU_B * x * x)); }   // e^-2u
-
-static void gelu_forward(real *out, const real *in, size_t n) {
-#pragma omp parallel for
-    for (size_t i = 0; i < n; i++) out[i] = in[i] / (1 + gelu_exp(in[i]));
-}
-
-// With e = e^-2u, so that 1 - s = e s:  dout/dx = s + x (1 - s) s 2 du/dx,  du/dx = sqrt(2/pi) (1 + 3 *
-// 0.044715 x^2). din may be dout.
-static void gelu_backward(real *din, const real *dout, const real *in, size_t n) {
+// The derivative wants the same exp and is kept: with e = e^-2u, so that 1 - s = e s,
+//   slope = s + x s (1 - s) 2 du/dx,  du/dx = sqrt(2/pi) (1 + 3 * 0.044715 x^2).
+// slope may be in.
+static void gelu_forward(real *out, real *slope, const real *in, size_t n) {
 #pragma omp parallel for
     for (size_t i = 0; i < n; i++) {
-        real x = in[i], e = gelu_exp(x), s = 1 / (1 + e);
-        din[i] = dout[i] * s * (1 + e * s * x * 2 * GELU_A * (1 + 3 * GELU_B * x * x));
+        real x = in[i], x2 = GELU_B * x * x, e = fast_exp(-2 * GELU_A * x * (1 + x2)), s = 1 / (1 + e);
+        out[i] = x * s;
+        slope[i] = s * (1 + e * s * x * 2 * GELU_A * (1 + 3 * x2));
     }
+}
+
+// dx = dout slope. din may be dout.
+static void gelu_backward(real *din, const real *dout, const real *slope, size_t n) {
+#pragma omp parallel for
+    for (size_t i = 0; i < n; i++) din[i] = dout[i] * slope[i];
 }
 
 // SiLU: out = x s with s = 1 / (1 + e^-x)
@@ -1622,7 +1625,7 @@ typedef struct {
     real *h1, *r1, *qkv, *r_qk;   // [B,n,D], [B,n], [B,n,3D], [B,n,2H]
     real *mix, *att, *a, *proj;   // [B,n,3D] normed, rotated, mixed; [B,H,n,attention_row(n)]; [B,n,D]; [B,n,D]
     real *mid, *h2, *r2;          // [B,n,D] after the first residual; [B,n,D]; [B,n]
-    real *fc1, *gelu, *fc2, *out; // [B,n,F], [B,n,F], [B,n,D], [B,n,D]
+    real *fc1, *gelu, *fc2, *out; // [B,n,F], in the end GELU's slope there; [B,n,F], [B,n,D], [B,n,D]
 } BlockActs;
 
 typedef struct {
@@ -1748,7 +1751,7 @@ static void block_forward(BlockActs *k, const BlockParams *w, const real *in, co
     gate_forward(k->mid, in, gate1, k->proj, 6 * D, B, n, D);
     norm_modulate_forward(k->h2, k->r2, k->mid, shift2, scale2, 6 * D, B, n, D);
     linear_forward(k->fc1, k->h2, w->fc1_w, w->fc1_b, N, D, F), stored(k->fc1, (size_t)N * F);
-    gelu_forward(k->gelu, k->fc1, (size_t)N * F);
+    gelu_forward(k->gelu, k->fc1, k->fc1, (size_t)N * F);
     linear_forward(k->fc2, k->gelu, w->fc2_w, w->fc2_b, N, F, D), stored(k->fc2, (size_t)N * D);
     gate_forward(k->out, k->mid, gate2, k->fc2, 6 * D, B, n, D);
 }

@@ -25,9 +25,10 @@ EXPORT void bench_sgemm(Sgemm *sgemm, int times, float *C, const float *A, const
 EXPORT void bench_function(int which, int times, float *out, const float *in, int n) {
     int threads = omp_get_max_threads();
     omp_set_num_threads(1);
+    static real slope[1 << 16];   // GELU's own by-product
     for (int k = 0; k < times; k++) {
         if (which == 0) for (int i = 0; i < n; i++) out[i] = fast_exp(in[i]);
-        if (which == 1) gelu_forward(out, in, (size_t)n);
+        if (which == 1) gelu_forward(out, slope, in, (size_t)n);
         if (which == 2) for (int i = 0; i < n; i++) out[i] = expf(in[i]);
         if (which == 3)
             for (int i = 0; i < n; i++)

@@ -40,7 +40,7 @@ MUTANTS = [   # name, function, text, replacement
      "(dsc + i) += v * nv / rn"),
     ("CLS norm backward: no mean term", "rmsnorm_backward", "- xn[i] * r[n] * (sum / D)", ""),
     ("gate backward: gate left out", "gate_backward", "dyn[i] = d[i] * g[i]", "dyn[i] = d[i]"),
-    ("GELU backward: 3 left out", "gelu_backward", "3 * GELU_B", "GELU_B"),
+    ("GELU slope: 3 left out", "gelu_forward", "1 + 3 * x2", "1 + x2"),
     ("SiLU backward: sign", "silu_backward", "s * (1 - s)", "s * (1 + s)"),
     ("RoPE backward: turned on, not back", "qkv_mix_backward", "patch, -1, Dh", "patch, 1, Dh"),
     ("QK-norm backward: no mean term", "qkv_mix_backward", "- x[i] * rn * sum", ""),
