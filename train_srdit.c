@@ -1490,7 +1490,7 @@ static void attention_forward(real *out, real *att, const real *qkv, real *work,
         real *w = thread_work(work, attention_work(T, Dh));
         matmul_small(p, R, R, q, 3 * D, 0, k, 3 * D, 1, T, T, Dh, w);
         for (real *row = p; row < p + (size_t)T * R; row += R) {
-            *(vec *)(row + R - VL) += *(vec *)pads;            // -infinity after the T scores: e^-inf adds nothing
+            *(vec *)(row + R - VL) += *(vec *)pads;   // -infinity after the T scores: e^-inf adds nothing
             vec most = *(vec *)row, sums = {0};
             for (int i = VL; i < R; i += VL) most = LARGER(most, *(vec *)(row + i));
             real top = lane_max(most);
@@ -1623,7 +1623,8 @@ typedef struct {
     const real *in;               // [B,n,D] the block before's output
     real *mod;                    // [B,6D] shift1, scale1, gate1, shift2, scale2, gate2
     real *h1, *r1, *qkv, *r_qk;   // [B,n,D], [B,n], [B,n,3D], [B,n,2H]
-    real *mix, *att, *a, *proj;   // [B,n,3D] normed, rotated, mixed; [B,H,n,attention_row(n)]; [B,n,D]; [B,n,D]
+    real *mix, *att;              // [B,n,3D] normed, rotated, mixed; [B,H,n,attention_row(n)]
+    real *a, *proj;               // [B,n,D] twice
     real *mid, *h2, *r2;          // [B,n,D] after the first residual; [B,n,D]; [B,n]
     real *fc1, *gelu, *fc2, *out; // [B,n,F], in the end GELU's slope there; [B,n,F], [B,n,D], [B,n,D]
 } BlockActs;
@@ -1673,8 +1674,8 @@ static void acts_layout(Acts *a, Arena *m, const Config *c, int B, int threads) 
         size_t n = b * (is_sparse(c, i) ? Tk : T), t = is_sparse(c, i) ? Tk : T;
         k->mod = take(m, b * 6 * D);
         k->h1 = take(m, n * D), k->r1 = take(m, n), k->qkv = take(m, n * 3 * D), k->r_qk = take(m, n * 2 * H);
-        k->mix = take(m, n * 3 * D), k->att = take(m, b * H * t * (size_t)attention_row((int)t)), k->a = take(m, n * D),
-        k->proj = take(m, n * D);
+        k->mix = take(m, n * 3 * D), k->att = take(m, b * H * t * (size_t)attention_row((int)t));
+        k->a = take(m, n * D), k->proj = take(m, n * D);
         k->mid = take(m, n * D), k->h2 = take(m, n * D), k->r2 = take(m, n);
         k->fc1 = take(m, n * F), k->gelu = take(m, n * F), k->fc2 = take(m, n * D), k->out = take(m, n * D);
     }
@@ -1711,8 +1712,11 @@ static Model *model_create(const Config *c, int max_batch, uint64_t seed) {
     size_t count = 5 * n + arena.used + 64;
     model->activation_bytes = arena.used * sizeof(real), model->parameter_bytes = 5 * n * sizeof(real);
     model->memory = (real *)alloc_zero(count, sizeof(real));
-    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), start = ((uintptr_t)model->memory + page - 1) / page * page;
-    (void)madvise((void *)start, count * sizeof(real) / page * page, MADV_HUGEPAGE);   // fewer page-table misses
+#ifdef MADV_HUGEPAGE   // fewer misses of the page table
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    uintptr_t start = ((uintptr_t)model->memory + page - 1) / page * page;
+    (void)madvise((void *)start, count * sizeof(real) / page * page - page, MADV_HUGEPAGE);
+#endif
     arena.base = (real *)(((uintptr_t)model->memory + 63) / 64 * 64), arena.used = 0;
     model->params = take(&arena, n), model->grads = take(&arena, n);
     model->m = take(&arena, n), model->v = take(&arena, n), model->ema = take(&arena, n);
@@ -2992,8 +2996,8 @@ static FILE *log_open(const char *path, int step) {
 }
 
 // OpenMP's threads wait for each other by spinning for long, which on a machine that has anything else to do
-// costs a multiple of what it saves; falling asleep at once makes a step half as long again (measured:
-// dev/README.md). gcc's library can spin for some microseconds first, clang's cannot. Both read their settings
+// costs a multiple of what it saves; falling asleep at once makes a step half as long again (measured in
+// dev/README.md). gcc's library can spin for some microseconds first, clang's cannot. They read their setting
 // before main, so the program starts anew.
 static void wait_calmly(char **argv) {
 #ifdef _OPENMP
@@ -3055,7 +3059,8 @@ static int train_main(int argc, char **argv, const Backend *backend) {
         die("--model %s: the checkpoint's model is %s", run.model, model_name);
     if (run.steps < step && !run.export_to)   // exporting needs no step
         die("--steps %d: %s is at step %d already", run.steps, run.resume, step);
-    if (run.accum && run.batch % run.accum) die("--accum %d does not divide --batch %d", run.accum, run.batch);
+    if (run.accum && run.batch % run.accum)
+        die("--accum %d does not divide --batch %d", run.accum, run.batch);
     if (run.threads) omp_set_num_threads(run.threads);
 
     Data *d = data_open(run.data, run.data_count);
