@@ -716,6 +716,14 @@ static void test_batches(void) {
     free(x), batch_free(whole), batch_free(part), batch_free(one), data_close(d);
 }
 
+// The value of --tolerance, which is argument i
+static double tolerance_after(int argc, char **argv, int i) {
+    if (i + 1 >= argc) die("--tolerance needs a value");
+    double tolerance = text_number(argv[i + 1], "command line", "--tolerance");
+    if (!(tolerance > 0)) die("--tolerance is %g, which is not above 0", tolerance);
+    return tolerance;
+}
+
 static double ulps(double got, double want) {
     int e;
     frexp(want, &e);
@@ -1341,11 +1349,24 @@ int main(int argc, char **argv) {
     int in_float = sizeof(gpu::floatX) == 4, files = 0;
     gpu::verbose = 0;
     if (argc > 1 && !strcmp(argv[1], "--as-trainer")) return train_main(argc - 1, argv + 1, backend);
-    for (int i = 1; i < argc; i++)
-        if (!access(argv[i], R_OK)) replay(argv[i], 0, INT_MAX), files++;
+    double tolerance = 0;
+    const char *only = "";
+    for (int i = 1; i < argc; i++) {
+        if (!strcmp(argv[i], "--help")) {
+            printf("%s                      all tests\n%s FILE.safetensors ... replay these reference files\n"
+                   "%s TEXT                 the comparisons with this text in their name\n"
+                   "  --tolerance X   relative error allowed in replays\n",
+                   argv[0], argv[0], argv[0]);
+            return 0;
+        }
+        if (!strcmp(argv[i], "--tolerance")) tolerance = tolerance_after(argc, argv, i++);
+        else if (!strncmp(argv[i], "--", 2)) die("unknown argument %s (--help lists all)", argv[i]);
+        else if (strstr(argv[i], ".safetensors")) replay(argv[i], tolerance, INT_MAX), files++;
+        else only = argv[i];
+    }
     if (!files) {
         printf("train_srdit.cu, in %s, against the CPU\n", in_float ? "float" : "bf16");
-        if (argc == 1) {
+        if (!only[0]) {
             test_draws(), test_not_finite(), test_same_bits(), test_other_ways(), test_training();
             glob_t g;
             if (in_float && glob("dev/ref/*.safetensors", 0, NULL, &g) == 0) {
@@ -1353,7 +1374,7 @@ int main(int argc, char **argv) {
                 globfree(&g);
             }
         }
-        compare_all(argc > 1 ? argv[1] : "");
+        compare_all(only);
     }
     printf("\n%.1f s\n%d passed, %d failed\n", now_seconds() - start, passed, failed);
     return failed || !passed;
@@ -1380,9 +1401,7 @@ int main(int argc, char **argv) {
             return 0;
         }
         if (!strcmp(argv[i], "--tolerance")) {
-            if (i + 1 >= argc) die("--tolerance needs a value");
-            tolerance = text_number(argv[++i], "command line", "--tolerance");
-            if (!(tolerance > 0)) die("--tolerance is %g, which is not above 0", tolerance);
+            tolerance = tolerance_after(argc, argv, i++);
             continue;
         }
         if (!strncmp(argv[i], "--", 2)) die("unknown argument %s (--help lists all)", argv[i]);
