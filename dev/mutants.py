@@ -116,7 +116,7 @@ MUTANTS = [   # name, function, text, replacement
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
-FLAGS = ["-std=gnu11", "-O1", "-march=native", "-fno-math-errno", "-w"]     # without OpenMP: one thread
+FLAGS = ["-std=gnu11", "-O1", "-march=native", "-fno-math-errno", "-fopenmp", "-w"]
 
 def mutate(source, function, text, replacement):
     """The source with the replacement, or what is wrong."""
@@ -146,7 +146,7 @@ def run(command, folder, seconds):
 def compile_here(cc, folder):
     for command in ([cc, *FLAGS, "-DUSE_DOUBLE", "-c", "test_srdit.c", "-o", "double.o"],
                     [cc, *FLAGS, "-c", "test_srdit.c", "-o", "float.o"],
-                    [cc, "float.o", "double.o", "-o", "test_srdit", "-lm"]):
+                    [cc, "float.o", "double.o", "-o", "test_srdit", "-fopenmp", "-lm"]):
         done = run(command, folder, 600)
         if done.returncode:
             return done.stdout
