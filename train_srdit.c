@@ -15,7 +15,7 @@
 //
 // Letters, as in the paper and in dev/reference.py:
 //   B batch            C, S latent channels, side    p patch size          P = (S/p)^2 patches
-//   T = P + 1 tokens, CLS first (P without it)                      Tk tokens kept in the sparse middle
+//   T = P + 1 tokens, CLS first (P without it)       Tk tokens kept in the sparse middle
 //   D width            H heads      Dh = D/H         L = Lf + Lg + Lh blocks: encoder f, sparse g, decoder h
 //   Z width of the alignment features and of CLS     M hidden width of the projector       K classes
 // In signatures outputs come first, then inputs, then sizes; dX is the gradient of the loss by X.
@@ -1480,8 +1480,8 @@ static size_t attention_work(int T, int Dh) {
 static void attention_forward(real *out, real *att, const real *qkv, real *work, int B, int T, int H,
                               int Dh) {
     int D = H * Dh, R = attention_row(T);
-    real scale = (real)(1.0 / sqrt((double)Dh)), pads[VL];
-    for (int l = 0; l < VL; l++) pads[l] = R - VL + l < T ? 0 : -INFINITY;
+    real scale = (real)(1.0 / sqrt((double)Dh)), pads[VL], kept[VL];   // added to the last scores, times them
+    for (int l = 0; l < VL; l++) kept[l] = R - VL + l < T, pads[l] = kept[l] ? 0 : -INFINITY;
 #pragma omp parallel for
     for (int bh = 0; bh < B * H; bh++) {
         const real *q = qkv + (size_t)(bh / H) * T * 3 * D + (size_t)(bh % H) * Dh;
@@ -1498,6 +1498,7 @@ static void attention_forward(real *out, real *att, const real *qkv, real *work,
                 for (int l = 0; l < VL; l++) row[i + l] = fast_exp((row[i + l] - top) * scale);
                 sums += *(vec *)(row + i);
             }
+            *(vec *)(row + R - VL) *= *(vec *)kept;   // fast_exp ends at 1e-38; less than that is slow to use
             real inverse = 1 / lane_sum(sums);
             for (int i = 0; i < R; i += VL) *(vec *)(row + i) *= inverse;
         }
@@ -3012,7 +3013,7 @@ static void wait_calmly(char **argv) {
 // Parts that suit a CPU's cache: of no more than some 3000 tokens, if the batch can be halved so often
 static int parts_of(const Config *c, int batch) {
     int parts = 1;
-    while (batch % (2 * parts) == 0 && batch / parts * tokens_of(c) > 3000) parts *= 2;
+    while (batch % (2 * parts) == 0 && batch / parts > 3000 / tokens_of(c)) parts *= 2;
     return parts;
 }
 
