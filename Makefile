@@ -16,22 +16,23 @@ NVCC     ?= $(shell command -v nvcc 2>/dev/null || ls /usr/local/cuda/bin/nvcc 2
 CFLAGS   := -std=gnu11 -g $(if $(filter yes,$(NATIVE)),$(OPTIMIZE),-O3) -fno-math-errno $(WARN)
 CFLAGS   += $(if $(filter yes,$(OPENMP)),-fopenmp,-Wno-unknown-pragmas)
 LDLIBS   := -lm
+LIB      := $(wildcard dev/lib/*.h)
 
 .PHONY: all test debug help clean found
 .DEFAULT_GOAL := all
 all: found train_srdit sample
 
-train_srdit: train_srdit.c Makefile
+train_srdit: train_srdit.c $(LIB) Makefile
 	$(CC) $(CFLAGS) train_srdit.c -o $@ $(LDLIBS)
 
-sample: sample.c train_srdit.c Makefile
+sample: sample.c train_srdit.c $(LIB) Makefile
 	$(CC) $(CFLAGS) sample.c -o $@ $(LDLIBS)
 
 # The tests are compiled twice, over the trainer in float and in double, and linked into one program.
-build/test_double.o: test_srdit.c sample.c train_srdit.c Makefile
+build/test_double.o: test_srdit.c sample.c train_srdit.c $(LIB) Makefile
 	@mkdir -p build
 	$(CC) $(CFLAGS) -DUSE_DOUBLE -c test_srdit.c -o $@
-test_srdit: test_srdit.c sample.c train_srdit.c build/test_double.o Makefile
+test_srdit: test_srdit.c sample.c train_srdit.c $(LIB) build/test_double.o Makefile
 	$(CC) $(CFLAGS) test_srdit.c build/test_double.o -o $@ $(LDLIBS)
 
 test: found test_srdit train_srdit
@@ -62,11 +63,11 @@ nvcc_found:
 	  echo "       (without a GPU, make train_srdit_emu runs the same file on the CPU)"; exit 1)
 	@$(if $(GPU_CAP),echo "GPU: compute capability $(GPU_CAP)",echo "no GPU found here: building for sm_80 and sm_90 (override: ARCH=-arch=sm_XX)")
 
-train_srdit_cu: train_srdit.cu train_srdit.c Makefile | nvcc_found
+train_srdit_cu: train_srdit.cu train_srdit.c $(LIB) Makefile | nvcc_found
 	$(NVCC) $(NVFLAGS) train_srdit.cu -o $@ -lcublasLt
-sample_cu: sample.c train_srdit.cu train_srdit.c Makefile | nvcc_found
+sample_cu: sample.c train_srdit.cu train_srdit.c $(LIB) Makefile | nvcc_found
 	$(NVCC) $(NVFLAGS) -DSAMPLE_CUDA -x cu sample.c -o $@ -lcublasLt
-test_srdit_cu: test_srdit.c sample.c train_srdit.cu train_srdit.c Makefile | nvcc_found
+test_srdit_cu: test_srdit.c sample.c train_srdit.cu train_srdit.c $(LIB) Makefile | nvcc_found
 	@mkdir -p build
 	$(NVCC) $(NVFLAGS) -DTEST_CUDA -x cu -c test_srdit.c -o build/test_cuda.o
 	$(NVCC) $(NVFLAGS) -DUSE_DOUBLE -x cu -c test_srdit.c -o build/test_cuda_double.o

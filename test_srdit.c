@@ -635,7 +635,7 @@ static void test_random(void) {
     for (uint32_t n = 1; n < 3000; n += n < 20 ? 1 : 331) {
         char *seen = (char *)alloc_zero(n, 1);
         for (uint32_t i = 0; i < n; i++) {
-            uint32_t at = permuted(i, n, 3, 1);
+            uint32_t at = permuted(i, n, 3, STREAM_ORDER, 1);
             good &= at < n && !seen[at];
             if (at < n) seen[at] = 1;
         }
@@ -700,11 +700,11 @@ static void test_batches(void) {
         t += (double)one->t[0] / (2 * steps);
         dropped += one->y[0] == c.num_classes, paths += one->path_drop;
         int label;
-        size_t at = permuted((uint32_t)(step % steps), (uint32_t)steps, 7, (uint32_t)(step / steps));
-        data_get(d, &c, at, x, &label, NULL, NULL);
+        size_t at = permuted((uint32_t)(step % steps), (uint32_t)steps, 7, STREAM_ORDER, (uint32_t)(step / steps));
+        data_sample(d, at, x, &label, NULL, NULL, 0);
         wrong +=
             memcmp(x, one->x, latent * sizeof(real)) || (one->y[0] != c.num_classes && one->y[0] != label);
-        apart += at != permuted((uint32_t)(step % steps), (uint32_t)steps, 7, 0) && step >= steps;
+        apart += at != permuted((uint32_t)(step % steps), (uint32_t)steps, 7, STREAM_ORDER, 0) && step >= steps;
         wrong += one->noise[0] == one->noise_cls[0];
     }
     // 2874 steps: standard deviations 16 of 287, 12 of 144, and 0.005 of the mean of t, 2 (1 - ln 2) at s = 2

@@ -125,7 +125,7 @@ static void read_data(void) {
     data_check(d, &c);
     Batch *b = batch_create(&c, 1);
     for (size_t i = 0; i < d->count; i += d->count > 1 ? d->count - 1 : 1)
-        data_get(d, &c, i, b->x, b->y, b->cls, b->feats);
+        data_sample(d, i, b->x, b->y, c.cls ? b->cls : NULL, c.align ? b->feats : NULL, !c.cls);
     batch_free(b);
     data_close(d);
 }

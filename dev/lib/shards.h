@@ -1,0 +1,138 @@
+// Data shards in safetensors, memory-mapped (data/README.md describes them): opened and checked together, read
+// by sample.
+//
+//   data_open       one or more shards that belong together, every label and size checked
+//   data_sample     sample i: latent in the model's units, label, alignment features, CLS
+#ifndef SRDIT_SHARDS_H
+#define SRDIT_SHARDS_H
+#include "safetensors.h"
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wunused-function"   // a program takes what it needs
+
+typedef struct {
+    SafeFile *file;
+    const SafeTensor *latents, *labels, *feats, *cls;
+    size_t count;                      // samples to train on
+} Shard;
+typedef struct {
+    Shard *shards;
+    int shard_count;
+    size_t count;
+    char name[128], decoder[32];
+    double scale, offset;              // model input = stored * scale + offset
+    int C, S, K, tokens, Z;            // tokens is 0 where there are no feats
+} Data;
+
+static const SafeTensor *shard_tensor(const SafeFile *f, const char *name, int ndim, int required) {
+    const SafeTensor *t = safe_find(f, name);
+    if (!t && required)
+        die("%s: tensor %s is missing: not a data shard (data/README.md describes them)", f->path, name);
+    if (t && t->ndim != ndim)
+        die("%s: tensor %s: %d dimensions where %d are expected", f->path, name, t->ndim, ndim);
+    return t;
+}
+
+static Data *data_open(char **paths, int count) {
+    Data *d = (Data *)alloc_zero(1, sizeof(Data));
+    d->shards = (Shard *)alloc_zero((size_t)count, sizeof(Shard)), d->shard_count = count;
+    for (int i = 0; i < count; i++) {
+        Shard *s = &d->shards[i];
+        SafeFile *f = s->file = safe_open(paths[i]);
+        s->latents = shard_tensor(f, "latents", 4, 1), s->labels = shard_tensor(f, "labels", 1, 1);
+        s->feats = shard_tensor(f, "feats", 3, 0), s->cls = shard_tensor(f, "cls", 2, 0);
+        uint64_t n = s->latents->shape[0], C = s->latents->shape[1], S = s->latents->shape[2];
+        if (S != s->latents->shape[3]) die("%s: tensor latents: height and width differ", f->path);
+        if (!n || !C || !S || n > INT_MAX || C > 65536 || S > 4096)
+            die("%s: tensor latents: no usable size", f->path);
+        if (s->labels->shape[0] != n) die("%s: tensor labels: %.0f labels for %.0f latents", f->path,
+                                          (double)s->labels->shape[0], (double)n);
+        if (strchr("FB", s->labels->dtype[0]))
+            die("%s: tensor labels: dtype %s is no integer type", f->path, s->labels->dtype);
+        if (s->feats && s->feats->shape[0] != n)
+            die("%s: tensor feats: not one for each of %.0f latents", f->path, (double)n);
+        if (s->cls && s->cls->shape[0] != n)
+            die("%s: tensor cls: not one for each of %.0f latents", f->path, (double)n);
+        if (s->feats && s->cls && s->feats->shape[2] != s->cls->shape[1])
+            die("%s: tensor cls: its width %.0f is not that of feats, %.0f", f->path,
+                (double)s->cls->shape[1], (double)s->feats->shape[2]);
+        if ((s->feats && (s->feats->shape[2] > 65536 || s->feats->shape[1] > (1 << 26))) ||
+            (s->cls && s->cls->shape[1] > 65536))
+            die("%s: tensor %s: no usable size", f->path, s->feats ? "feats" : "cls");
+        Data one;
+        memset(&one, 0, sizeof(one));
+        one.C = (int)C, one.S = (int)S, one.K = (int)safe_whole(f, "classes", 0, 1e7, 0);
+        one.tokens = s->feats ? (int)s->feats->shape[1] : 0;
+        one.Z = s->feats ? (int)s->feats->shape[2] : s->cls ? (int)s->cls->shape[1] : 0;
+        one.scale = safe_number(f, "latent_scale", 1), one.offset = safe_number(f, "latent_offset", 0);
+        const char *name = safe_metadata(f, "name"), *decoder = safe_metadata(f, "decoder");
+        const char *format = safe_metadata(f, "format");
+        if (format && strcmp(format, "srdit-data-1"))
+            die("%s: its format is %s, and a data shard's is srdit-data-1", f->path, format);
+        snprintf(one.name, sizeof(one.name), "%s", name ? name : "unnamed");
+        snprintf(one.decoder, sizeof(one.decoder), "%s", decoder ? decoder : "pixels");
+        if (strcmp(one.decoder, "pixels") && strcmp(one.decoder, "invae"))
+            die("%s: decoder is \"%s\", which is neither pixels nor invae", f->path, one.decoder);
+        if (one.K < 1) die("%s: metadata `classes` is missing: how many classes the labels have", f->path);
+        if (one.scale == 0 || !(fabs(one.scale) < INFINITY) || !(fabs(one.offset) < INFINITY))
+            die("%s: latent_scale %g, latent_offset %g are not usable", f->path, one.scale, one.offset);
+        double use = safe_number(f, "train_samples", (double)n);
+        if (!(use >= 1 && use <= (double)n))
+            die("%s: train_samples %g is not from 1 to %.0f", f->path, use, (double)n);
+        s->count = (size_t)use;
+        for (size_t k = 0; k < n; k++) {
+            double label = element(safe_data(f, s->labels), s->labels->dtype, k);
+            if (!(label >= 0 && label < one.K))
+                die("%s: tensor labels: sample %zu has label %.0f, but classes are 0 to %d", f->path, k,
+                    label, one.K - 1);
+        }
+        if (i == 0) {
+            Shard *shards = d->shards;
+            *d = one, d->shards = shards, d->shard_count = count;
+        } else {
+            const char *what = one.C != d->C || one.S != d->S             ? "latent size"
+                               : one.K != d->K                            ? "number of classes"
+                               : one.tokens != d->tokens || one.Z != d->Z ? "alignment features"
+                               : one.scale != d->scale                    ? "latent_scale"
+                               : one.offset != d->offset                  ? "latent_offset"
+                               : strcmp(one.decoder, d->decoder)          ? "decoder"
+                               : !s->cls != !d->shards[0].cls             ? "cls"
+                                                                          : NULL;
+            if (what) die("%s: its %s differs from that of %s", f->path, what, paths[0]);
+        }
+        d->count += s->count;
+    }
+    if (d->count > INT_MAX) die("%s: more than %d samples", paths[0], INT_MAX);
+    return d;
+}
+static void data_close(Data *d) {
+    for (int i = 0; i < d->shard_count; i++) safe_close(d->shards[i].file);
+    free(d->shards), free(d);
+}
+
+
+static void read_elements(real *out, const SafeFile *f, const SafeTensor *t, size_t first, size_t n,
+                          double scale, double offset) {
+    const void *data = safe_data(f, t);
+    const int8_t *bytes = (const int8_t *)data + first;
+    if (!strcmp(t->dtype, "I8"))   // the features of the bundled data: most of what is read
+        for (size_t i = 0; i < n; i++) out[i] = bytes[i];
+    else
+        for (size_t i = 0; i < n; i++) out[i] = (real)element(data, t->dtype, first + i);
+    if (scale != 1 || offset != 0)
+        for (size_t i = 0; i < n; i++) out[i] = (real)((double)out[i] * scale + offset);
+}
+
+// Sample i of the data: latent [C,S,S] in the model's units, label y, cls [Z], and feats [tokens,Z], without
+// their first row (that of CLS) where skip_cls; what is NULL is not wanted
+static void data_sample(const Data *d, size_t i, real *x, int *y, real *cls, real *feats, int skip_cls) {
+    const Shard *s = d->shards;
+    for (; i >= s->count; s++) i -= s->count;
+    size_t latent = (size_t)d->C * (size_t)d->S * (size_t)d->S, Z = (size_t)d->Z;
+    size_t skip = (size_t)skip_cls, T = (size_t)d->tokens;
+    read_elements(x, s->file, s->latents, i * latent, latent, d->scale, d->offset);
+    if (y) *y = (int)element(safe_data(s->file, s->labels), s->labels->dtype, i);
+    if (cls) read_elements(cls, s->file, s->cls, i * Z, Z, 1, 0);
+    if (feats) read_elements(feats, s->file, s->feats, (i * T + skip) * Z, (T - skip) * Z, 1, 0);
+}
+#pragma GCC diagnostic pop
+#endif
