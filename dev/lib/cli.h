@@ -1,0 +1,201 @@
+// The command line of the programs: one table describes each setting (its name in files, its flag, its range,
+// its help), and drives parsing, the help text and what a checkpoint says. Also the folder of a run, Ctrl-C, and
+// how threads wait for each other.
+//
+//   Option, OptionTable      a line of such a table; a table and the struct whose fields it fills
+//   options_parse            argv into those fields; a mistake is one sentence with "did you mean"
+//   options_print            the lines of --help
+//   option_get, option_set   one field as a number, by its table line, range checked
+#ifndef SRDIT_CLI_H
+#define SRDIT_CLI_H
+#include "base.h"
+#include <signal.h>
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wunused-function"   // a program takes what it needs
+
+// ----------------------------------------------------------------------------------------------------------
+// Options
+
+enum Kind {
+    TEXT,         // const char *
+    LIST,         // TextList: all words up to the next flag
+    WHOLE,        // int
+    SEED,         // uint64_t, a whole number
+    NUMBER,       // double
+    SWITCH,       // int, set to 1 by --name
+    TECHNIQUE     // int, set to 0 by --no-name
+};
+typedef struct { char **items; int count; } TextList;
+typedef struct {
+    const char *name;              // drop_ratio: its flag is --drop-ratio (a technique's --no-drop-ratio)
+    enum Kind kind;
+    size_t offset;                 // of the field in its struct
+    double low, high;              // range of a number
+    int fixed;                     // 1: decides the shape of a tensor, so it cannot change when a run goes on
+    const char *help;
+} Option;
+typedef struct { const Option *options; int count; void *fields; int *given; } OptionTable;   // given may be NULL
+
+static void *option_field(const OptionTable *t, int i) { return (char *)t->fields + t->options[i].offset; }
+
+static double option_get(const OptionTable *t, int i) {
+    const void *field = option_field(t, i);
+    enum Kind kind = t->options[i].kind;
+    return kind == NUMBER ? *(const double *)field
+           : kind == SEED ? (double)*(const uint64_t *)field : (double)*(const int *)field;
+}
+// name: what a message calls the setting, a flag or a key of `where`'s metadata
+static void option_set(const OptionTable *t, int i, double value, const char *where, const char *name) {
+    const Option *o = &t->options[i];
+    void *field = option_field(t, i);
+    if (!(value >= o->low && value <= o->high) || (o->kind != NUMBER && value != floor(value)))
+        die("%s: %s is %.10g, which is not %s from %.10g to %.10g", where, name, value,
+            o->kind == NUMBER ? "a number" : "a whole number", o->low, o->high);
+    if (o->kind == NUMBER) *(double *)field = value;
+    else if (o->kind == SEED) *(uint64_t *)field = (uint64_t)value;
+    else *(int *)field = (int)value;
+}
+static int option_find(const OptionTable *t, const char *name) {   // -1: there is none
+    for (int i = 0; i < t->count; i++)
+        if (!strcmp(t->options[i].name, name)) return i;
+    return -1;
+}
+
+enum { FLAG_BYTES = 80 };
+static void flag_of(char flag[FLAG_BYTES], const Option *o) {
+    snprintf(flag, FLAG_BYTES, "--%s%s", o->kind == TECHNIQUE ? "no-" : "", o->name);
+    for (char *s = flag; *s; s++)
+        if (*s == '_') *s = '-';
+}
+
+// The flag that shares most letters with what was typed, at its beginning and its end; "" if none is near
+static void flag_near(char near[FLAG_BYTES], const char *typed, const OptionTable *tables, int count) {
+    char flag[FLAG_BYTES];
+    size_t most = 4, m = strlen(typed);
+    near[0] = 0;
+    for (int k = 0; k < count; k++)
+        for (int i = 0; i < tables[k].count; i++) {
+            flag_of(flag, &tables[k].options[i]);
+            size_t same = 0, back = 0, n = strlen(flag);
+            while (same < n && flag[same] == typed[same]) same++;
+            while (back < n && back < m && flag[n - 1 - back] == typed[m - 1 - back]) back++;
+            if (same + back > most) most = same + back, memcpy(near, flag, n + 1);
+        }
+}
+
+// Reads the words from argv[at] on that belong to option i, whose flag stands at argv[at]; returns the last's
+// place.
+static int option_read(const OptionTable *t, int i, int at, int argc, char **argv) {
+    const Option *o = &t->options[i];
+    const char *flag = argv[at];
+    void *field = option_field(t, i);
+    if (t->given) t->given[i] = 1;
+    if (o->kind == SWITCH || o->kind == TECHNIQUE) {
+        *(int *)field = o->kind == SWITCH;
+        return at;
+    }
+    if (at + 1 >= argc) die("%s needs a value: %s", flag, o->help);
+    if (o->kind == LIST) {
+        TextList *list = (TextList *)field;
+        list->items = &argv[at + 1], list->count = 0;
+        while (at + 1 < argc && strncmp(argv[at + 1], "--", 2)) at++, list->count++;
+        if (!list->count) die("%s needs at least one file", flag);
+        return at;
+    }
+    if (o->kind == TEXT) *(const char **)field = argv[at + 1];
+    else option_set(t, i, text_number(argv[at + 1], "command line", flag), "command line", flag);
+    return at + 1;
+}
+
+// The command line into the tables' fields. The one word that may stand without a flag goes to *word (NULL:
+// none may).
+static void options_parse(const OptionTable *tables, int count, const char **word, int argc, char **argv) {
+    for (int at = 1; at < argc; at++) {
+        char flag[FLAG_BYTES];
+        int done = 0;
+        for (int k = 0; k < count && !done; k++)
+            for (int i = 0; i < tables[k].count && !done; i++) {
+                flag_of(flag, &tables[k].options[i]);
+                if (strcmp(argv[at], flag)) continue;
+                at = option_read(&tables[k], i, at, argc, argv);
+                done = 1;
+            }
+        if (done) continue;
+        if (word && argv[at][0] != '-') {
+            if (*word) die("%s and %s are given; one is enough", *word, argv[at]);
+            *word = argv[at];
+            continue;
+        }
+        flag_near(flag, argv[at], tables, count);
+        die("unknown argument %s%s%s%s (--help lists all)", argv[at], *flag ? "; did you mean " : "", flag,
+            *flag ? "?" : "");
+    }
+}
+
+// Lines of --help for the options of one kind or of all others; numbers with their value in brackets
+static void options_print(const OptionTable *t, int techniques, int width) {
+    for (int i = 0; i < t->count; i++) {
+        const Option *o = &t->options[i];
+        char flag[FLAG_BYTES];
+        if ((o->kind == TECHNIQUE) != techniques) continue;
+        flag_of(flag, o);
+        printf("  %-*s %s", width, flag, o->help);
+        if (o->kind == WHOLE || o->kind == SEED || o->kind == NUMBER) printf(" [%.10g]", option_get(t, i));
+        printf("\n");
+    }
+}
+
+static int wants_help(int argc, char **argv) {
+    for (int i = 1; i < argc; i++)
+        if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h")) return 1;
+    return 0;
+}
+
+// The text that follows a flag, wherever it stands; NULL: it does not stand there
+static const char *text_after(const char *flag, int argc, char **argv) {
+    const char *text = NULL;
+    for (int i = 1; i + 1 < argc; i++)
+        if (!strcmp(argv[i], flag)) text = argv[i + 1];
+    return text;
+}
+
+// ----------------------------------------------------------------------------------------------------------
+// Folders, Ctrl-C, threads
+
+static void make_folder(const char *path) {   // and those above it
+    char part[PATH_MAX];
+    struct stat st;
+    if (!*path || strlen(path) >= PATH_MAX - 64) die("\"%s\": the folder's name is empty or too long", path);
+    for (size_t i = 1; i <= strlen(path) && i < sizeof(part); i++)
+        if (path[i] == '/' || !path[i]) {
+            memcpy(part, path, i), part[i] = 0;
+            if (mkdir(part, 0777) && errno != EEXIST)
+                die("%s: the folder cannot be made: %s", part, strerror(errno));
+        }
+    if (stat(path, &st) || !S_ISDIR(st.st_mode)) die("%s: is not a folder", path);
+}
+
+static volatile sig_atomic_t interrupted;   // 1 after the first Ctrl-C or SIGTERM; the second ends the program
+static void on_interrupt(int signal) { (void)signal, interrupted = 1; }
+static void catch_interrupts(void) {
+    struct sigaction action;
+    memset(&action, 0, sizeof(action));
+    action.sa_handler = on_interrupt, action.sa_flags = (int)SA_RESETHAND;
+    sigaction(SIGINT, &action, NULL), sigaction(SIGTERM, &action, NULL);
+}
+
+// OpenMP's threads wait for each other by spinning for long, which on a machine that has anything else to do
+// costs a multiple of what it saves; falling asleep at once makes a step half as long again (measured in
+// dev/README.md). gcc's library can spin for some microseconds first, clang's cannot. They read their setting
+// before main, so the program starts anew.
+static void wait_calmly(char **argv) {
+#ifdef _OPENMP
+    if (getenv("OMP_WAIT_POLICY") || setenv("OMP_WAIT_POLICY", "passive", 1)) return;
+    setenv("GOMP_SPINCOUNT", "500", 0);
+    execv("/proc/self/exe", argv);   // where there is no such file, it spins
+#else
+    (void)argv;
+#endif
+}
+#pragma GCC diagnostic pop
+#endif
