@@ -347,6 +347,10 @@ static void replay(const char *path, double override_tolerance, int most) {
 // Models and batches with random numbers everywhere: at the model's own start the gates are zero, most
 // gradients vanish, and a wrong attention would pass
 
+static void switch_off(Config *c, const char *technique) {
+    OptionTable t = config_table(c);
+    option_set(&t, option_find(&t, technique), 0, "test", technique);
+}
 static Config small_config(void) {
     Config c = config_default();
     c.depth = 5, c.hidden_size = 24, c.num_heads = 3, c.patch_size = 2, c.in_channels = 3, c.input_size = 8;
@@ -444,12 +448,12 @@ static void test_finite_differences(void) {
            worst, share);
     share = finite_differences(small_config(), 1, worst, &count);
     result(share <= 1, "finite differences, drop", "path dropped; worst %s at %.3f of 1e-9", worst, share);
-    for (int i = 0; i < NUM_FIELDS;
-         i++) {   // each technique's switch changes the loss, and its gradients stay right
+    // each technique's switch changes the loss, and its gradients stay right
+    for (int i = 0; i < CONFIG_OPTIONS; i++) {
         Config c = small_config(), on = c;
-        const Field *f = &config_fields[i];
-        if (f->kind != 's') continue;
-        field_set(&c, f, 0, "test");
+        const Option *f = &config_options[i];
+        if (f->kind != TECHNIQUE) continue;
+        switch_off(&c, f->name);
         share = finite_differences(c, 0, worst, &count);
         Model *a = backend->create(&on, 3, 1), *b = backend->create(&c, 3, 1);
         Batch *batch_on = random_batch(&on, 3, 0, 3, 6, 0), *batch_off = random_batch(&c, 3, 0, 3, 6, 0);
@@ -458,8 +462,8 @@ static void test_finite_differences(void) {
         // three act on the draws or on the update, not on the loss of a given batch
         int elsewhere =
             !strcmp(f->name, "path_drop") || !strcmp(f->name, "label_dropout") || !strcmp(f->name, "ema");
-        flag_of(flag, f->name);
-        snprintf(name, sizeof(name), "switch --no-%s", flag + 2);
+        flag_of(flag, f);
+        snprintf(name, sizeof(name), "switch %s", flag);
         result(share <= 1 && (elsewhere ? with == without : with != without), name,
                "loss %.6f, without %.6f%s; worst %s at %.3f of 1e-9", with, without,
                elsewhere ? " (acts elsewhere)" : "", worst, share);
@@ -1215,7 +1219,7 @@ static void compare_all(const char *only) {
     for (int i = 0; i < 22; i++) {
         snprintf(names[i], sizeof(names[i]), "%sno %s", i % 2 ? "65 tokens, " : "", techniques[i / 2]);
         CASE(names[i], i % 2 ? long_config(8, 64, 1) : small_config(), 2, 0, 1);
-        field_set(&at[-1].c, field_find(techniques[i / 2]), 0, "test");
+        switch_off(&at[-1].c, techniques[i / 2]);
     }
 #undef CASE
     for (int i = 0; i < at - list; i++)

@@ -19,12 +19,12 @@
 //   D width            H heads      Dh = D/H         L = Lf + Lg + Lh blocks: encoder f, sparse g, decoder h
 //   Z width of the alignment features and of CLS     M hidden width of the projector       K classes
 // In signatures outputs come first, then inputs, then sizes; dX is the gradient of the loss by X.
+#include "dev/lib/cli.h"
 #include "dev/lib/matmul.h"
 #include "dev/lib/picture.h"
 #include "dev/lib/random.h"
 #include "dev/lib/shards.h"
 #include <ctype.h>
-#include <signal.h>
 #include <sys/file.h>
 #include <sys/mman.h>
 
@@ -55,69 +55,53 @@ typedef struct {
     int routing, path_drop, align, cls, cfm, qk_norm, rope, value_residual, time_shift, label_dropout, ema;
 } Config;
 
-typedef struct { const char *name; char kind; size_t offset; double low, high; const char *help; } Field;
-#define INT(name, low, high, help) {#name, 'i', offsetof(Config, name), low, high, help}
-#define NUM(name, low, high, help) {#name, 'd', offsetof(Config, name), low, high, help}
-#define SWITCH(name, help) {#name, 's', offsetof(Config, name), 0, 1, help}
 enum { MAX_DEPTH = 128 };
-static const Field config_fields[] = {
-    INT(depth, 1, MAX_DEPTH, "blocks, L"),
-    INT(hidden_size, 4, 65536, "width, D"),
-    INT(num_heads, 1, 1024, "heads, H; D/H must be divisible by 4"),
-    INT(patch_size, 1, 1024, "patch side, p; must divide the latent side"),
-    INT(in_channels, 1, 65536, "latent channels, C (default: what the data has)"),
-    INT(input_size, 1, 4096, "latent height and width, S (default: what the data has)"),
-    INT(num_classes, 1, 10000000, "classes, K (default: what the data has)"),
-    INT(z_dim, 1, 65536, "width of the alignment features, Z (default: what the data has)"),
-    INT(projector_dim, 1, 65536, "hidden width of the alignment projector, M"),
-    INT(num_f, 1, MAX_DEPTH, "dense encoder blocks, Lf"),
-    INT(num_h, 0, MAX_DEPTH, "dense decoder blocks, Lh"),
-    NUM(mlp_ratio, 0.01, 64, "hidden width of the MLP as a multiple of D"),
-    NUM(drop_ratio, 0, 1, "share of the tokens that the sparse middle leaves out, r"),
-    NUM(class_dropout_prob, 0, 1, "share of labels replaced by \"no class\""),
-    NUM(path_drop_prob, 0, 1, "share of steps that drop the whole sparse path"),
-    NUM(cls_coeff, 0, 1e6, "weight of the CLS velocity loss"),
-    NUM(proj_coeff, 0, 1e6, "weight of the alignment loss"),
-    NUM(cfm_coeff, 0, 1e6, "weight of the contrastive loss"),
-    NUM(shift_base, 1e-6, 1e12, "time shift s = sqrt(C*S*S / shift_base)"),
-    NUM(lr, 0, 1e6, "learning rate"),
-    NUM(beta1, 0, 0.9999999, "AdamW's decay of the first moment"),
-    NUM(beta2, 0, 0.9999999, "AdamW's decay of the second moment"),
-    NUM(eps, 1e-30, 1, "AdamW's epsilon"),
-    NUM(weight_decay, 0, 1e6, "decoupled weight decay"),
-    NUM(max_grad_norm, 1e-12, 1e30, "gradients are clipped to this global norm"),
-    NUM(ema_decay, 0, 1, "decay of the weights' moving average, which is what is sampled from"),
-    INT(ema_warmup, 0, 1, "1: the decay at step n is at most (1+n)/(10+n), for short runs"),
-    SWITCH(routing, "sparse middle: g sees only the kept tokens (SPRINT)"),
-    SWITCH(path_drop, "now and then drop the sparse path (SPRINT)"),
-    SWITCH(align, "align block Lf's output with a frozen encoder (REPA)"),
-    SWITCH(cls, "denoise the encoder's CLS token beside the image (REG)"),
-    SWITCH(cfm, "contrastive flow matching"),
-    SWITCH(qk_norm, "RMSNorm on queries and keys"),
-    SWITCH(rope, "rotary 2-D positions"),
-    SWITCH(value_residual, "mix block 0's values into every later block"),
-    SWITCH(time_shift, "shift the times by the latent's size"),
-    SWITCH(label_dropout, "drop labels, for guidance"),
-    SWITCH(ema, "moving average of the weights"),
+#define SETTING(name, kind, low, high, fixed, help) \
+    {#name, kind, offsetof(Config, name), low, high, fixed, help}
+static const Option config_options[] = {   // fixed: 1 where a tensor's shape depends on it
+    SETTING(depth, WHOLE, 1, MAX_DEPTH, 1, "blocks, L"),
+    SETTING(hidden_size, WHOLE, 4, 65536, 1, "width, D"),
+    SETTING(num_heads, WHOLE, 1, 1024, 1, "heads, H; D/H must be divisible by 4"),
+    SETTING(patch_size, WHOLE, 1, 1024, 1, "patch side, p; must divide the latent side"),
+    SETTING(in_channels, WHOLE, 1, 65536, 1, "latent channels, C (default: what the data has)"),
+    SETTING(input_size, WHOLE, 1, 4096, 1, "latent height and width, S (default: what the data has)"),
+    SETTING(num_classes, WHOLE, 1, 10000000, 1, "classes, K (default: what the data has)"),
+    SETTING(z_dim, WHOLE, 1, 65536, 1, "width of the alignment features, Z (default: what the data has)"),
+    SETTING(projector_dim, WHOLE, 1, 65536, 1, "hidden width of the alignment projector, M"),
+    SETTING(num_f, WHOLE, 1, MAX_DEPTH, 1, "dense encoder blocks, Lf"),
+    SETTING(num_h, WHOLE, 0, MAX_DEPTH, 1, "dense decoder blocks, Lh"),
+    SETTING(mlp_ratio, NUMBER, 0.01, 64, 1, "hidden width of the MLP as a multiple of D"),
+    SETTING(drop_ratio, NUMBER, 0, 1, 0, "share of the tokens that the sparse middle leaves out, r"),
+    SETTING(class_dropout_prob, NUMBER, 0, 1, 0, "share of labels replaced by \"no class\""),
+    SETTING(path_drop_prob, NUMBER, 0, 1, 0, "share of steps that drop the whole sparse path"),
+    SETTING(cls_coeff, NUMBER, 0, 1e6, 0, "weight of the CLS velocity loss"),
+    SETTING(proj_coeff, NUMBER, 0, 1e6, 0, "weight of the alignment loss"),
+    SETTING(cfm_coeff, NUMBER, 0, 1e6, 0, "weight of the contrastive loss"),
+    SETTING(shift_base, NUMBER, 1e-6, 1e12, 0, "time shift s = sqrt(C*S*S / shift_base)"),
+    SETTING(lr, NUMBER, 0, 1e6, 0, "learning rate"),
+    SETTING(beta1, NUMBER, 0, 0.9999999, 0, "AdamW's decay of the first moment"),
+    SETTING(beta2, NUMBER, 0, 0.9999999, 0, "AdamW's decay of the second moment"),
+    SETTING(eps, NUMBER, 1e-30, 1, 0, "AdamW's epsilon"),
+    SETTING(weight_decay, NUMBER, 0, 1e6, 0, "decoupled weight decay"),
+    SETTING(max_grad_norm, NUMBER, 1e-12, 1e30, 0, "gradients are clipped to this global norm"),
+    SETTING(ema_decay, NUMBER, 0, 1, 0, "decay of the weights' moving average, which is sampled from"),
+    SETTING(ema_warmup, WHOLE, 0, 1, 0, "1: the decay at step n is at most (1+n)/(10+n), for short runs"),
+    SETTING(routing, TECHNIQUE, 0, 1, 0, "sparse middle: g sees only the kept tokens (SPRINT)"),
+    SETTING(path_drop, TECHNIQUE, 0, 1, 0, "now and then drop the sparse path (SPRINT)"),
+    SETTING(align, TECHNIQUE, 0, 1, 1, "align block Lf's output with a frozen encoder (REPA)"),
+    SETTING(cls, TECHNIQUE, 0, 1, 1, "denoise the encoder's CLS token beside the image (REG)"),
+    SETTING(cfm, TECHNIQUE, 0, 1, 0, "contrastive flow matching"),
+    SETTING(qk_norm, TECHNIQUE, 0, 1, 1, "RMSNorm on queries and keys"),
+    SETTING(rope, TECHNIQUE, 0, 1, 0, "rotary 2-D positions"),
+    SETTING(value_residual, TECHNIQUE, 0, 1, 1, "mix block 0's values into every later block"),
+    SETTING(time_shift, TECHNIQUE, 0, 1, 0, "shift the times by the latent's size"),
+    SETTING(label_dropout, TECHNIQUE, 0, 1, 0, "drop labels, for guidance"),
+    SETTING(ema, TECHNIQUE, 0, 1, 0, "moving average of the weights"),
 };
-enum { NUM_FIELDS = sizeof(config_fields) / sizeof(config_fields[0]) };
-
-static double field_get(const Config *c, const Field *f) {
-    const char *at = (const char *)c + f->offset;
-    return f->kind == 'd' ? *(const double *)at : *(const int *)at;
-}
-static void field_set(Config *c, const Field *f, double value, const char *where) {
-    if (!(value >= f->low && value <= f->high) || (f->kind != 'd' && value != floor(value)))
-        die("%s: %s is %g, which is not %s from %g to %g", where, f->name, value,
-            f->kind == 'd' ? "a number" : "a whole number", f->low, f->high);
-    char *at = (char *)c + f->offset;
-    if (f->kind == 'd') *(double *)at = value;
-    else *(int *)at = (int)value;
-}
-static const Field *field_find(const char *name) {
-    for (int i = 0; i < NUM_FIELDS; i++)
-        if (!strcmp(config_fields[i].name, name)) return &config_fields[i];
-    return NULL;
+enum { CONFIG_OPTIONS = sizeof(config_options) / sizeof(config_options[0]) };
+static OptionTable config_table(Config *c) {
+    OptionTable t = {config_options, CONFIG_OPTIONS, c, NULL};
+    return t;
 }
 
 // The paper's settings at ImageNet-256 with the INVAE latents; `model_preset` sets the sizes.
@@ -176,9 +160,9 @@ static double shift_time(const Config *c, double u) {
 }
 
 static void config_check(const Config *c, const char *where) {
-    for (int i = 0; i < NUM_FIELDS; i++)
-        if (field_get(c, &config_fields[i]) < config_fields[i].low)
-            die("%s: %s is missing", where, config_fields[i].name);
+    OptionTable t = config_table((Config *)c);
+    for (int i = 0; i < t.count; i++)
+        if (option_get(&t, i) < t.options[i].low) die("%s: %s is missing", where, t.options[i].name);
     // so that products of two or three sizes stay in an int
     if ((double)c->in_channels * c->input_size * c->input_size > 1 << 27)
         die("%s: latents of %d x %d x %d are too large", where, c->in_channels, c->input_size, c->input_size);
@@ -198,18 +182,20 @@ static void config_check(const Config *c, const char *where) {
 
 // The configuration in a file's metadata, read over `c`. `switch_off` lists techniques that are off.
 static void config_read(Config *c, const SafeFile *f) {
-    for (int i = 0; i < NUM_FIELDS; i++)
-        if (safe_metadata(f, config_fields[i].name))
-            field_set(c, &config_fields[i], safe_number(f, config_fields[i].name, 0), f->path);
+    OptionTable t = config_table(c);
+    for (int i = 0; i < t.count; i++) {
+        const char *name = t.options[i].name;
+        if (safe_metadata(f, name)) option_set(&t, i, safe_number(f, name, 0), f->path, name);
+    }
     const char *off = safe_metadata(f, "switch_off");
     while (off && *off) {
-        size_t n = strcspn(off, ",");
         char name[64];
+        size_t n = strcspn(off, ",");
         snprintf(name, sizeof(name), "%.*s", (int)n, off);
-        const Field *field = field_find(name);
-        if (!field || field->kind != 's')
+        int i = option_find(&t, name);
+        if (i < 0 || t.options[i].kind != TECHNIQUE)
             die("%s: switch_off names %s, which is no technique", f->path, name);
-        field_set(c, field, 0, f->path);
+        option_set(&t, i, 0, f->path, name);
         off += n + (off[n] == ',');
     }
     config_check(c, f->path);
@@ -1568,24 +1554,20 @@ static void batch_load(Batch *batch, const Data *d, const Config *c, uint64_t se
 // A run: its options, its checkpoints
 
 typedef struct {
-    char **data;
-    int data_count;
+    TextList data;
     const char *model, *out, *resume, *export_to;
     int batch, accum, steps, log_every, save_every, sample_every, sample_steps, threads;
     uint64_t seed;
 } Run;
 
-static volatile sig_atomic_t interrupted;
-static void on_interrupt(int signal) { (void)signal, interrupted = 1; }
-
-enum { MAX_PAIRS = NUM_FIELDS + 24 };
+enum { MAX_PAIRS = CONFIG_OPTIONS + 24 };
 // The metadata of checkpoints and exports; returns how many pairs
 static int run_pairs(SafePair pairs[MAX_PAIRS], const char *format, const Config *c, const Run *run,
                      const Data *d, int step) {
     int n = 0;
     pairs[n++] = pair_text("format", format), pairs[n++] = pair_text("model", run->model);
-    for (int i = 0; i < NUM_FIELDS; i++)
-        pairs[n++] = pair_number(config_fields[i].name, field_get(c, &config_fields[i]));
+    OptionTable t = config_table((Config *)c);
+    for (int i = 0; i < t.count; i++) pairs[n++] = pair_number(t.options[i].name, option_get(&t, i));
     pairs[n++] = pair_number("step", step), pairs[n++] = pair_number("steps", run->steps);
     pairs[n++] = pair_number("batch", run->batch), pairs[n++] = pair_number("accum", run->accum);
     pairs[n] = pair_text("seed", "");
@@ -1689,140 +1671,40 @@ static void checkpoint_load(const Backend *backend, Model *m, const SafeFile *f)
 // ----------------------------------------------------------------------------------------------------------
 // Command line
 
-typedef struct { const char *name; char kind; size_t offset; double low, high; const char *help; } Option;
-#define OPTION(flag, field, kind, low, high, help) {flag, kind, offsetof(Run, field), low, high, help}
+#define OPTION(name, field, kind, low, high, help) {name, kind, offsetof(Run, field), low, high, 0, help}
 static const Option run_options[] = {
-    OPTION("model", model, 't', 0, 0, "nano, or S, B, L, XL with a patch size, such as B/1 [nano]"),
-    OPTION("data", data, 'l', 0, 0, "one or more data shards [data/digits.safetensors]"),
-    OPTION("out", out, 't', 0, 0, "folder for checkpoint.safetensors, samples.png, log.csv [out]"),
-    OPTION("steps", steps, 'i', 0, 1e9, "training steps in all"),
-    OPTION("batch", batch, 'i', 1, 1e6, "samples a step"),
-    OPTION("accum", accum, 'i', 0, 1e6, "parts that a batch is computed in, to save memory; 0: chosen"),
-    OPTION("seed", seed, 'u', 0, 9e15, "of everything random"),
-    OPTION("resume", resume, 't', 0, 0, "go on from this checkpoint, bit for bit"),
-    OPTION("export", export_to, 't', 0, 0,
+    OPTION("model", model, TEXT, 0, 0, "nano, or S, B, L, XL with a patch size, such as B/1 [nano]"),
+    OPTION("data", data, LIST, 0, 0, "one or more data shards [data/digits.safetensors]"),
+    OPTION("out", out, TEXT, 0, 0, "folder for checkpoint.safetensors, samples.png, log.csv [out]"),
+    OPTION("steps", steps, WHOLE, 0, 1e9, "training steps in all"),
+    OPTION("batch", batch, WHOLE, 1, 1e6, "samples a step"),
+    OPTION("accum", accum, WHOLE, 0, 1e6, "parts that a batch is computed in, to save memory; 0: chosen"),
+    OPTION("seed", seed, SEED, 0, 9e15, "of everything random"),
+    OPTION("resume", resume, TEXT, 0, 0, "go on from this checkpoint, bit for bit"),
+    OPTION("export", export_to, TEXT, 0, 0,
            "at the end write the EMA under the reference implementation's names"),
-    OPTION("log-every", log_every, 'i', 1, 1e9, "steps between lines; a line shows the mean since the last"),
-    OPTION("save-every", save_every, 'i', 1, 1e9, "steps between checkpoints"),
-    OPTION("sample-every", sample_every, 'i', 0, 1e9, "steps between pictures; 0: one at the end"),
-    OPTION("sample-steps", sample_steps, 'i', 1, 1e6, "network evaluations a picture"),
-    OPTION("threads", threads, 'i', 0, 4096, "CPU threads; 0: what OpenMP chooses"),
+    OPTION("log_every", log_every, WHOLE, 1, 1e9,
+           "steps between lines; a line shows the mean since the last"),
+    OPTION("save_every", save_every, WHOLE, 1, 1e9, "steps between checkpoints"),
+    OPTION("sample_every", sample_every, WHOLE, 0, 1e9, "steps between pictures; 0: one at the end"),
+    OPTION("sample_steps", sample_steps, WHOLE, 1, 1e6, "network evaluations a picture"),
+    OPTION("threads", threads, WHOLE, 0, 4096, "CPU threads; 0: what OpenMP chooses"),
 };
-enum { NUM_OPTIONS = sizeof(run_options) / sizeof(run_options[0]) };
+enum { RUN_OPTIONS = sizeof(run_options) / sizeof(run_options[0]) };
 
-static double option_value(const Run *run, const Option *o) {
-    const char *at = (const char *)run + o->offset;
-    return o->kind == 'u' ? (double)*(const uint64_t *)at : (double)*(const int *)at;
-}
-static void flag_of(char flag[80], const char *name) {   // drop_ratio -> --drop-ratio
-    snprintf(flag, 80, "--%s", name);
-    for (char *s = flag; *s; s++)
-        if (*s == '_') *s = '-';
-}
-
-static void print_help(const char *program, const Config *c, const Run *run) {
-    char flag[80];
+static void print_help(const char *program, const OptionTable *run_table, const OptionTable *config) {
     printf("Trains SR-DiT, the Speedrun Diffusion Transformer (arXiv 2512.12386).\n\n"
            "  %s                                          nano on the bundled digits\n"
            "  %s --resume out/checkpoint.safetensors --steps 3000\n"
            "  %s --no-align --no-cls --steps 500 --out out/plain    two of the paper's techniques off\n\n"
-           "Options, with their defaults for --model %s:\n", program, program, program, run->model);
-    for (int i = 0; i < NUM_OPTIONS; i++) {
-        flag_of(flag, run_options[i].name);
-        char kind = run_options[i].kind;
-        printf("  %-22s %s", flag, run_options[i].help);
-        if (kind == 'i' || kind == 'u') printf(" [%.0f]", option_value(run, &run_options[i]));
-        printf("\n");
-    }
-    for (int pass = 0; pass < 2; pass++) {
-        printf(pass ? "\nThe paper's techniques; each is on, and its flag switches it off:\n"
-                    : "\nSizes, loss and optimizer:\n");
-        for (int i = 0; i < NUM_FIELDS; i++) {
-            const Field *f = &config_fields[i];
-            if ((f->kind == 's') != pass) continue;
-            char name[64];
-            snprintf(name, sizeof(name), "%s%s", pass ? "no-" : "", f->name);
-            flag_of(flag, name);
-            printf("  %-22s %s", flag, f->help);
-            if (!pass) printf(" [%g]", field_get(c, f));
-            printf("\n");
-        }
-    }
+           "Options, with their defaults for --model %s:\n", program, program, program,
+           ((const Run *)run_table->fields)->model);
+    options_print(run_table, 0, 22);
+    printf("\nSizes, loss and optimizer:\n");
+    options_print(config, 0, 22);
+    printf("\nThe paper's techniques; each is on, and its flag switches it off:\n");
+    options_print(config, 1, 22);
     printf("\nCtrl-C ends the step, writes the checkpoint and says how to go on.\n");
-}
-
-// A flag that is close to what was typed, for the error message
-static void suggest(char out[96], const char *typed) {
-    char flag[80], name[64];
-    size_t best = 4;
-    out[0] = 0;
-    for (int i = -NUM_OPTIONS; i < NUM_FIELDS; i++) {
-        if (i < 0) snprintf(name, sizeof(name), "%s", run_options[-i - 1].name);
-        else
-            snprintf(name, sizeof(name), "%s%s", config_fields[i].kind == 's' ? "no-" : "",
-                     config_fields[i].name);
-        flag_of(flag, name);
-        size_t same = 0, back = 0, n = strlen(flag), m = strlen(typed);
-        while (same < n && flag[same] == typed[same]) same++;
-        while (back < n && back < m && flag[n - 1 - back] == typed[m - 1 - back]) back++;
-        if (same + back > best) best = same + back, snprintf(out, 96, "; did you mean %s?", flag);
-    }
-}
-
-// Reads the command line over c and run. given[i]: field i was set by a flag.
-static void parse_flags(Config *c, Run *run, int given[NUM_FIELDS], int argc, char **argv) {
-    for (int i = 1; i < argc; i++) {
-        const char *arg = argv[i];
-        char flag[80], hint[96];
-        int done = 0;
-        for (int k = 0; k < NUM_OPTIONS && !done; k++) {
-            const Option *o = &run_options[k];
-            flag_of(flag, o->name);
-            if (strcmp(arg, flag)) continue;
-            if (i + 1 >= argc) die("%s needs a value: %s", flag, o->help);
-            char *at = (char *)run + o->offset;
-            if (o->kind == 'l') {
-                run->data = &argv[i + 1], run->data_count = 0;
-                while (i + 1 < argc && strncmp(argv[i + 1], "--", 2)) i++, run->data_count++;
-                if (!run->data_count) die("%s needs at least one file", flag);
-            } else if (o->kind == 't') *(const char **)at = argv[++i];
-            else {
-                double x = text_number(argv[++i], "command line", flag);
-                if (!(x >= o->low && x <= o->high) || x != floor(x))
-                    die("%s is %g, which is not a whole number from %.0f to %.0f", flag, x, o->low, o->high);
-                if (o->kind == 'u') *(uint64_t *)at = (uint64_t)x;
-                else *(int *)at = (int)x;
-            }
-            done = 1;
-        }
-        for (int k = 0; k < NUM_FIELDS && !done; k++) {
-            const Field *f = &config_fields[k];
-            char name[64];
-            snprintf(name, sizeof(name), "%s%s", f->kind == 's' ? "no-" : "", f->name);
-            flag_of(flag, name);
-            if (strcmp(arg, flag)) continue;
-            if (f->kind != 's' && i + 1 >= argc) die("%s needs a value: %s", flag, f->help);
-            field_set(c, f, f->kind == 's' ? 0 : text_number(argv[++i], "command line", flag),
-                      "command line");
-            given[k] = done = 1;
-        }
-        if (done) continue;
-        suggest(hint, arg);
-        die("unknown argument %s%s (--help lists all)", arg, hint);
-    }
-}
-
-static void make_folder(const char *path) {   // and those above it
-    char part[PATH_MAX];
-    struct stat st;
-    if (!*path || strlen(path) >= PATH_MAX - 64) die("\"%s\": the folder's name is empty or too long", path);
-    for (size_t i = 1; i <= strlen(path) && i < sizeof(part); i++)
-        if (path[i] == '/' || !path[i]) {
-            memcpy(part, path, i), part[i] = 0;
-            if (mkdir(part, 0777) && errno != EEXIST)
-                die("%s: the folder cannot be made: %s", part, strerror(errno));
-        }
-    if (stat(path, &st) || !S_ISDIR(st.st_mode)) die("%s: is not a folder", path);
 }
 
 // ----------------------------------------------------------------------------------------------------------
@@ -1838,9 +1720,10 @@ static void print_start(const Config *c, const Run *run, const Data *d, const Mo
            c->depth, c->num_f, sparse, c->num_h, c->hidden_size, c->num_heads, c->patch_size, tokens_of(c),
            kept_of(c));
     printf("  parameters %zu trained\n  techniques ", count_trained(&m->table));
-    for (int i = 0; i < NUM_FIELDS; i++)
-        if (config_fields[i].kind == 's' && !field_get(c, &config_fields[i]))
-            printf("%s%s", off++ ? ", " : "off: ", config_fields[i].name);
+    OptionTable config = config_table((Config *)c);
+    for (int i = 0; i < config.count; i++)
+        if (config.options[i].kind == TECHNIQUE && !option_get(&config, i))
+            printf("%s%s", off++ ? ", " : "off: ", config.options[i].name);
     printf("%s\n", off ? "" : "all on");
     printf("  data       %s: %zu samples in %d file%s, %d classes, latents %d x %d x %d, features %d x %d\n",
            d->name, d->count, d->shard_count, d->shard_count > 1 ? "s" : "", d->K, d->C, d->S, d->S,
@@ -1911,20 +1794,6 @@ static FILE *log_open(const char *path, int step) {
     return log;
 }
 
-// OpenMP's threads wait for each other by spinning for long, which on a machine that has anything else to do
-// costs a multiple of what it saves; falling asleep at once makes a step half as long again (measured in
-// dev/README.md). gcc's library can spin for some microseconds first, clang's cannot. They read their setting
-// before main, so the program starts anew.
-static void wait_calmly(char **argv) {
-#ifdef _OPENMP
-    if (getenv("OMP_WAIT_POLICY") || setenv("OMP_WAIT_POLICY", "passive", 1)) return;
-    setenv("GOMP_SPINCOUNT", "500", 0);
-    execv("/proc/self/exe", argv);   // where there is no such file, it spins
-#else
-    (void)argv;
-#endif
-}
-
 // Parts that suit a CPU's cache: of no more than some 3000 tokens, if the batch can be halved so often
 static int parts_of(const Config *c, int batch) {
     int parts = 1;
@@ -1937,16 +1806,15 @@ static int train_main(int argc, char **argv, const Backend *backend) {
     Config c = config_default();
     Run run;
     memset(&run, 0, sizeof(run));   // 0 steps, batch, accum, threads: chosen below
-    run.data = default_data, run.data_count = 1, run.model = "nano", run.out = "out";
+    run.data.items = default_data, run.data.count = 1, run.model = "nano", run.out = "out";
     run.log_every = 50, run.save_every = 500, run.sample_steps = 50, run.seed = 1;
-    int given[NUM_FIELDS] = {0}, step = 0, help = 0;
+    int given[CONFIG_OPTIONS] = {0}, step = 0, help = wants_help(argc, argv);
+    OptionTable tables[2] = {{run_options, RUN_OPTIONS, &run, NULL}, config_table(&c)};
+    tables[1].given = given;
     SafeFile *resume = NULL;
-    for (int i = 1; i < argc; i++) {   // these two come first, whatever their place
-        if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h")) help = 1;
-        if (i + 1 >= argc) continue;
-        if (!strcmp(argv[i], "--model")) run.model = argv[i + 1];
-        if (!strcmp(argv[i], "--resume")) run.resume = argv[i + 1];
-    }
+    const char *model_flag = text_after("--model", argc, argv);   // these two come first, whatever their place
+    if (model_flag) run.model = model_flag;
+    run.resume = text_after("--resume", argc, argv);
     if (run.resume && !help) {
         resume = checkpoint_open(run.resume, &c);
         if (strcmp(safe_metadata(resume, "format"), "srdit-checkpoint-1"))
@@ -1965,12 +1833,13 @@ static int train_main(int argc, char **argv, const Backend *backend) {
         run.steps = strcmp(run.model, "nano") ? 400000 : 900;
     }
     if (help) {
-        print_help(argv[0], &c, &run);
+        print_help(argv[0], &tables[0], &tables[1]);
         return 0;
     }
-    Config before = c;
+    double before[CONFIG_OPTIONS];
+    for (int i = 0; i < CONFIG_OPTIONS; i++) before[i] = option_get(&tables[1], i);
     const char *model_name = run.model;
-    parse_flags(&c, &run, given, argc, argv);
+    options_parse(tables, 2, NULL, argc, argv);
     if (resume && strcmp(model_name, run.model))
         die("--model %s: the checkpoint's model is %s", run.model, model_name);
     if (run.steps < step && !run.export_to)   // exporting needs no step
@@ -1979,40 +1848,32 @@ static int train_main(int argc, char **argv, const Backend *backend) {
         die("--accum %d does not divide --batch %d", run.accum, run.batch);
     if (run.threads) omp_set_num_threads(run.threads);
 
-    Data *d = data_open(run.data, run.data_count);
+    Data *d = data_open(run.data.items, run.data.count);
     if (resume) {   // the run must go on with what it was begun with
-        for (int i = 0; i < NUM_FIELDS; i++) {
-            const Field *f = &config_fields[i];
-            int shapes = f->kind == 'i' ? f->offset != offsetof(Config, ema_warmup)
-                                        : f->offset == offsetof(Config, mlp_ratio) ||
-                                              f->offset == offsetof(Config, align) ||
-                                              f->offset == offsetof(Config, cls) ||
-                                              f->offset == offsetof(Config, qk_norm) ||
-                                              f->offset == offsetof(Config, value_residual);
-            if (shapes && field_get(&c, f) != field_get(&before, f))
-                die("%s: its %s is %g; it cannot be changed to %g", run.resume, f->name,
-                    field_get(&before, f), field_get(&c, f));
-        }
+        for (int i = 0; i < CONFIG_OPTIONS; i++)
+            if (config_options[i].fixed && option_get(&tables[1], i) != before[i])
+                die("%s: its %s is %g; it cannot be changed to %g", run.resume, config_options[i].name, before[i],
+                    option_get(&tables[1], i));
         const char *name = safe_metadata(resume, "data"), *decoder = safe_metadata(resume, "decoder");
         if (name && strcmp(name, d->name))
-            die("%s: it was trained on %s, and %s is %s", run.resume, name, run.data[0], d->name);
+            die("%s: it was trained on %s, and %s is %s", run.resume, name, run.data.items[0], d->name);
         if (safe_number(resume, "data_samples", (double)d->count) != (double)d->count)
             die("%s: it was trained on %.0f samples, and %s has %zu (are all shards given to --data?)",
-                run.resume, safe_number(resume, "data_samples", 0), run.data[0], d->count);
+                run.resume, safe_number(resume, "data_samples", 0), run.data.items[0], d->count);
         if (decoder && strcmp(decoder, d->decoder))
-            die("%s: its decoder is %s, that of %s is %s", run.resume, decoder, run.data[0], d->decoder);
+            die("%s: its decoder is %s, that of %s is %s", run.resume, decoder, run.data.items[0], d->decoder);
         if (safe_number(resume, "latent_scale", d->scale) != d->scale ||
             safe_number(resume, "latent_offset", d->offset) != d->offset)
             die("%s: its latent scale and offset are %g, %g; those of %s are %g, %g", run.resume,
-                safe_number(resume, "latent_scale", 0), safe_number(resume, "latent_offset", 0), run.data[0],
+                safe_number(resume, "latent_scale", 0), safe_number(resume, "latent_offset", 0), run.data.items[0],
                 d->scale, d->offset);
     } else {        // what the data dictates, where no flag says otherwise
         int *sizes[] = {&c.in_channels, &c.input_size, &c.num_classes, &c.z_dim},
             from_data[] = {d->C, d->S, d->K, d->Z};
         for (int i = 0; i < 4; i++) {
             int flagged = 0;
-            for (int k = 0; k < NUM_FIELDS; k++)
-                flagged |= given[k] && (char *)&c + config_fields[k].offset == (char *)sizes[i];
+            for (int k = 0; k < CONFIG_OPTIONS; k++)
+                flagged |= given[k] && option_field(&tables[1], k) == sizes[i];
             if (!flagged && from_data[i]) *sizes[i] = from_data[i];
         }
     }
@@ -2045,10 +1906,7 @@ static int train_main(int argc, char **argv, const Backend *backend) {
     Batch *batch = batch_create(&c, run.batch / run.accum);
     batch->on_device = backend != &cpu_backend;
     FILE *log = log_open(log_path, step);
-    struct sigaction action;
-    memset(&action, 0, sizeof(action));
-    action.sa_handler = on_interrupt, action.sa_flags = (int)SA_RESETHAND;   // a second Ctrl-C ends at once
-    sigaction(SIGINT, &action, NULL), sigaction(SIGTERM, &action, NULL);
+    catch_interrupts();
 
     Losses sum;
     memset(&sum, 0, sizeof(sum));
@@ -2118,7 +1976,7 @@ static int train_main(int argc, char **argv, const Backend *backend) {
         printf("\ninterrupted before the first step; nothing was written to %s\n", path);
     else if (interrupted) {
         printf("\ninterrupted after step %d; to go on:  %s --resume %s", step, argv[0], path);
-        for (int i = 0; i < run.data_count; i++) printf("%s %s", i ? "" : " --data", run.data[i]);
+        for (int i = 0; i < run.data.count; i++) printf("%s %s", i ? "" : " --data", run.data.items[i]);
         printf(" --out %s\n", run.out);
     } else {
         if (step > first) printf("\n%s: written after step %d, %.1f s\n", path, step, now_seconds() - begin);

@@ -55,8 +55,9 @@ EXPORT Training *bench_create(const char *name, int B) {
 EXPORT void bench_destroy(Training *t) { model_destroy(t->model), batch_free(t->batch), free(t); }
 
 EXPORT double bench_setting(const Training *t, const char *name) {
-    const Field *f = field_find(name);
-    return f ? field_get(&t->model->c, f) : NAN;
+    OptionTable settings = config_table(&t->model->c);
+    int i = option_find(&settings, name);
+    return i < 0 ? NAN : option_get(&settings, i);
 }
 // Parameter tensor i: its name, place and size; NULL after the last
 EXPORT const char *bench_parameter(const Training *t, int i, real **data, size_t *size) {
