@@ -3,7 +3,9 @@
 #
 #   make train_srdit_emu test_srdit_emu sample_emu     the GPU programs, in float; in bf16: ..._emu_bf16
 #   make ptx_check_emu                                 dev/ptx_check.cu on the CPU twins
-#   make test_cuda_on_cpu                              selftest.cu in every order and under every sanitizer
+#   make norm_versions_emu                             dev/norm_versions.cu: its checks, without times
+#   make test_cuda_on_cpu                              selftest.cu in every order and under every sanitizer,
+#                                                      norm_versions.cu in some, then the trainer's tests
 #   make train_srdit_emu MODE=asan                     the same with a sanitizer: asan, tsan, msan (clang++);
 #                                                      gdb: with -O0. Objects lie in build/emu-MODE, and the
 #                                                      name at the top links to the program made last
@@ -56,6 +58,7 @@ $(EMU_OUT)/%_fp32.o: $(EMU_OUT)/src/%.c $(EMU)/cuda_cpu.h $(EMU)/emu.mk $(call e
 $(EMU_OUT)/test_srdit_bf16.o $(EMU_OUT)/test_srdit_fp32.o: EMU_DEFINES = -DTEST_CUDA= -DTRAIN_SRDIT_CU_NO_MAIN=
 $(EMU_OUT)/sample_bf16.o $(EMU_OUT)/sample_fp32.o: EMU_DEFINES = -DSAMPLE_CUDA= -DTRAIN_SRDIT_CU_NO_MAIN=
 $(EMU_OUT)/selftest.o $(EMU_OUT)/ptx_check.o: $(call emu_copies,dev/ptx_check.cu)
+$(EMU_OUT)/norm_versions.o: $(call emu_copies,dev/norm_versions.cu)
 $(EMU_OUT)/%.o: $(EMU_OUT)/src/$(EMU)/%.cu $(EMU)/cuda_cpu.h $(EMU)/emu.mk
 	$(EMU_COMPILE)
 $(EMU_OUT)/%.o: $(EMU_OUT)/src/dev/%.cu $(EMU)/cuda_cpu.h $(EMU)/emu.mk
@@ -78,14 +81,17 @@ train_srdit_emu test_srdit_emu sample_emu: %_emu: $(EMU_OUT)/%_fp32
 	ln -sf $< $@
 train_srdit_emu_bf16 test_srdit_emu_bf16 sample_emu_bf16: %_emu_bf16: $(EMU_OUT)/%_bf16
 	ln -sf $< $@
-.PHONY: ptx_check_emu
-ptx_check_emu: $(EMU_OUT)/ptx_check
+.PHONY: ptx_check_emu norm_versions_emu
+ptx_check_emu norm_versions_emu: %_emu: $(EMU_OUT)/%
 	ln -sf $< $@
 
 # Each line is one run; the first that fails stops. Without clang++ or valgrind their runs are left out aloud.
 .PHONY: test_cuda_on_cpu
 EMU_SELFTEST = $(MAKE) --no-print-directory -s MODE=$(1) build/emu-$(1)/selftest
 emu_run = @printf '%-24s ' '$(1)'; $(2) build/emu-$(3)/selftest || exit 1
+EMU_NORMS = $(MAKE) --no-print-directory -s MODE=$(1) build/emu-$(1)/norm_versions
+norms_run = @printf '%-24s ' '$(1)'; $(2) build/emu-$(3)/norm_versions > build/emu-$(3)/log 2>&1 && \
+	tail -n 1 build/emu-$(3)/log || { tail -n 40 build/emu-$(3)/log; exit 1; }
 test_cuda_on_cpu:
 	@$(call EMU_SELFTEST,plain) && $(call EMU_SELFTEST,asan) && $(call EMU_SELFTEST,tsan)
 	$(call emu_run,order fwd,CUDA_CPU_ORDER=fwd,plain)
@@ -101,6 +107,10 @@ test_cuda_on_cpu:
 	elif command -v valgrind >/dev/null; then \
 		printf '%-24s ' valgrind && valgrind -q --error-exitcode=9 build/emu-plain/selftest no-bugs; \
 	else echo 'msan, valgrind: left out, since there is neither clang++ nor valgrind'; fi
+	@$(call EMU_NORMS,plain) && $(call EMU_NORMS,tsan)
+	$(call norms_run,norms,,plain)
+	$(call norms_run,norms$(COMMA) order rev,CUDA_CPU_ORDER=rev,plain)
+	$(call norms_run,norms$(COMMA) tsan,,tsan)
 	@$(MAKE) --no-print-directory -s test_srdit_on_cpu
 
 # The trainer's kernels: everything in float and in bf16, then chosen comparisons (test_srdit_emu WORDS) in the
