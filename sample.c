@@ -379,14 +379,14 @@ static void map_rows(real *map, real *matrix, int to_map, int H, int W, int C) {
 // x += proj(softmax(q k^T / sqrt(C)) v), q, k, v linear in norm(x): one head over the T = H W pixels
 static void attn_forward(real *x, real *n, real *h, const AttnBlock *a, const Decoder *d, int H, int W) {
     int C = a->norm.channels, T = H * W;
-    size_t t = (size_t)T, c = (size_t)C, r = (size_t)attention_row(T);
+    size_t t = (size_t)T, c = (size_t)C, r = softmax_row(T);
     real *qkv = (real *)alloc_zero(5 * t * c + t * r + (size_t)omp_get_max_threads() * attention_work(T, C),
                                    sizeof(real));
     real *in = qkv + 3 * t * c, *out = in + t * c, *att = out + t * c, *work = att + t * r;
     group_norm_forward(n, x, &a->norm, d, 0, H, W);
     map_rows(n, in, 0, H, W, C);
     matmul(qkv, in, a->qkv_w, a->qkv_b, T, 3 * C, C, 0, 1, 0);
-    attention_forward(out, att, qkv, work, 1, T, 1, C);
+    attention_forward(out, att, qkv, work, omp_get_max_threads(), 1, T, 1, C);
     matmul(in, out, a->proj_w, a->proj_b, T, C, C, 0, 1, 0);
     memset(h, 0, map_elements(H, W, C) * sizeof(real));
     map_rows(h, in, 1, H, W, C);
@@ -533,21 +533,9 @@ static Model *sampling_model(const Backend *backend, const Config *c, int max_ba
         free(host);
         return m;
     }
-    m = (Model *)alloc_zero(1, sizeof(Model));
-    m->c = *c, m->max_batch = max_batch, m->threads = omp_get_max_threads();
-    Table sizes = params_table(&m->w, c, NULL);
-    Arena arena = {NULL, 0};
-    acts_layout(&m->a, &arena, c, max_batch, m->threads);
-    m->activation_bytes = arena.used * sizeof(real), m->parameter_bytes = sizes.total * sizeof(real);
-    m->memory = (real *)alloc_zero(sizes.total + arena.used + 64, sizeof(real));
-    m->params = m->ema = (real *)(((uintptr_t)m->memory + 63) / 64 * 64);
-    Arena acts = {m->params + sizes.total, 0};
-    acts_layout(&m->a, &acts, c, max_batch, m->threads);
-    free(sizes.tensors);
-    m->table = params_table(&m->w, c, m->params);
-    m->w_ema = m->w;
+    m = model_allocate(c, max_batch, 0);
     for (int i = 0; i < m->table.count; i++)
-        if (m->table.tensors[i].start >= POSITIONS)
+        if (!m->table.tensors[i].trained)
             tensor_start(m->params + m->table.tensors[i].offset, &m->table.tensors[i], c, 0);
     checkpoint_block(m->params, &m->table, f, prefix);
     return m;

@@ -1,10 +1,11 @@
 // SR-DiT, the Speedrun Diffusion Transformer (arXiv 2512.12386), trained on the CPU in one file of plain C.
 //
-// What this file is: the whole training program, to be read from top to bottom: configuration, random
-// numbers, safetensors, matrix product, every layer forward and backward with its derivation, the model, the
-// loss, AdamW, the sampler, data, checkpoints, the training loop. It is also the reference that
-// train_srdit.cu (the same on a GPU), sample.c and test_srdit.c include. What it refuses to become: a
-// framework. There is no tape and no graph: each backward is written by hand beside its forward.
+// What this file is: the model and its training, to be read from top to bottom: configuration, every layer
+// forward and backward with its derivation, parameters, the model, the loss, AdamW, the random draws, the
+// sampler, checkpoints, the training loop. It is also the reference that train_srdit.cu (the same on a GPU),
+// sample.c and test_srdit.c include. What every program needs and no student must open is in dev/lib: matrix
+// product, random numbers, safetensors, data shards, pictures, command line. What this file refuses to become:
+// a framework. There is no tape and no graph: each backward is written by hand beside its forward.
 //
 //   make && ./train_srdit            train the nano model on the bundled digits (about a minute on two cores)
 //   ./train_srdit --help             every flag with its default
@@ -14,10 +15,14 @@
 // (-DUSE_DOUBLE).
 //
 // Letters, as in the paper and in dev/reference.py:
-//   B batch            C, S latent channels, side    p patch size          P = (S/p)^2 patches
+//   B batch            C, S latent channels, side    p patch size          G = S/p, P = G^2 patches
 //   T = P + 1 tokens, CLS first (P without it)       Tk tokens kept in the sparse middle
+//   n tokens of a block, T or Tk                     N rows: all tokens of a batch, B n
 //   D width            H heads      Dh = D/H         L = Lf + Lg + Lh blocks: encoder f, sparse g, decoder h
+//   F hidden width of an MLP                         X = p p C numbers of a patch
 //   Z width of the alignment features and of CLS     M hidden width of the projector       K classes
+//   E output of the encoder f                        R length in memory of a row of attention's scores
+//   I, O inputs and outputs of a linear layer        W = 256 features of the time
 // In signatures outputs come first, then inputs, then sizes; dX is the gradient of the loss by X.
 #include "dev/lib/cli.h"
 #include "dev/lib/matmul.h"
@@ -28,113 +33,97 @@
 #include <sys/file.h>
 #include <sys/mman.h>
 
-
-// A block of memory handed out from the front. With base NULL it only counts: the same walk is made twice,
-// first to learn the size, then to set the pointers. Every piece starts at a multiple of 64 elements.
-typedef struct { real *base; size_t used; } Arena;
-static real *take(Arena *a, size_t count) {
-    real *p = a->base ? a->base + a->used : NULL;
-    a->used += (count + 63) / 64 * 64;
-    return p;
-}
-
-enum Stream { STREAM_INIT = 1, STREAM_ORDER, STREAM_TIME, STREAM_LABEL_DROP, STREAM_ROUTE, STREAM_PATH_DROP,
-              STREAM_NOISE, STREAM_NOISE_CLS, STREAM_SAMPLE_X, STREAM_SAMPLE_CLS, STREAM_SAMPLE_LABEL };
-
 // ----------------------------------------------------------------------------------------------------------
-// Configuration: one table gives each setting its name in files, its flag, its range and its help
+// Configuration: one table gives each setting its name in files, its flag, its range, its default and its help
 
 typedef struct {
     int depth, hidden_size, num_heads, patch_size, in_channels, input_size, num_classes, z_dim, projector_dim;
     int num_f, num_h;
     double mlp_ratio, drop_ratio, class_dropout_prob, path_drop_prob;
-    double cls_coeff, proj_coeff, cfm_coeff, shift_base;
+    double cls_coeff, align_coeff, cfm_coeff, shift_base;
     double lr, beta1, beta2, eps, weight_decay, max_grad_norm, ema_decay;
     int ema_warmup;
     // one switch per technique of the paper
     int routing, path_drop, align, cls, cfm, qk_norm, rope, value_residual, time_shift, label_dropout, ema;
 } Config;
 
-enum { MAX_DEPTH = 128 };
-#define SETTING(name, kind, low, high, fixed, help) \
-    {#name, kind, offsetof(Config, name), low, high, fixed, help}
-static const Option config_options[] = {   // fixed: 1 where a tensor's shape depends on it
-    SETTING(depth, WHOLE, 1, MAX_DEPTH, 1, "blocks, L"),
-    SETTING(hidden_size, WHOLE, 4, 65536, 1, "width, D"),
-    SETTING(num_heads, WHOLE, 1, 1024, 1, "heads, H; D/H must be divisible by 4"),
-    SETTING(patch_size, WHOLE, 1, 1024, 1, "patch side, p; must divide the latent side"),
-    SETTING(in_channels, WHOLE, 1, 65536, 1, "latent channels, C (default: what the data has)"),
-    SETTING(input_size, WHOLE, 1, 4096, 1, "latent height and width, S (default: what the data has)"),
-    SETTING(num_classes, WHOLE, 1, 10000000, 1, "classes, K (default: what the data has)"),
-    SETTING(z_dim, WHOLE, 1, 65536, 1, "width of the alignment features, Z (default: what the data has)"),
-    SETTING(projector_dim, WHOLE, 1, 65536, 1, "hidden width of the alignment projector, M"),
-    SETTING(num_f, WHOLE, 1, MAX_DEPTH, 1, "dense encoder blocks, Lf"),
-    SETTING(num_h, WHOLE, 0, MAX_DEPTH, 1, "dense decoder blocks, Lh"),
-    SETTING(mlp_ratio, NUMBER, 0.01, 64, 1, "hidden width of the MLP as a multiple of D"),
-    SETTING(drop_ratio, NUMBER, 0, 1, 0, "share of the tokens that the sparse middle leaves out, r"),
-    SETTING(class_dropout_prob, NUMBER, 0, 1, 0, "share of labels replaced by \"no class\""),
-    SETTING(path_drop_prob, NUMBER, 0, 1, 0, "share of steps that drop the whole sparse path"),
-    SETTING(cls_coeff, NUMBER, 0, 1e6, 0, "weight of the CLS velocity loss"),
-    SETTING(proj_coeff, NUMBER, 0, 1e6, 0, "weight of the alignment loss"),
-    SETTING(cfm_coeff, NUMBER, 0, 1e6, 0, "weight of the contrastive loss"),
-    SETTING(shift_base, NUMBER, 1e-6, 1e12, 0, "time shift s = sqrt(C*S*S / shift_base)"),
-    SETTING(lr, NUMBER, 0, 1e6, 0, "learning rate"),
-    SETTING(beta1, NUMBER, 0, 0.9999999, 0, "AdamW's decay of the first moment"),
-    SETTING(beta2, NUMBER, 0, 0.9999999, 0, "AdamW's decay of the second moment"),
-    SETTING(eps, NUMBER, 1e-30, 1, 0, "AdamW's epsilon"),
-    SETTING(weight_decay, NUMBER, 0, 1e6, 0, "decoupled weight decay"),
-    SETTING(max_grad_norm, NUMBER, 1e-12, 1e30, 0, "gradients are clipped to this global norm"),
-    SETTING(ema_decay, NUMBER, 0, 1, 0, "decay of the weights' moving average, which is sampled from"),
-    SETTING(ema_warmup, WHOLE, 0, 1, 0, "1: the decay at step n is at most (1+n)/(10+n), for short runs"),
-    SETTING(routing, TECHNIQUE, 0, 1, 0, "sparse middle: g sees only the kept tokens (SPRINT)"),
-    SETTING(path_drop, TECHNIQUE, 0, 1, 0, "now and then drop the sparse path (SPRINT)"),
-    SETTING(align, TECHNIQUE, 0, 1, 1, "align block Lf's output with a frozen encoder (REPA)"),
-    SETTING(cls, TECHNIQUE, 0, 1, 1, "denoise the encoder's CLS token beside the image (REG)"),
-    SETTING(cfm, TECHNIQUE, 0, 1, 0, "contrastive flow matching"),
-    SETTING(qk_norm, TECHNIQUE, 0, 1, 1, "RMSNorm on queries and keys"),
-    SETTING(rope, TECHNIQUE, 0, 1, 0, "rotary 2-D positions"),
-    SETTING(value_residual, TECHNIQUE, 0, 1, 1, "mix block 0's values into every later block"),
-    SETTING(time_shift, TECHNIQUE, 0, 1, 0, "shift the times by the latent's size"),
-    SETTING(label_dropout, TECHNIQUE, 0, 1, 0, "drop labels, for guidance"),
-    SETTING(ema, TECHNIQUE, 0, 1, 0, "moving average of the weights"),
+// Defaults are the paper's at ImageNet-256 with INVAE latents, of size B/1. fixed: 1 where shapes depend on it.
+enum { MAX_DEPTH = 128, FIXED = 1, FREE = 0 };
+#define SETTING(name, kind, initial, low, high, fixed, help) \
+    {#name, kind, offsetof(Config, name), low, high, fixed, help, initial}
+#define ON_OFF(name, fixed, help) SETTING(name, TECHNIQUE, 1, 0, 1, fixed, help)
+static const Option config_options[] = {
+    SETTING(depth, WHOLE, 12, 1, MAX_DEPTH, FIXED, "blocks, L"),
+    SETTING(hidden_size, WHOLE, 768, 4, 65536, FIXED, "width, D"),
+    SETTING(num_heads, WHOLE, 12, 1, 1024, FIXED, "heads, H; D/H must be divisible by 4"),
+    SETTING(patch_size, WHOLE, 1, 1, 1024, FIXED, "patch side, p; must divide the latent side"),
+    SETTING(in_channels, WHOLE, 32, 1, 65536, FIXED, "latent channels, C (default: what the data has)"),
+    SETTING(input_size, WHOLE, 16, 1, 4096, FIXED, "latent height and width, S (default: what the data has)"),
+    SETTING(num_classes, WHOLE, 1000, 1, 10000000, FIXED, "classes, K (default: what the data has)"),
+    SETTING(z_dim, WHOLE, 768, 1, 65536, FIXED, "width of the features, Z (default: what the data has)"),
+    SETTING(projector_dim, WHOLE, 2048, 1, 65536, FIXED, "hidden width of the alignment projector, M"),
+    SETTING(num_f, WHOLE, 2, 1, MAX_DEPTH, FIXED, "dense encoder blocks, Lf"),
+    SETTING(num_h, WHOLE, 2, 0, MAX_DEPTH, FIXED, "dense decoder blocks, Lh"),
+    SETTING(mlp_ratio, NUMBER, 4, 0.01, 64, FIXED, "hidden width of the MLP as a multiple of D"),
+    SETTING(drop_ratio, NUMBER, 0.75, 0, 1, FREE, "share of the tokens that the sparse middle leaves out, r"),
+    SETTING(class_dropout_prob, NUMBER, 0.1, 0, 1, FREE, "share of labels replaced by \"no class\""),
+    SETTING(path_drop_prob, NUMBER, 0.05, 0, 1, FREE, "share of steps that drop the whole sparse path"),
+    SETTING(cls_coeff, NUMBER, 0.03, 0, 1e6, FREE, "weight of the CLS velocity loss"),
+    SETTING(align_coeff, NUMBER, 0.5, 0, 1e6, FREE, "weight of the alignment loss"),
+    SETTING(cfm_coeff, NUMBER, 0.05, 0, 1e6, FREE, "weight of the contrastive loss"),
+    SETTING(shift_base, NUMBER, 4096, 1e-6, 1e12, FREE, "time shift s = sqrt(C*S*S / shift_base)"),
+    SETTING(lr, NUMBER, 1e-4, 0, 1e6, FREE, "learning rate"),
+    SETTING(beta1, NUMBER, 0.9, 0, 0.9999999, FREE, "AdamW's decay of the first moment"),
+    SETTING(beta2, NUMBER, 0.999, 0, 0.9999999, FREE, "AdamW's decay of the second moment"),
+    SETTING(eps, NUMBER, 1e-8, 1e-30, 1, FREE, "AdamW's epsilon"),
+    SETTING(weight_decay, NUMBER, 0, 0, 1e6, FREE, "decoupled weight decay"),
+    SETTING(max_grad_norm, NUMBER, 1, 1e-12, 1e30, FREE, "gradients are clipped to this global norm"),
+    SETTING(ema_decay, NUMBER, 0.9999, 0, 1, FREE, "decay of the weights' moving average, which is sampled from"),
+    SETTING(ema_warmup, WHOLE, 0, 0, 1, FREE, "1: the decay at step n is at most (1+n)/(10+n), for short runs"),
+    ON_OFF(routing, FREE, "sparse middle: g sees only the kept tokens (SPRINT)"),
+    ON_OFF(path_drop, FREE, "now and then drop the sparse path (SPRINT)"),
+    ON_OFF(align, FIXED, "align block Lf's output with a frozen encoder (REPA)"),
+    ON_OFF(cls, FIXED, "denoise the encoder's CLS token beside the image (REG)"),
+    ON_OFF(cfm, FREE, "contrastive flow matching"),
+    ON_OFF(qk_norm, FIXED, "RMSNorm on queries and keys"),
+    ON_OFF(rope, FREE, "rotary 2-D positions"),
+    ON_OFF(value_residual, FIXED, "mix block 0's values into every later block"),
+    ON_OFF(time_shift, FREE, "shift the times by the latent's size"),
+    ON_OFF(label_dropout, FREE, "drop labels, for guidance"),
+    ON_OFF(ema, FREE, "moving average of the weights"),
 };
 enum { CONFIG_OPTIONS = sizeof(config_options) / sizeof(config_options[0]) };
 static OptionTable config_table(Config *c) {
     OptionTable t = {config_options, CONFIG_OPTIONS, c, NULL};
     return t;
 }
-
-// The paper's settings at ImageNet-256 with the INVAE latents; `model_preset` sets the sizes.
 static Config config_default(void) {
     Config c;
+    OptionTable t = config_table(&c);
     memset(&c, 0, sizeof(c));
-    c.in_channels = 32, c.input_size = 16, c.num_classes = 1000, c.z_dim = 768, c.projector_dim = 2048;
-    c.num_f = c.num_h = 2;
-    c.mlp_ratio = 4, c.drop_ratio = 0.75, c.class_dropout_prob = 0.1, c.path_drop_prob = 0.05;
-    c.cls_coeff = 0.03, c.proj_coeff = 0.5, c.cfm_coeff = 0.05, c.shift_base = 4096;
-    c.lr = 1e-4, c.beta1 = 0.9, c.beta2 = 0.999, c.eps = 1e-8, c.max_grad_norm = 1, c.ema_decay = 0.9999;
-    c.routing = c.path_drop = c.align = c.cls = c.cfm = c.qk_norm = c.rope = c.value_residual = 1;
-    c.time_shift = c.label_dropout = c.ema = 1;
+    options_reset(&t);
     return c;
 }
 
 // "nano", or S, B, L, XL with the patch size 1, 2 or 4, such as "B/1". Returns 0 for another name.
 static int model_preset(Config *c, const char *name) {
     static const struct { const char *name; int depth, width, heads; } sizes[] =
-        {{"S", 12, 384, 6}, {"B", 12, 768, 12}, {"L", 24, 1024, 16}, {"XL", 28, 1152, 16}};
-    if (!strcmp(name, "nano")) {
-        c->depth = 6, c->hidden_size = 64, c->num_heads = 4, c->patch_size = 1, c->projector_dim = 128;
+        {{"nano", 6, 64, 4}, {"S", 12, 384, 6}, {"B", 12, 768, 12}, {"L", 24, 1024, 16}, {"XL", 28, 1152, 16}};
+    for (int i = 0; i < 5; i++) {
+        size_t length = strlen(sizes[i].name);
+        const char *patch = name + length;
+        if (strncmp(name, sizes[i].name, length) || (i ? *patch != '/' : *patch)) continue;
+        if (i && (!patch[1] || !strchr("124", patch[1]) || patch[2])) continue;
+        c->depth = sizes[i].depth;
+        c->hidden_size = sizes[i].width;
+        c->num_heads = sizes[i].heads;
+        c->patch_size = i ? patch[1] - '0' : 1;
+        if (i) return 1;
+        c->projector_dim = 128;
         c->shift_base = 64;              // 8 x 8 pixels of one channel: s = 1, no shift
-        c->lr = 2e-3, c->ema_decay = 0.999, c->ema_warmup = 1;
-        return 1;
-    }
-    for (int i = 0; i < 4; i++) {
-        size_t n = strlen(sizes[i].name);
-        if (strncmp(name, sizes[i].name, n) || name[n] != '/' || !strchr("124", name[n + 1]) ||
-            !name[n + 1] || name[n + 2])
-            continue;
-        c->depth = sizes[i].depth, c->hidden_size = sizes[i].width, c->num_heads = sizes[i].heads;
-        c->patch_size = name[n + 1] - '0';
+        c->lr = 2e-3;
+        c->ema_decay = 0.999;
+        c->ema_warmup = 1;
         return 1;
     }
     return 0;
@@ -187,6 +176,8 @@ static void config_read(Config *c, const SafeFile *f) {
         const char *name = t.options[i].name;
         if (safe_metadata(f, name)) option_set(&t, i, safe_number(f, name, 0), f->path, name);
     }
+    if (safe_metadata(f, "proj_coeff"))   // its name in reference files
+        option_set(&t, option_find(&t, "align_coeff"), safe_number(f, "proj_coeff", 0), f->path, "proj_coeff");
     const char *off = safe_metadata(f, "switch_off");
     while (off && *off) {
         char name[64];
@@ -202,22 +193,408 @@ static void config_read(Config *c, const SafeFile *f) {
 }
 
 // ----------------------------------------------------------------------------------------------------------
+// Layers. Backward functions quote the forward line that they differentiate. Gradients of weights are added
+// to; gradients of activations are overwritten unless the comment says "+=".
+
+// out[N,O] = in[N,I] w[O,I]^T + b[O]
+static void linear_forward(real *out, const real *in, const real *w, const real *b, size_t N, size_t I, size_t O) {
+    matmul(out, in, w, b, N, O, I, 0, 1, 0);
+}
+
+// din[N,I] = dout[N,O] w (NULL: not wanted; += where add_din);  dw[O,I] += dout^T in;  db[O] += sum_n dout
+static void linear_backward(real *din, real *dw, real *db, const real *dout, const real *in, const real *w, size_t N,
+                            size_t I, size_t O, int add_din) {
+    column_sums(db, dout, O, N, O);
+    if (din) matmul(din, dout, w, NULL, N, I, O, 0, 0, add_din);
+    matmul(dw, dout, in, NULL, O, I, N, 1, 0, 1);
+}
+
+// RMSNorm, n = x r with r = 1 / sqrt(mean(x^2) + eps). Its backward, used three times below: from
+//   dn_j/dx_i = r [i = j] - x_i x_j r^3 / D      follows      dx = r (dn - n mean(dn n)).
+#define NORM_EPS ((real)1e-6)
+#define QK_EPS ((real)1.1920928955078125e-07)   // 2^-23
+static real rms_scale(const real *x, size_t D, real eps) { return 1 / (real)sqrt(dot(x, x, D) / D + eps); }
+
+// RMSNorm and adaLN: out[B,T,D] = x[B,T,D] r (1 + scale) + shift, with shift and scale [B, stride] of the
+// sample. r [B,T] is kept for the backward.
+static void norm_modulate_forward(real *out, real *r, const real *x, const real *shift, const real *scale,
+                                  size_t stride, size_t B, size_t T, size_t D) {
+#pragma omp parallel for
+    for (size_t n = 0; n < B * T; n++) {
+        const real *xn = x + n * D, *sh = shift + n / T * stride, *sc = scale + n / T * stride;
+        real *o = out + n * D, rn = r[n] = rms_scale(xn, D, NORM_EPS);
+        for (size_t i = 0; i < D; i++) o[i] = xn[i] * rn * (1 + sc[i]) + sh[i];
+    }
+}
+
+// out = n (1 + scale) + shift with n = x r:
+//   dshift = sum_t dout,  dscale = sum_t dout n,  dn = dout (1 + scale),  dx += r (dn - n mean(dn n))
+static void norm_modulate_backward(real *dx, real *dshift, real *dscale, const real *dout, const real *x,
+                                   const real *r, const real *scale, size_t stride, size_t B, size_t T, size_t D) {
+#pragma omp parallel for
+    for (size_t b = 0; b < B; b++) {
+        const real *sc = scale + b * stride;
+        real *dsh = dshift + b * stride, *dsc = dscale + b * stride;
+        memset(dsh, 0, sizeof(real) * D);
+        memset(dsc, 0, sizeof(real) * D);
+        for (size_t n = b * T; n < (b + 1) * T; n++) {
+            const real *xn = x + n * D, *d = dout + n * D;
+            real *dxn = dx + n * D, rn = r[n], sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (size_t i = 0; i < D; i++) {
+                real normed = xn[i] * rn;
+                dsh[i] += d[i];
+                dsc[i] += d[i] * normed;
+                sum += d[i] * (1 + sc[i]) * normed;
+            }
+            real mean = sum / D;
+            for (size_t i = 0; i < D; i++) dxn[i] += rn * (d[i] * (1 + sc[i]) - xn[i] * rn * mean);
+        }
+    }
+}
+
+// out[B,T,D] = x + gate y, gate [B, stride] of the sample
+static void gate_forward(real *out, const real *x, const real *gate, const real *y, size_t stride, size_t B, size_t T,
+                         size_t D) {
+#pragma omp parallel for
+    for (size_t n = 0; n < B * T; n++) {
+        const real *xn = x + n * D, *yn = y + n * D, *g = gate + n / T * stride;
+        real *o = out + n * D;
+        for (size_t i = 0; i < D; i++) o[i] = xn[i] + g[i] * yn[i];
+    }
+}
+
+// out = x + gate y:  dgate = sum_t dout y,  dy = dout gate  (and dx = dout, which the caller keeps in place)
+static void gate_backward(real *dy, real *dgate, const real *dout, const real *gate, const real *y, size_t stride,
+                          size_t B, size_t T, size_t D) {
+#pragma omp parallel for
+    for (size_t b = 0; b < B; b++) {
+        const real *g = gate + b * stride;
+        real *dg = dgate + b * stride;
+        memset(dg, 0, sizeof(real) * D);
+        for (size_t n = b * T; n < (b + 1) * T; n++) {
+            const real *d = dout + n * D, *yn = y + n * D;
+            real *dyn = dy + n * D;
+            for (size_t i = 0; i < D; i++) {
+                dg[i] += d[i] * yn[i];
+                dyn[i] = d[i] * g[i];
+            }
+        }
+    }
+}
+
+// RMSNorm with a weight, out[N,D] = x r w (eps 1e-6): of the CLS token
+static void rmsnorm_forward(real *out, real *r, const real *x, const real *w, size_t N, size_t D) {
+    for (size_t n = 0; n < N; n++) {
+        const real *xn = x + n * D;
+        r[n] = rms_scale(xn, D, NORM_EPS);
+        for (size_t i = 0; i < D; i++) out[n * D + i] = xn[i] * r[n] * w[i];
+    }
+}
+
+// out = n w with n = x r:  dw += dout n,  dn = dout w,  dx = r (dn - n mean(dn n))
+static void rmsnorm_backward(real *dx, real *dw, const real *dout, const real *x, const real *r, const real *w,
+                             size_t N, size_t D) {
+    for (size_t n = 0; n < N; n++) {
+        const real *xn = x + n * D, *d = dout + n * D;
+        real sum = 0;
+        for (size_t i = 0; i < D; i++) {
+            dw[i] += d[i] * xn[i] * r[n];
+            sum += d[i] * w[i] * xn[i] * r[n];
+        }
+        for (size_t i = 0; i < D; i++) dx[n * D + i] = r[n] * (d[i] * w[i] - xn[i] * r[n] * (sum / D));
+    }
+}
+
+// GELU, tanh form: out = x/2 (1 + tanh u) with u = sqrt(2/pi) (x + 0.044715 x^3). As (1 + tanh u)/2 is the
+// sigmoid of 2u, out = x s with s = 1 / (1 + e^-2u): one exp, and nothing cancels.
+#define GELU_A ((real)0.7978845608028654)
+#define GELU_B ((real)0.044715)
+// The derivative wants the same exp and is kept: with e = e^-2u, so that 1 - s = e s,
+//   slope = s + x s (1 - s) 2 du/dx,  du/dx = sqrt(2/pi) (1 + 3 * 0.044715 x^2).
+static void gelu_forward(real *out, real *slope, const real *in, size_t count) {
+#pragma omp parallel for
+    for (size_t i = 0; i < count; i++) {
+        real x = in[i], x2 = GELU_B * x * x, e = fast_exp(-2 * GELU_A * x * (1 + x2)), s = 1 / (1 + e);
+        out[i] = x * s;
+        slope[i] = s * (1 + e * s * x * 2 * GELU_A * (1 + 3 * x2));
+    }
+}
+
+// dx = dout slope, in place: x comes in as dout
+static void gelu_backward(real *x, const real *slope, size_t count) {
+#pragma omp parallel for
+    for (size_t i = 0; i < count; i++) x[i] *= slope[i];
+}
+
+// SiLU: out = x s with s = 1 / (1 + e^-x)
+static void silu_forward(real *out, const real *in, size_t count) {
+#pragma omp parallel for
+    for (size_t i = 0; i < count; i++) out[i] = in[i] / (1 + fast_exp(-in[i]));
+}
+
+// dout/dx = s + x s (1 - s). din may be dout.
+static void silu_backward(real *din, const real *dout, const real *in, size_t count) {
+#pragma omp parallel for
+    for (size_t i = 0; i < count; i++) {
+        real s = 1 / (1 + fast_exp(-in[i]));
+        din[i] = dout[i] * (s + in[i] * s * (1 - s));
+    }
+}
+
+// QK-norm (arXiv 2010.04245): RMSNorm with a weight over each head of the queries and of the keys, which lie in
+// rows of 3D, q first: out = x r w, eps 2^-23. wq, wk [Dh]; r [N,2H] is kept.
+static void qk_norm_forward(real *out, real *r, const real *qkv, const real *wq, const real *wk, size_t N, size_t H,
+                            size_t Dh) {
+#pragma omp parallel for
+    for (size_t n = 0; n < N; n++)
+        for (size_t h = 0; h < 2 * H; h++) {
+            const real *x = qkv + (n * 3 * H + h) * Dh, *w = h < H ? wq : wk;
+            real *o = out + (n * 3 * H + h) * Dh, rh = r[n * 2 * H + h] = rms_scale(x, Dh, QK_EPS);
+#pragma omp simd
+            for (size_t i = 0; i < Dh; i++) o[i] = x[i] * rh * w[i];
+        }
+}
+
+// As rmsnorm's: dw += dout n,  dn = dout w,  dx = r (dn - n mean(dn n)).  Each sample's sums for dwq and dwk go to
+// its part of parts [B,2Dh] first; these are added in the order of the samples, whatever the number of threads.
+static void qk_norm_backward(real *dqkv, real *dwq, real *dwk, real *parts, const real *dout, const real *qkv,
+                             const real *r, const real *wq, const real *wk, size_t B, size_t T, size_t H, size_t Dh) {
+    memset(parts, 0, sizeof(real) * B * 2 * Dh);
+#pragma omp parallel for
+    for (size_t b = 0; b < B; b++)
+        for (size_t n = b * T; n < (b + 1) * T; n++)
+            for (size_t h = 0; h < 2 * H; h++) {
+                size_t at = (n * 3 * H + h) * Dh;
+                const real *x = qkv + at, *d = dout + at, *w = h < H ? wq : wk;
+                real *dx = dqkv + at, *dw = parts + (2 * b + h / H) * Dh, rh = r[n * 2 * H + h];
+#pragma omp simd
+                for (size_t i = 0; i < Dh; i++) {
+                    dw[i] += d[i] * (x[i] * rh);
+                    dx[i] = d[i] * w[i];             // dn for now
+                }
+                real mean = rh * dot(dx, x, Dh) / Dh;
+#pragma omp simd
+                for (size_t i = 0; i < Dh; i++) dx[i] = rh * (dx[i] - x[i] * rh * mean);
+            }
+    for (size_t b = 0; b < B; b++)
+        for (size_t i = 0; i < Dh; i++) {
+            dwq[i] += parts[2 * b * Dh + i];
+            dwk[i] += parts[(2 * b + 1) * Dh + i];
+        }
+}
+
+// The original token of the t-th of sample b's n tokens; ids [B,n], NULL: itself
+static size_t token_of(const int *ids, size_t b, size_t t, size_t n) { return ids ? (size_t)ids[b * n + t] : t; }
+
+// RoPE (RoFormer, arXiv 2104.09864) in two dimensions, in place on the queries and keys of rows of 3D = 3 H Dh:
+// pairs of neighbours turn by angles of the token's original place, (a, b) -> (a cos - b sin, b cos + a sin).
+// cosines and sines [P,Dh] hold each value twice. CLS (token 0, if cls) is not turned. direction -1 turns back.
+static void rope_turn(real *x, real direction, const real *cosines, const real *sines, const int *ids, int cls,
+                      size_t B, size_t n, size_t H, size_t Dh) {
+#pragma omp parallel for
+    for (size_t row = 0; row < B * n; row++) {
+        size_t token = token_of(ids, row / n, row % n, n);
+        if (cls && token == 0) continue;
+        const real *cs = cosines + (token - (size_t)cls) * Dh, *sn = sines + (token - (size_t)cls) * Dh;
+        for (size_t h = 0; h < 2 * H; h++) {
+            real *v = x + (row * 3 * H + h) * Dh;
+            for (size_t i = 0; i < Dh; i += 4) {           // two pairs, which compilers make one vector of
+                real a = v[i], b = v[i + 1], c = v[i + 2], d = v[i + 3];
+                v[i] = a * cs[i] - b * (direction * sn[i]);
+                v[i + 1] = b * cs[i + 1] + a * (direction * sn[i + 1]);
+                v[i + 2] = c * cs[i + 2] - d * (direction * sn[i + 2]);
+                v[i + 3] = d * cs[i + 3] + c * (direction * sn[i + 3]);
+            }
+        }
+    }
+}
+static void rope_forward(real *x, const real *cosines, const real *sines, const int *ids, int cls, size_t B, size_t n,
+                         size_t H, size_t Dh) {
+    rope_turn(x, 1, cosines, sines, ids, cls, B, n, H, Dh);
+}
+// The transpose of a rotation is the rotation by the negative angle.
+static void rope_backward(real *dx, const real *cosines, const real *sines, const int *ids, int cls, size_t B,
+                          size_t n, size_t H, size_t Dh) {
+    rope_turn(dx, -1, cosines, sines, ids, cls, B, n, H, Dh);
+}
+
+// Value residual (arXiv 2410.17897): out = lambda v1 + (1 - lambda) v. v and out are the values inside of rows of
+// 3D; v1 [B,T,D] has block 0's at all tokens.
+static void value_residual_forward(real *out, const real *v, const real *v1, real lambda, const int *ids, size_t B,
+                                   size_t n, size_t T, size_t D) {
+#pragma omp parallel for
+    for (size_t row = 0; row < B * n; row++) {
+        const real *first = v1 + (row / n * T + token_of(ids, row / n, row % n, n)) * D, *vn = v + row * 3 * D;
+        real *o = out + row * 3 * D;
+        for (size_t i = 0; i < D; i++) o[i] = lambda * first[i] + (1 - lambda) * vn[i];
+    }
+}
+
+// dv = (1 - lambda) dout;  dv1 += lambda dout at the original token;  dlambda += sum (v1 - v) dout, by way of
+// each sample's part of parts [B]
+static void value_residual_backward(real *dv, real *dv1, real *dlambda, real *parts, const real *dout, const real *v,
+                                    const real *v1, real lambda, const int *ids, size_t B, size_t n, size_t T,
+                                    size_t D) {
+#pragma omp parallel for
+    for (size_t b = 0; b < B; b++) {
+        real sum = 0;
+        for (size_t t = 0; t < n; t++) {
+            size_t at = (b * T + token_of(ids, b, t, n)) * D, row = (b * n + t) * 3 * D;
+            const real *d = dout + row, *vn = v + row, *first = v1 + at;
+            real *dvn = dv + row, *dfirst = dv1 + at;
+#pragma omp simd reduction(+ : sum)
+            for (size_t i = 0; i < D; i++) {
+                sum += d[i] * (first[i] - vn[i]);
+                dvn[i] = (1 - lambda) * d[i];
+                dfirst[i] += lambda * d[i];
+            }
+        }
+        parts[b] = sum;
+    }
+    for (size_t b = 0; b < B; b++) *dlambda += parts[b];
+}
+
+// Elements of scratch memory that attention needs for one head: panels and a matrix of scores
+static size_t attention_work(size_t T, size_t Dh) {
+    size_t most = T > Dh ? T : Dh;
+    return (most + NR - 1) / NR * NR * most + T * softmax_row(T);
+}
+
+// out[B,T,D] = softmax(q k^T / sqrt(Dh)) v for each sample and head, from qkv[B,T,3D]; att [B,H,T,R] is kept,
+// R = softmax_row(T). work: attention_work elements for each of `threads` threads
+static void attention_forward(real *out, real *att, const real *qkv, real *work, int threads, size_t B, size_t T,
+                              size_t H, size_t Dh) {
+    size_t D = H * Dh, R = softmax_row(T);
+    (void)threads;                         // unused without OpenMP
+#pragma omp parallel for num_threads(threads)
+    for (size_t bh = 0; bh < B * H; bh++) {
+        const real *q = qkv + bh / H * T * 3 * D + bh % H * Dh, *k = q + D, *v = k + D;
+        real *p = att + bh * T * R, *w = thread_work(work, attention_work(T, Dh));
+        matmul_small(p, R, R, part_of(q, 3 * D, 0), part_of(k, 3 * D, 1), T, T, Dh, w);
+        softmax_forward(p, T, T, (real)(1.0 / sqrt((double)Dh)));
+        real *o = out + bh / H * T * D + bh % H * Dh;
+        matmul_small(o, D, Dh, part_of(p, R, 0), part_of(v, 3 * D, 0), T, Dh, T, w);
+    }
+}
+
+// o = p v, p = softmax(s), s = q k^T / sqrt(Dh):
+//   dv = p^T do,  dp = do v^T,  ds_ij = p_ij (dp_ij - sum_k p_ik dp_ik) / sqrt(Dh),  dq = ds k,  dk = ds^T q
+static void attention_backward(real *dqkv, const real *dout, const real *qkv, const real *att, real *work, int threads,
+                               size_t B, size_t T, size_t H, size_t Dh) {
+    size_t D = H * Dh, R = softmax_row(T);
+    (void)threads;
+#pragma omp parallel for num_threads(threads)
+    for (size_t bh = 0; bh < B * H; bh++) {
+        size_t at = bh / H * T * 3 * D + bh % H * Dh;
+        const real *q = qkv + at, *k = q + D, *v = k + D, *p = att + bh * T * R;
+        const real *d = dout + bh / H * T * D + bh % H * Dh;
+        real *dq = dqkv + at, *dk = dq + D, *dv = dk + D;
+        real *ds = thread_work(work, attention_work(T, Dh)), *w = ds + T * R;
+        matmul_small(ds, R, R, part_of(d, D, 0), part_of(v, 3 * D, 1), T, T, Dh, w);
+        softmax_backward(ds, p, T, T, (real)(1.0 / sqrt((double)Dh)));
+        matmul_small(dv, 3 * D, Dh, part_of(p, R, 1), part_of(d, D, 0), T, Dh, T, w);
+        matmul_small(dq, 3 * D, Dh, part_of(ds, R, 0), part_of(k, 3 * D, 0), T, Dh, T, w);
+        matmul_small(dk, 3 * D, Dh, part_of(ds, R, 1), part_of(q, 3 * D, 0), T, Dh, T, w);
+    }
+}
+
+// patches[B,P,X] of x[B,C,S,S], features in the order (channel, row, column) of a convolution's weight
+static void patchify(real *patches, const real *x, const Config *c, size_t B) {
+    size_t S = c->input_size, p = c->patch_size, G = grid_of(c), P = patches_of(c), C = c->in_channels, X = C * p * p;
+#pragma omp parallel for
+    for (size_t n = 0; n < B * P; n++)
+        for (size_t i = 0; i < X; i++) {
+            size_t channel = i / (p * p), row = n % P / G * p + i / p % p, column = n % P % G * p + i % p;
+            patches[n * X + i] = x[((n / P * C + channel) * S + row) * S + column];
+        }
+}
+
+// x[B,C,S,S] from patches[B,P,X], features in the order (row, column, channel) of the final layer
+static size_t unpatchify_place(size_t n, size_t i, const Config *c) {   // where feature i of patch n goes
+    size_t S = c->input_size, p = c->patch_size, G = grid_of(c), P = patches_of(c), C = c->in_channels;
+    size_t channel = i % C, row = n % P / G * p + i / C / p, column = n % P % G * p + i / C % p;
+    return ((n / P * C + channel) * S + row) * S + column;
+}
+static void unpatchify_forward(real *x, const real *patches, const Config *c, size_t B) {
+    size_t P = patches_of(c), X = patch_dim_of(c);
+#pragma omp parallel for
+    for (size_t n = 0; n < B * P; n++)
+        for (size_t i = 0; i < X; i++) x[unpatchify_place(n, i, c)] = patches[n * X + i];
+}
+static void unpatchify_backward(real *dpatches, const real *dx, const Config *c, size_t B) {
+    size_t P = patches_of(c), X = patch_dim_of(c);
+#pragma omp parallel for
+    for (size_t n = 0; n < B * P; n++)
+        for (size_t i = 0; i < X; i++) dpatches[n * X + i] = dx[unpatchify_place(n, i, c)];
+}
+
+// e(t)[B,W] = [cos(t f_k), sin(t f_k)], f_k = 10000^(-k/128); t in [0, 1], not times 1000
+enum { TIME_FEATURES = 256 };   // W
+static void time_features(real *out, const real *t, size_t B) {
+    enum { HALF = TIME_FEATURES / 2 };
+#pragma omp parallel for
+    for (size_t k = 0; k < HALF; k++) {
+        double f = pow(10000, -(double)k / HALF);
+        for (size_t b = 0; b < B; b++) {
+            out[b * TIME_FEATURES + k] = (real)cos((double)t[b] * f);
+            out[b * TIME_FEATURES + HALF + k] = (real)sin((double)t[b] * f);
+        }
+    }
+}
+
+// N rows of D; ldo and ldi are the lengths of the rows in memory
+static void copy_rows(real *out, size_t ldo, const real *in, size_t ldi, size_t N, size_t D) {
+#pragma omp parallel for
+    for (size_t row = 0; row < N; row++) memcpy(out + row * ldo, in + row * ldi, sizeof(real) * D);
+}
+
+// Kept tokens: out[B,n] are rows ids[b] of in[B,T], D numbers in rows of ldo and ldi; and back into their places
+static void gather_rows(real *out, size_t ldo, const real *in, size_t ldi, const int *ids, size_t B, size_t n,
+                        size_t T, size_t D) {
+#pragma omp parallel for
+    for (size_t i = 0; i < B * n; i++)
+        memcpy(out + i * ldo, in + (i / n * T + (size_t)ids[i]) * ldi, sizeof(real) * D);
+}
+static void scatter_rows(real *out, size_t ldo, const real *in, size_t ldi, const int *ids, size_t B, size_t n,
+                         size_t T, size_t D) {
+#pragma omp parallel for
+    for (size_t i = 0; i < B * n; i++)
+        memcpy(out + (i / n * T + (size_t)ids[i]) * ldo, in + i * ldi, sizeof(real) * D);
+}
+
+// out[B,n,D] = tokens t0 ... t0+n of in[B,T,D]; and back into their places
+static void take_tokens(real *out, const real *in, size_t B, size_t n, size_t t0, size_t T, size_t D) {
+#pragma omp parallel for
+    for (size_t b = 0; b < B; b++) memcpy(out + b * n * D, in + (b * T + t0) * D, sizeof(real) * n * D);
+}
+static void put_tokens(real *out, const real *in, size_t B, size_t n, size_t t0, size_t T, size_t D) {
+#pragma omp parallel for
+    for (size_t b = 0; b < B; b++) memcpy(out + (b * T + t0) * D, in + b * n * D, sizeof(real) * n * D);
+}
+
+// sum[N,D] += one[D] in every row, and sum[N,D] += in[N,D] where rows may be longer in memory
+static void add_rows(real *sum, size_t lds, const real *in, size_t ldi, size_t N, size_t D) {
+#pragma omp parallel for
+    for (size_t row = 0; row < N; row++)
+        for (size_t i = 0; i < D; i++) sum[row * lds + i] += in[row * ldi + i];
+}
+
+// ----------------------------------------------------------------------------------------------------------
 // Parameters: one line a tensor says its name, shape, start and where the model finds it. The table drives
 // allocation, start values, AdamW, EMA, checkpoints and the comparison with reference files.
 
-enum Start {
-    ZERO,
-    ONE,
-    HALF,
-    NORMAL,
-    XAVIER,
-    POSITIONS,
-    ROPE_COS,
-    ROPE_SIN
-};   // the last three: not trained
-
-typedef struct { char name[64]; enum Start start; int ndim, shape[4]; size_t size, offset; } Tensor;
-typedef struct { Tensor *tensors; int count, room; size_t trained, total; } Table;   // elements, with pads
+enum Start { ZERO, ONE, HALF, NORMAL, XAVIER, POSITIONS, ROPE_COS, ROPE_SIN };
+typedef struct {
+    char name[64];
+    enum Start start;
+    int trained;             // 0: a fixed table
+    int block;               // which block it belongs to, -1: none
+    int ndim, shape[4];
+    size_t size, offset;
+} Tensor;
+// trained, total: elements of the trained tensors, which come first, and of all, with pads
+typedef struct { Tensor *tensors; int count, room, block; size_t trained, total; real *base; } Table;
 
 typedef struct {
     real *qkv_w, *qkv_b, *q_norm, *k_norm, *v1_lambda, *proj_w, *proj_b;
@@ -231,27 +608,28 @@ typedef struct {
     real *pos_embed, *rope_cos, *rope_sin;   // fixed
 } Params;
 
-// Appends a tensor to the table and returns its place in the block at base (NULL: only the table is wanted).
+// Appends a tensor to the table and returns its place in the block at t->base (NULL: only the table is wanted).
 // Trailing sizes of 0 are no dimensions. Each tensor starts at a multiple of 64 elements; the pads stay zero.
-static real *declare(Table *t, real *base, enum Start start, int a, int b, int c, int d, const char *format,
-                     ...) {
+static real *declare(Table *t, enum Start start, int a, int b, int c, int d, const char *name) {
     if (t->count == t->room) {
         t->room = 2 * t->room + 64;
         t->tensors = (Tensor *)realloc(t->tensors, sizeof(Tensor) * (size_t)t->room);
         if (!t->tensors) die("out of memory for the parameter table");
     }
     Tensor *x = &t->tensors[t->count++];
-    va_list args;
-    va_start(args, format);
-    vsnprintf(x->name, sizeof(x->name), format, args);
-    va_end(args);
+    if (t->block < 0) snprintf(x->name, sizeof(x->name), "%s", name);
+    else snprintf(x->name, sizeof(x->name), "blocks.%d.%s", t->block, name);
     int shape[4] = {a, b, c, d};
-    x->start = start, x->size = 1, x->offset = t->total;
-    for (x->ndim = 0; x->ndim < 4 && shape[x->ndim]; x->ndim++) x->size *= (size_t)shape[x->ndim];
     memcpy(x->shape, shape, sizeof(shape));
+    x->start = start;
+    x->trained = start < POSITIONS;
+    x->block = t->block;
+    x->offset = t->total;
+    x->size = 1;
+    for (x->ndim = 0; x->ndim < 4 && shape[x->ndim]; x->ndim++) x->size *= (size_t)shape[x->ndim];
     t->total += (x->size + 63) / 64 * 64;
-    if (start < POSITIONS) t->trained = t->total;
-    return base ? base + x->offset : NULL;
+    if (x->trained) t->trained = t->total;
+    return t->base ? t->base + x->offset : NULL;
 }
 
 // The whole model, one line a tensor. Names are those of the reference implementation's state_dict.
@@ -259,514 +637,116 @@ static Table params_table(Params *w, const Config *c, real *base) {
     Table t;
     memset(&t, 0, sizeof(t));
     memset(w, 0, sizeof(*w));
+    t.base = base;
+    t.block = -1;
     int D = c->hidden_size, Dh = D / c->num_heads, F = hidden_of(c), M = c->projector_dim, Z = c->z_dim;
-    int C = c->in_channels, p = c->patch_size;
-    w->x_w = declare(&t, base, XAVIER, D, C, p, p, "x_embedder.proj.weight");
-    w->x_b = declare(&t, base, ZERO, D, 0, 0, 0, "x_embedder.proj.bias");
+    int C = c->in_channels, p = c->patch_size, X = patch_dim_of(c), W = TIME_FEATURES;
+    w->x_w = declare(&t, XAVIER, D, C, p, p, "x_embedder.proj.weight");
+    w->x_b = declare(&t, ZERO, D, 0, 0, 0, "x_embedder.proj.bias");
     if (c->cls) {
-        w->cls_w = declare(&t, base, XAVIER, D, Z, 0, 0, "cls_projectors2.weight");
-        w->cls_b = declare(&t, base, ZERO, D, 0, 0, 0, "cls_projectors2.bias");
-        w->cls_norm = declare(&t, base, ONE, D, 0, 0, 0, "wg_norm.weight");
+        w->cls_w = declare(&t, XAVIER, D, Z, 0, 0, "cls_projectors2.weight");
+        w->cls_b = declare(&t, ZERO, D, 0, 0, 0, "cls_projectors2.bias");
+        w->cls_norm = declare(&t, ONE, D, 0, 0, 0, "wg_norm.weight");
     }
-    w->t0_w = declare(&t, base, NORMAL, D, 256, 0, 0, "t_embedder.mlp.0.weight");
-    w->t0_b = declare(&t, base, ZERO, D, 0, 0, 0, "t_embedder.mlp.0.bias");
-    w->t2_w = declare(&t, base, NORMAL, D, D, 0, 0, "t_embedder.mlp.2.weight");
-    w->t2_b = declare(&t, base, ZERO, D, 0, 0, 0, "t_embedder.mlp.2.bias");
-    w->label = declare(&t, base, NORMAL, c->num_classes + 1, D, 0, 0, "y_embedder.embedding_table.weight");
-    for (int i = 0; i < c->depth; i++) {
-        BlockParams *b = &w->block[i];
-        b->qkv_w = declare(&t, base, XAVIER, 3 * D, D, 0, 0, "blocks.%d.attn.qkv.weight", i);
-        b->qkv_b = declare(&t, base, ZERO, 3 * D, 0, 0, 0, "blocks.%d.attn.qkv.bias", i);
+    w->t0_w = declare(&t, NORMAL, D, W, 0, 0, "t_embedder.mlp.0.weight");
+    w->t0_b = declare(&t, ZERO, D, 0, 0, 0, "t_embedder.mlp.0.bias");
+    w->t2_w = declare(&t, NORMAL, D, D, 0, 0, "t_embedder.mlp.2.weight");
+    w->t2_b = declare(&t, ZERO, D, 0, 0, 0, "t_embedder.mlp.2.bias");
+    w->label = declare(&t, NORMAL, c->num_classes + 1, D, 0, 0, "y_embedder.embedding_table.weight");
+    for (t.block = 0; t.block < c->depth; t.block++) {   // names begin with blocks.0, blocks.1, ...
+        BlockParams *b = &w->block[t.block];
+        b->qkv_w = declare(&t, XAVIER, 3 * D, D, 0, 0, "attn.qkv.weight");
+        b->qkv_b = declare(&t, ZERO, 3 * D, 0, 0, 0, "attn.qkv.bias");
         if (c->qk_norm) {
-            b->q_norm = declare(&t, base, ONE, Dh, 0, 0, 0, "blocks.%d.attn.q_norm.weight", i);
-            b->k_norm = declare(&t, base, ONE, Dh, 0, 0, 0, "blocks.%d.attn.k_norm.weight", i);
+            b->q_norm = declare(&t, ONE, Dh, 0, 0, 0, "attn.q_norm.weight");
+            b->k_norm = declare(&t, ONE, Dh, 0, 0, 0, "attn.k_norm.weight");
         }
-        if (c->value_residual && i > 0)
-            b->v1_lambda = declare(&t, base, HALF, 0, 0, 0, 0, "blocks.%d.attn.v1_lambda", i);
-        b->proj_w = declare(&t, base, XAVIER, D, D, 0, 0, "blocks.%d.attn.proj.weight", i);
-        b->proj_b = declare(&t, base, ZERO, D, 0, 0, 0, "blocks.%d.attn.proj.bias", i);
-        b->fc1_w = declare(&t, base, XAVIER, F, D, 0, 0, "blocks.%d.mlp.fc1.weight", i);
-        b->fc1_b = declare(&t, base, ZERO, F, 0, 0, 0, "blocks.%d.mlp.fc1.bias", i);
-        b->fc2_w = declare(&t, base, XAVIER, D, F, 0, 0, "blocks.%d.mlp.fc2.weight", i);
-        b->fc2_b = declare(&t, base, ZERO, D, 0, 0, 0, "blocks.%d.mlp.fc2.bias", i);
-        b->adaln_w = declare(&t, base, ZERO, 6 * D, D, 0, 0, "blocks.%d.adaLN_modulation.1.weight", i);
-        b->adaln_b = declare(&t, base, ZERO, 6 * D, 0, 0, 0, "blocks.%d.adaLN_modulation.1.bias", i);
+        if (c->value_residual && t.block > 0)
+            b->v1_lambda = declare(&t, HALF, 0, 0, 0, 0, "attn.v1_lambda");
+        b->proj_w = declare(&t, XAVIER, D, D, 0, 0, "attn.proj.weight");
+        b->proj_b = declare(&t, ZERO, D, 0, 0, 0, "attn.proj.bias");
+        b->fc1_w = declare(&t, XAVIER, F, D, 0, 0, "mlp.fc1.weight");
+        b->fc1_b = declare(&t, ZERO, F, 0, 0, 0, "mlp.fc1.bias");
+        b->fc2_w = declare(&t, XAVIER, D, F, 0, 0, "mlp.fc2.weight");
+        b->fc2_b = declare(&t, ZERO, D, 0, 0, 0, "mlp.fc2.bias");
+        b->adaln_w = declare(&t, ZERO, 6 * D, D, 0, 0, "adaLN_modulation.1.weight");
+        b->adaln_b = declare(&t, ZERO, 6 * D, 0, 0, 0, "adaLN_modulation.1.bias");
     }
+    t.block = -1;
     if (c->align) {
-        w->p0_w = declare(&t, base, XAVIER, M, D, 0, 0, "projectors.0.0.weight");
-        w->p0_b = declare(&t, base, ZERO, M, 0, 0, 0, "projectors.0.0.bias");
-        w->p2_w = declare(&t, base, XAVIER, M, M, 0, 0, "projectors.0.2.weight");
-        w->p2_b = declare(&t, base, ZERO, M, 0, 0, 0, "projectors.0.2.bias");
-        w->p4_w = declare(&t, base, XAVIER, Z, M, 0, 0, "projectors.0.4.weight");
-        w->p4_b = declare(&t, base, ZERO, Z, 0, 0, 0, "projectors.0.4.bias");
+        w->p0_w = declare(&t, XAVIER, M, D, 0, 0, "projectors.0.0.weight");
+        w->p0_b = declare(&t, ZERO, M, 0, 0, 0, "projectors.0.0.bias");
+        w->p2_w = declare(&t, XAVIER, M, M, 0, 0, "projectors.0.2.weight");
+        w->p2_b = declare(&t, ZERO, M, 0, 0, 0, "projectors.0.2.bias");
+        w->p4_w = declare(&t, XAVIER, Z, M, 0, 0, "projectors.0.4.weight");
+        w->p4_b = declare(&t, ZERO, Z, 0, 0, 0, "projectors.0.4.bias");
     }
-    w->mask_token = declare(&t, base, ZERO, 1, 1, D, 0, "mask_token");
-    w->fusion_w = declare(&t, base, XAVIER, D, 2 * D, 0, 0, "fusion_proj.weight");
-    w->fusion_b = declare(&t, base, ZERO, D, 0, 0, 0, "fusion_proj.bias");
-    w->final_adaln_w = declare(&t, base, ZERO, 2 * D, D, 0, 0, "final_layer.adaLN_modulation.1.weight");
-    w->final_adaln_b = declare(&t, base, ZERO, 2 * D, 0, 0, 0, "final_layer.adaLN_modulation.1.bias");
-    w->final_w = declare(&t, base, ZERO, patch_dim_of(c), D, 0, 0, "final_layer.linear.weight");
-    w->final_b = declare(&t, base, ZERO, patch_dim_of(c), 0, 0, 0, "final_layer.linear.bias");
+    w->mask_token = declare(&t, ZERO, 1, 1, D, 0, "mask_token");
+    w->fusion_w = declare(&t, XAVIER, D, 2 * D, 0, 0, "fusion_proj.weight");
+    w->fusion_b = declare(&t, ZERO, D, 0, 0, 0, "fusion_proj.bias");
+    w->final_adaln_w = declare(&t, ZERO, 2 * D, D, 0, 0, "final_layer.adaLN_modulation.1.weight");
+    w->final_adaln_b = declare(&t, ZERO, 2 * D, 0, 0, 0, "final_layer.adaLN_modulation.1.bias");
+    w->final_w = declare(&t, ZERO, X, D, 0, 0, "final_layer.linear.weight");
+    w->final_b = declare(&t, ZERO, X, 0, 0, 0, "final_layer.linear.bias");
     if (c->cls) {
-        w->final_cls_w = declare(&t, base, ZERO, Z, D, 0, 0, "final_layer.linear_cls.weight");
-        w->final_cls_b = declare(&t, base, ZERO, Z, 0, 0, 0, "final_layer.linear_cls.bias");
+        w->final_cls_w = declare(&t, ZERO, Z, D, 0, 0, "final_layer.linear_cls.weight");
+        w->final_cls_b = declare(&t, ZERO, Z, 0, 0, 0, "final_layer.linear_cls.bias");
     }
-    w->pos_embed = declare(&t, base, POSITIONS, 1, tokens_of(c), D, 0, "pos_embed");
-    w->rope_cos = declare(&t, base, ROPE_COS, patches_of(c), Dh, 0, 0, "feat_rope.freqs_cos");
-    w->rope_sin = declare(&t, base, ROPE_SIN, patches_of(c), Dh, 0, 0, "feat_rope.freqs_sin");
+    w->pos_embed = declare(&t, POSITIONS, 1, tokens_of(c), D, 0, "pos_embed");
+    w->rope_cos = declare(&t, ROPE_COS, patches_of(c), Dh, 0, 0, "feat_rope.freqs_cos");
+    w->rope_sin = declare(&t, ROPE_SIN, patches_of(c), Dh, 0, 0, "feat_rope.freqs_sin");
     return t;
 }
 
 static size_t count_trained(const Table *t) {   // without the pads
-    size_t n = 0;
-    for (int i = 0; i < t->count; i++) n += t->tensors[i].start < POSITIONS ? t->tensors[i].size : 0;
-    return n;
+    size_t count = 0;
+    for (int i = 0; i < t->count; i++) count += t->tensors[i].trained ? t->tensors[i].size : 0;
+    return count;
+}
+
+// What a random number is for: the last part of its address (dev/lib/random.h)
+enum Stream { STREAM_INIT = 1, STREAM_ORDER, STREAM_TIME, STREAM_LABEL_DROP, STREAM_ROUTE, STREAM_PATH_DROP,
+              STREAM_NOISE, STREAM_NOISE_CLS, STREAM_SAMPLE_X, STREAM_SAMPLE_CLS, STREAM_SAMPLE_LABEL };
+
+// Element i of the fixed table of positions [T,D]: [sin, cos] of the column, then [sin, cos] of the row
+static real position_of(size_t i, const Config *c) {
+    int D = c->hidden_size, G = grid_of(c), k = (int)(i % (size_t)D), patch = (int)(i / (size_t)D) - c->cls;
+    double place = k < D / 2 ? patch % G : patch / G;
+    double angle = place * pow(10000, -(double)(k % (D / 4)) / (D / 4));
+    return patch < 0 ? 0 : (real)(float)(k / (D / 4) % 2 ? cos(angle) : sin(angle));
+}
+// Angle i of RoPE's fixed tables [P,Dh]: the first half by row, the second by column
+static double rope_angle(size_t i, const Config *c) {
+    int Dh = c->hidden_size / c->num_heads, G = grid_of(c), half = Dh / 2;
+    int k = (int)(i % (size_t)Dh), patch = (int)(i / (size_t)Dh);
+    return (k < half ? patch / G : patch % G) * pow(10000, -2.0 * (k % half / 2) / half);
 }
 
 // Fills a tensor with its start values, as the reference implementation of arXiv 2512.12386 does
 static void tensor_start(real *out, const Tensor *t, const Config *c, uint64_t seed) {
-    int D = c->hidden_size, G = grid_of(c);
     uint32_t hash = 2166136261u;   // FNV-1a of the name: a tensor starts alike whatever else is switched off
     for (const char *s = t->name; *s; s++) hash = (hash ^ (uint8_t)*s) * 16777619u;
     size_t fan_out = t->ndim ? (size_t)t->shape[0] : 1, fan_in = t->size / fan_out;
     double bound = sqrt(6.0 / (double)(fan_in + fan_out));
-    if (t->start == NORMAL) {
-        fill_normal(out, t->size, seed, STREAM_INIT, 0, hash);
-        for (size_t i = 0; i < t->size; i++) out[i] *= (real)0.02;
-        return;
-    }
-    for (size_t i = 0; i < t->size; i++) {
-        if (t->start == XAVIER) {
+    if (t->start == NORMAL) fill_normal(out, t->size, seed, STREAM_INIT, 0, hash);
+    for (size_t i = 0; i < t->size; i++) switch (t->start) {
+        case ZERO: out[i] = 0; break;
+        case ONE: out[i] = 1; break;
+        case HALF: out[i] = (real)0.5; break;
+        case NORMAL: out[i] *= (real)0.02; break;
+        case XAVIER: {
             double u = uniform_of(draw4(seed, STREAM_INIT, 0, hash, (uint32_t)(i / 4)).v[i % 4]);
             out[i] = (real)(bound * (2 * u - 1));
-        } else if (t->start == POSITIONS) {   // [sin, cos] of the column, then [sin, cos] of the row
-            int token = (int)(i / (size_t)D), k = (int)(i % (size_t)D), patch = token - c->cls;
-            double pos = k < D / 2 ? patch % G : patch / G;
-            double angle = pos * pow(10000, -(double)(k % (D / 4)) / (D / 4));
-            out[i] = patch < 0 ? 0 : (real)(float)(k / (D / 4) % 2 ? cos(angle) : sin(angle));
-        } else if (t->start == ROPE_COS || t->start == ROPE_SIN) {   // first half by row, second by column
-            int Dh = t->shape[1], patch = (int)(i / (size_t)Dh), k = (int)(i % (size_t)Dh), half = Dh / 2;
-            double pos = k < half ? patch / G : patch % G;
-            double angle = pos * pow(10000, -2.0 * (k % half / 2) / half);
-            out[i] = (real)(t->start == ROPE_COS ? cos(angle) : sin(angle));
-        } else
-            out[i] = t->start == ONE ? 1 : t->start == HALF ? (real)0.5 : 0;
+            break;
+        }
+        case POSITIONS: out[i] = position_of(i, c); break;
+        case ROPE_COS: out[i] = (real)cos(rope_angle(i, c)); break;
+        case ROPE_SIN: out[i] = (real)sin(rope_angle(i, c)); break;
     }
 }
 
 static void params_start(real *params, const Table *t, const Config *c, uint64_t seed) {
     for (int i = 0; i < t->count; i++) tensor_start(params + t->tensors[i].offset, &t->tensors[i], c, seed);
-}
-
-// ----------------------------------------------------------------------------------------------------------
-// Layers. Backward functions quote the forward line that they differentiate. Gradients of weights are added
-// to; gradients of activations are overwritten unless the comment says "+=".
-
-// out[N,O] = in[N,I] w[O,I]^T + b[O]
-static void linear_forward(real *out, const real *in, const real *w, const real *b, int N, int I, int O) {
-    matmul(out, in, w, b, N, O, I, 0, 1, 0);
-}
-
-// sum[O] += all N rows of in[N,O]; ld is the length of a row in memory
-static void add_rows(real *sum, const real *in, long ld, int N, int O) {
-#pragma omp parallel for
-    for (int o = 0; o < O; o += VL) {
-        vec part = {0};
-        for (int n = 0; n < N && o + VL <= O; n++) part += *(const vec *)(in + n * ld + o);
-        if (o + VL <= O) *(vec *)(sum + o) += part;
-        for (int i = o; i < O && o + VL > O; i++)
-            for (int n = 0; n < N; n++) sum[i] += in[n * ld + i];
-    }
-}
-
-// din[N,I] = dout[N,O] w (NULL: not wanted; += where add_din);  dw[O,I] += dout^T in;  db[O] += sum_n dout
-static void linear_backward(real *din, real *dw, real *db, const real *dout, const real *in, const real *w,
-                            int N, int I, int O, int add_din) {
-    stored((real *)dout, (size_t)N * O);
-    if (din) matmul(din, dout, w, NULL, N, I, O, 0, 0, add_din);
-    if (din && !add_din) stored(din, (size_t)N * I);
-    matmul(dw, dout, in, NULL, O, I, N, 1, 0, 1);
-    add_rows(db, dout, O, N, O);
-}
-
-// RMSNorm, n = x r with r = 1 / sqrt(mean(x^2) + eps). Its backward, used three times below: from
-//   dn_j/dx_i = r [i = j] - x_i x_j r^3 / D      follows      dx = r (dn - n mean(dn n)).
-static real rms_scale(const real *x, int D, real eps) { return 1 / (real)sqrt(dot(x, x, D) / D + eps); }
-
-// RMSNorm and adaLN: out[B,T,D] = x[B,T,D] r (1 + scale) + shift, with shift and scale [B, stride] of the
-// sample. r [B,T] is kept for the backward.
-static void norm_modulate_forward(real *out, real *r, const real *x, const real *shift, const real *scale,
-                                  int stride, int B, int T, int D) {
-#pragma omp parallel for
-    for (int n = 0; n < B * T; n++) {
-        const real *xn = x + (size_t)n * D, *sh = shift + (size_t)(n / T) * stride,
-                   *sc = scale + (size_t)(n / T) * stride;
-        real *o = out + (size_t)n * D, rn = r[n] = rms_scale(xn, D, (real)1e-6);
-        for (int i = 0; i < D; i++) o[i] = xn[i] * rn * (1 + sc[i]) + sh[i];
-    }
-}
-
-// out = n (1 + scale) + shift with n = x r:
-//   dshift = sum_t dout,  dscale = sum_t dout n,  dn = dout (1 + scale),  dx += r (dn - n mean(dn n))
-static void norm_modulate_backward(real *dx, real *dshift, real *dscale, const real *dout, const real *x,
-                                   const real *r, const real *scale, int stride, int B, int T, int D) {
-#pragma omp parallel for
-    for (int b = 0; b < B; b++) {
-        const real *sc = scale + (size_t)b * stride;
-        real *dsh = dshift + (size_t)b * stride, *dsc = dscale + (size_t)b * stride;
-        memset(dsh, 0, sizeof(real) * (size_t)D);
-        memset(dsc, 0, sizeof(real) * (size_t)D);
-        for (int n = b * T; n < (b + 1) * T; n++) {
-            const real *xn = x + (size_t)n * D, *d = dout + (size_t)n * D;
-            real *dxn = dx + (size_t)n * D, rn = r[n];
-            vec sums = {0};
-            int i = 0;
-            for (; i + VL <= D; i += VL) {
-                vec v = *(const vec *)(d + i), nv = *(const vec *)(xn + i) * rn;
-                *(vec *)(dsh + i) += v;
-                *(vec *)(dsc + i) += v * nv;
-                sums += v * (1 + *(const vec *)(sc + i)) * nv;
-            }
-            real sum = lane_sum(sums);
-            for (; i < D; i++) {
-                dsh[i] += d[i];
-                dsc[i] += d[i] * xn[i] * rn;
-                sum += d[i] * (1 + sc[i]) * xn[i] * rn;
-            }
-            real mean = sum / D;
-            for (i = 0; i < D; i++) dxn[i] += rn * (d[i] * (1 + sc[i]) - xn[i] * rn * mean);
-        }
-    }
-}
-
-// out[B,T,D] = x + gate y, gate [B, stride] of the sample
-static void gate_forward(real *out, const real *x, const real *gate, const real *y, int stride, int B, int T,
-                         int D) {
-#pragma omp parallel for
-    for (int n = 0; n < B * T; n++) {
-        const real *xn = x + (size_t)n * D, *yn = y + (size_t)n * D, *g = gate + (size_t)(n / T) * stride;
-        real *o = out + (size_t)n * D;
-        for (int i = 0; i < D; i++) o[i] = xn[i] + g[i] * yn[i];
-    }
-}
-
-// out = x + gate y:  dgate = sum_t dout y,  dy = dout gate  (and dx = dout, which the caller keeps in place)
-static void gate_backward(real *dy, real *dgate, const real *dout, const real *gate, const real *y,
-                          int stride, int B, int T, int D) {
-#pragma omp parallel for
-    for (int b = 0; b < B; b++) {
-        const real *g = gate + (size_t)b * stride;
-        real *dg = dgate + (size_t)b * stride;
-        memset(dg, 0, sizeof(real) * (size_t)D);
-        for (int n = b * T; n < (b + 1) * T; n++) {
-            const real *d = dout + (size_t)n * D, *yn = y + (size_t)n * D;
-            real *dyn = dy + (size_t)n * D;
-            for (int i = 0; i < D; i++) {
-                dg[i] += d[i] * yn[i];
-                dyn[i] = d[i] * g[i];
-            }
-        }
-    }
-}
-
-// RMSNorm with a weight, out[N,D] = x r w (eps 1e-6): of the CLS token
-static void rmsnorm_forward(real *out, real *r, const real *x, const real *w, int N, int D) {
-    for (int n = 0; n < N; n++) {
-        const real *xn = x + (size_t)n * D;
-        r[n] = rms_scale(xn, D, (real)1e-6);
-        for (int i = 0; i < D; i++) out[(size_t)n * D + i] = xn[i] * r[n] * w[i];
-    }
-}
-
-// out = n w with n = x r:  dw += dout n,  dn = dout w,  dx = r (dn - n mean(dn n))
-static void rmsnorm_backward(real *dx, real *dw, const real *dout, const real *x, const real *r,
-                             const real *w, int N, int D) {
-    for (int n = 0; n < N; n++) {
-        const real *xn = x + (size_t)n * D, *d = dout + (size_t)n * D;
-        real sum = 0;
-        for (int i = 0; i < D; i++) {
-            dw[i] += d[i] * xn[i] * r[n];
-            sum += d[i] * w[i] * xn[i] * r[n];
-        }
-        for (int i = 0; i < D; i++) dx[(size_t)n * D + i] = r[n] * (d[i] * w[i] - xn[i] * r[n] * (sum / D));
-    }
-}
-
-// GELU, tanh form: out = x/2 (1 + tanh u) with u = sqrt(2/pi) (x + 0.044715 x^3). As (1 + tanh u)/2 is the
-// sigmoid of 2u, out = x s with s = 1 / (1 + e^-2u): one exp, and nothing cancels.
-#define GELU_A ((real)0.7978845608028654)
-#define GELU_B ((real)0.044715)
-// The derivative wants the same exp and is kept: with e = e^-2u, so that 1 - s = e s,
-//   slope = s + x s (1 - s) 2 du/dx,  du/dx = sqrt(2/pi) (1 + 3 * 0.044715 x^2).
-// slope may be in.
-static void gelu_forward(real *out, real *slope, const real *in, size_t n) {
-#pragma omp parallel for
-    for (size_t i = 0; i < n; i++) {
-        real x = in[i], x2 = GELU_B * x * x, e = fast_exp(-2 * GELU_A * x * (1 + x2)), s = 1 / (1 + e);
-        out[i] = x * s;
-        slope[i] = s * (1 + e * s * x * 2 * GELU_A * (1 + 3 * x2));
-    }
-}
-
-// dx = dout slope. din may be dout.
-static void gelu_backward(real *din, const real *dout, const real *slope, size_t n) {
-#pragma omp parallel for
-    for (size_t i = 0; i < n; i++) din[i] = dout[i] * slope[i];
-}
-
-// SiLU: out = x s with s = 1 / (1 + e^-x)
-static void silu_forward(real *out, const real *in, size_t n) {
-#pragma omp parallel for
-    for (size_t i = 0; i < n; i++) out[i] = in[i] / (1 + fast_exp(-in[i]));
-}
-
-// dout/dx = s + x s (1 - s). din may be dout.
-static void silu_backward(real *din, const real *dout, const real *in, size_t n) {
-#pragma omp parallel for
-    for (size_t i = 0; i < n; i++) {
-        real s = 1 / (1 + fast_exp(-in[i]));
-        din[i] = dout[i] * (s + in[i] * s * (1 - s));
-    }
-}
-
-// What attention does to q, k and v before it multiplies them, besides QK-norm: where a token stands
-typedef struct {
-    const int *ids;                   // [B,T] original token of each token, NULL: itself
-    int cls;                          // 1: token 0 is CLS, which is not rotated, and patch i is token i + 1
-    int tokens;                       // T of the full sequence, in which v1 lies
-    const real *rope_cos, *rope_sin;  // [P,Dh], NULL: no rotation
-} Places;
-static int place_of(const Places *p, int b, int t, int T) { return p->ids ? p->ids[(size_t)b * T + t] : t; }
-
-// RoPE on two pairs of neighbours: (a, b) turns by its angle to (a cos - b sin, b cos + a sin); cs and sn are
-// rows of the tables, which hold each value twice. sign -1 turns back.
-static inline void rotate(quad *x, const real *cs, const real *sn, real sign) {
-    const quad other = {(*x)[1], (*x)[0], (*x)[3], (*x)[2]}, signs = {-sign, sign, -sign, sign};
-    *x = *x * *(const quad *)cs + other * (*(const quad *)sn * signs);
-}
-
-// out[B,T,3D] from qkv[B,T,3D]; r [B,T,2H] is kept.
-//   q, k:  n = q r (RMSNorm over the head, eps 2^-23), m = n w, then RoPE     wq, wk [Dh] NULL: no norm
-//   v:     lambda v1 + (1 - lambda) v                                         v1 [B,tokens,D] NULL: v itself
-static void qkv_mix_forward(real *out, real *r, const real *qkv, const real *wq, const real *wk,
-                            const real *v1, real lambda, const Places *places, int B, int T, int H, int Dh) {
-    int D = H * Dh;
-#pragma omp parallel for
-    for (int n = 0; n < B * T; n++) {
-        int token = place_of(places, n / T, n % T, T), patch = token - places->cls;
-        int turned = places->rope_cos && patch >= 0;
-        const real *cs = turned ? places->rope_cos + patch * Dh : NULL;
-        const real *sn = turned ? places->rope_sin + patch * Dh : NULL;
-        for (int h = 0; h < 2 * H; h++) {   // the heads of q, then those of k
-            const real *x = qkv + (size_t)n * 3 * D + (size_t)h * Dh, *w = h < H ? wq : wk;
-            real *o = out + (size_t)n * 3 * D + (size_t)h * Dh, rn = 1;
-            if (w) rn = r[(size_t)n * 2 * H + h] = rms_scale(x, Dh, (real)1.1920928955078125e-07);
-            for (int i = 0; i < Dh; i += 4) {
-                quad m = *(const quad *)(x + i) * rn;
-                if (w) m *= *(const quad *)(w + i);
-                if (cs) rotate(&m, cs + i, sn + i, 1);
-                *(quad *)(o + i) = m;
-            }
-        }
-        const real *v = qkv + (size_t)n * 3 * D + 2 * D;
-        real *o = out + (size_t)n * 3 * D + 2 * D;
-        if (!v1) memcpy(o, v, sizeof(real) * (size_t)D);
-        else {
-            const real *first = v1 + ((size_t)(n / T) * places->tokens + token) * D;
-            for (int i = 0; i < D; i++) o[i] = lambda * first[i] + (1 - lambda) * v[i];
-        }
-    }
-}
-
-// The rotation's transpose is the rotation by -angle: dm = RoPE^-1 dq';  then dw += dm n, dn = dm w,
-// dq = r (dn - n mean(dn n)).  And v' = lambda v1 + (1 - lambda) v:  dv = (1 - lambda) dv', dv1 += lambda dv'
-// at the original token, dlambda += sum (v1 - v) dv'.  parts [B, 2
-// Dh + 1] holds each sample's sums for wq, wk and lambda, added up in the order of the samples.
-static void qkv_mix_backward(real *dqkv, real *dwq, real *dwk, real *dv1, real *dlambda, real *parts,
-                             const real *dout, const real *qkv, const real *r, const real *wq, const real *wk,
-                             const real *v1, real lambda, const Places *places, int B, int T, int H, int Dh) {
-    int D = H * Dh;
-    memset(parts, 0, sizeof(real) * (size_t)B * (size_t)(2 * Dh + 1));
-#pragma omp parallel for
-    for (int n0 = 0; n0 < B * T; n0 += T)
-        for (int n = n0; n < n0 + T; n++) {
-            int token = place_of(places, n / T, n % T, T), patch = token - places->cls;
-            int turned = places->rope_cos && patch >= 0;
-            const real *cs = turned ? places->rope_cos + patch * Dh : NULL;
-            const real *sn = turned ? places->rope_sin + patch * Dh : NULL;
-            real *part = parts + (size_t)(n / T) * (size_t)(2 * Dh + 1);
-            for (int h = 0; h < 2 * H; h++) {
-                size_t at = (size_t)n * 3 * D + (size_t)h * Dh;
-                const real *x = qkv + at, *d = dout + at, *w = h < H ? wq : wk;
-                real *dx = dqkv + at, *dw = part + (h < H ? 0 : Dh), rn = w ? r[(size_t)n * 2 * H + h] : 1;
-                quad sums = {0};
-                for (int i = 0; i < Dh; i += 4) {
-                    quad dm = *(const quad *)(d + i), nn = *(const quad *)(x + i) * rn;
-                    if (cs) rotate(&dm, cs + i, sn + i, -1);
-                    if (w) {
-                        *(quad *)(dw + i) += dm * nn;
-                        dm *= *(const quad *)(w + i);   // now dn
-                        sums += dm * nn;
-                    }
-                    *(quad *)(dx + i) = dm;
-                }
-                real mean = (sums[0] + sums[1] + sums[2] + sums[3]) / Dh;
-                for (int i = 0; i < Dh && w; i += 4) {
-                    quad nn = *(const quad *)(x + i) * rn;
-                    *(quad *)(dx + i) = rn * (*(quad *)(dx + i) - nn * mean);
-                }
-            }
-            const real *d = dout + (size_t)n * 3 * D + 2 * D, *v = qkv + (size_t)n * 3 * D + 2 * D;
-            real *dv = dqkv + (size_t)n * 3 * D + 2 * D;
-            if (!v1) memcpy(dv, d, sizeof(real) * (size_t)D);
-            else {
-                size_t row = (size_t)(n / T) * places->tokens + token;
-                const real *first = v1 + row * D;
-                real *dfirst = dv1 + row * D;
-                quad sums = {0};
-                for (int i = 0; i < D; i += 4) {
-                    quad di = *(const quad *)(d + i);
-                    sums += di * (*(const quad *)(first + i) - *(const quad *)(v + i));
-                    *(quad *)(dv + i) = (1 - lambda) * di;
-                    *(quad *)(dfirst + i) += lambda * di;
-                }
-                part[2 * Dh] += sums[0] + sums[1] + sums[2] + sums[3];
-            }
-        }
-    for (int b = 0; b < B; b++) {
-        const real *part = parts + (size_t)b * (size_t)(2 * Dh + 1);
-        for (int i = 0; i < Dh && wq; i++) dwq[i] += part[i], dwk[i] += part[Dh + i];
-        if (v1) *dlambda += part[2 * Dh];
-    }
-}
-
-// A row of attention's T scores in memory: whole vectors, so that no loop over it has an end of its own
-static int attention_row(int T) { return (T + VL - 1) / VL * VL; }
-
-// Elements of scratch memory that attention needs for one head: panels and a matrix of scores
-static size_t attention_work(int T, int Dh) {
-    int most = T > Dh ? T : Dh;
-    return (size_t)((most + NR - 1) / NR * NR) * (size_t)most + (size_t)T * (size_t)attention_row(T);
-}
-
-// out[B,T,D] = softmax(q k^T / sqrt(Dh)) v for each sample and head, from qkv[B,T,3D]; att [B,H,T,R] is kept,
-// in rows of R = attention_row(T). work: attention_work elements a thread
-static void attention_forward(real *out, real *att, const real *qkv, real *work, int B, int T, int H,
-                              int Dh) {
-    int D = H * Dh, R = attention_row(T);
-    real scale = (real)(1.0 / sqrt((double)Dh)), pads[VL], kept[VL];   // added to the last scores, times them
-    for (int l = 0; l < VL; l++) kept[l] = R - VL + l < T, pads[l] = kept[l] ? 0 : -INFINITY;
-#pragma omp parallel for
-    for (int bh = 0; bh < B * H; bh++) {
-        const real *q = qkv + (size_t)(bh / H) * T * 3 * D + (size_t)(bh % H) * Dh;
-        const real *k = q + D, *v = q + 2 * D;
-        real *p = att + (size_t)bh * T * R, *o = out + (size_t)(bh / H) * T * D + (size_t)(bh % H) * Dh;
-        real *w = thread_work(work, attention_work(T, Dh));
-        matmul_small(p, R, R, q, 3 * D, 0, k, 3 * D, 1, T, T, Dh, w);
-        for (real *row = p; row < p + (size_t)T * R; row += R) {
-            *(vec *)(row + R - VL) += *(vec *)pads;   // -infinity after the T scores: e^-inf adds nothing
-            vec most = *(vec *)row, sums = {0};
-            for (int i = VL; i < R; i += VL) most = LARGER(most, *(vec *)(row + i));
-            real top = lane_max(most);
-            for (int i = 0; i < R; i += VL) {
-                for (int l = 0; l < VL; l++) row[i + l] = fast_exp((row[i + l] - top) * scale);
-                sums += *(vec *)(row + i);
-            }
-            *(vec *)(row + R - VL) *= *(vec *)kept;   // fast_exp ends at 1e-38; less than that is slow to use
-            real inverse = 1 / lane_sum(sums);
-            for (int i = 0; i < R; i += VL) *(vec *)(row + i) *= inverse;
-        }
-        matmul_small(o, D, Dh, p, R, 0, v, 3 * D, 0, T, Dh, T, w);
-    }
-}
-
-// o = p v, p = softmax(s), s = q k^T / sqrt(Dh):
-//   dv = p^T do,  dp = do v^T,  ds_ij = p_ij (dp_ij - sum_k p_ik dp_ik),
-//   dq = ds k / sqrt(Dh),  dk = ds^T q / sqrt(Dh)
-static void attention_backward(real *dqkv, const real *dout, const real *qkv, const real *att, real *work,
-                               int B, int T, int H, int Dh) {
-    int D = H * Dh, R = attention_row(T);
-    real scale = (real)(1.0 / sqrt((double)Dh));
-#pragma omp parallel for
-    for (int bh = 0; bh < B * H; bh++) {
-        size_t at = (size_t)(bh / H) * T * 3 * D + (size_t)(bh % H) * Dh;
-        const real *q = qkv + at, *k = q + D, *v = q + 2 * D, *p = att + (size_t)bh * T * R;
-        const real *d = dout + (size_t)(bh / H) * T * D + (size_t)(bh % H) * Dh;
-        real *dq = dqkv + at, *dk = dq + D, *dv = dq + 2 * D;
-        real *ds = thread_work(work, attention_work(T, Dh)), *w = ds + (size_t)T * R;
-        matmul_small(ds, R, R, d, D, 0, v, 3 * D, 1, T, T, Dh, w);
-        for (int t = 0; t < T; t++, ds += R, p += R) {
-            real sum = dot(ds, p, R);
-            for (int i = 0; i < R; i += VL) {
-                vec *row = (vec *)(ds + i);
-                *row = (*row - sum) * (scale * *(const vec *)(p + i));
-            }
-        }
-        ds -= (size_t)T * R, p -= (size_t)T * R;
-        matmul_small(dv, 3 * D, Dh, p, R, 1, d, D, 0, T, Dh, T, w);
-        matmul_small(dq, 3 * D, Dh, ds, R, 0, k, 3 * D, 0, T, Dh, T, w);
-        matmul_small(dk, 3 * D, Dh, ds, R, 1, q, 3 * D, 0, T, Dh, T, w);
-    }
-}
-
-// patches[B,P,C p p] of x[B,C,S,S], features in the order (channel, row, column) of a convolution's weight
-static void patchify(real *patches, const real *x, const Config *c, int B) {
-    int S = c->input_size, p = c->patch_size, G = grid_of(c), P = patches_of(c), C = c->in_channels;
-#pragma omp parallel for
-    for (int n = 0; n < B * P; n++)
-        for (int i = 0; i < C * p * p; i++) {
-            int ch = i / (p * p), y = n % P / G * p + i / p % p, z = n % P % G * p + i % p;
-            patches[(size_t)n * (C * p * p) + i] = x[(((size_t)(n / P) * C + ch) * S + y) * S + z];
-        }
-}
-
-// x[B,C,S,S] from patches[B,P,p p C], features in the order (row, column, channel) of the final layer; and
-// its backward, which reads where the forward wrote.
-static void unpatchify(real *x, real *patches, const Config *c, int B, int backward) {
-    int S = c->input_size, p = c->patch_size, G = grid_of(c), P = patches_of(c), C = c->in_channels;
-#pragma omp parallel for
-    for (int n = 0; n < B * P; n++)
-        for (int i = 0; i < C * p * p; i++) {
-            int ch = i % C, y = n % P / G * p + i / C / p, z = n % P % G * p + i / C % p;
-            real *at = &x[(((size_t)(n / P) * C + ch) * S + y) * S + z],
-                 *feature = &patches[(size_t)n * (C * p * p) + i];
-            if (backward) *feature = *at;
-            else *at = *feature;
-        }
-}
-
-// e(t)[B,256] = [cos(t f_k), sin(t f_k)], f_k = 10000^(-k/128); t in [0, 1], not times 1000
-static void time_features(real *out, const real *t, int B) {
-#pragma omp parallel for
-    for (int k = 0; k < 128; k++) {
-        double f = pow(10000, -k / 128.0);
-        for (int b = 0; b < B; b++) {
-            out[b * 256 + k] = (real)cos((double)t[b] * f);
-            out[b * 256 + 128 + k] = (real)sin((double)t[b] * f);
-        }
-    }
-}
-
-// N rows of D; ldo and ldi are the lengths of the rows in memory
-static void copy_rows(real *out, long ldo, const real *in, long ldi, int N, int D) {
-#pragma omp parallel for
-    for (int n = 0; n < N; n++) memcpy(out + n * ldo, in + n * ldi, sizeof(real) * (size_t)D);
-}
-
-// out[B,n,D] = rows ids[b] of in[B,T,D]
-static void gather_rows(real *out, const real *in, const int *ids, int B, int n, int T, int D) {
-#pragma omp parallel for
-    for (int i = 0; i < B * n; i++)
-        memcpy(out + (size_t)i * D, in + ((size_t)(i / n) * T + ids[i]) * D, sizeof(real) * (size_t)D);
-}
-
-// Rows of a sequence [B,T,D] that are tokens t0 ... t0+n, copied out of it or (to_tokens) into it: [B,n,D]
-static void copy_tokens(real *part, real *tokens, int to_tokens, int B, int n, int t0, int T, int D) {
-#pragma omp parallel for
-    for (int b = 0; b < B; b++) {
-        real *a = part + (size_t)b * n * D, *s = tokens + ((size_t)b * T + t0) * D;
-        memcpy(to_tokens ? s : a, to_tokens ? a : s, sizeof(real) * (size_t)n * (size_t)D);
-    }
 }
 
 // ----------------------------------------------------------------------------------------------------------
@@ -787,39 +767,49 @@ typedef struct {
     int *y;                  // [B], after label dropout: K is "no class"
     int *ids;                // [B,Tk] tokens kept
     real *feats;             // [B,T,Z]
+    real *noise_before;      // [C,S,S] scratch
+    uint64_t *keys;          // [B,T] scratch
 } Batch;
 
 // The total, and its parts before their coefficients, summed over the steps since they were last read; the
-// last step's gradient norm
-typedef struct { double total, denoise, cls, proj, cfm, grad_norm; } Losses;
+// last step's gradient norm; the first step that was not finite (0: none), after which updates change nothing
+typedef struct { double total, denoise, cls, align, cfm, grad_norm; int bad_step; } Losses;
 
-// Activations of a block that its backward needs; n = tokens of the block (T, or Tk in g)
+// Activations of a block that its backward needs
 typedef struct {
     const real *in;               // [B,n,D] the block before's output
     real *mod;                    // [B,6D] shift1, scale1, gate1, shift2, scale2, gate2
-    real *h1, *r1, *qkv, *r_qk;   // [B,n,D], [B,n], [B,n,3D], [B,n,2H]
-    real *mix, *att;              // [B,n,3D] normed, rotated, mixed; [B,H,n,attention_row(n)]
+    real *h1, *r1, *qkv;          // [B,n,D], [B,n], [B,n,3D]
+    real *r_qk;                   // [B,n,2H]
+    real *mix, *att;              // [B,n,3D] q and k normed and turned, v mixed; [B,H,n,R]
     real *a, *proj;               // [B,n,D] twice
     real *mid, *h2, *r2;          // [B,n,D] after the first residual; [B,n,D]; [B,n]
-    real *fc1, *gelu, *fc2, *out; // [B,n,F], in the end GELU's slope there; [B,n,F], [B,n,D], [B,n,D]
+    real *gelu, *gelu_slope;      // [B,n,F] twice
+    real *fc2, *out;              // [B,n,D] twice
 } BlockActs;
 
 typedef struct {
     real *x_t, *cls_t;                                              // [B,C,S,S], [B,Z]
-    real *patches, *patch_tokens, *cls_proj, *cls_r, *cls_token;    // [B,P,Cpp], [B,P,D], [B,D], [B], [B,D]
+    real *patches, *patch_tokens, *cls_proj, *cls_r, *cls_token;    // [B,P,X], [B,P,D], [B,D], [B], [B,D]
     real *embed, *v1;                                               // [B,T,D] twice; v1: block 0's values
-    real *t_features, *t0, *t0_silu, *cond, *cond_silu;             // [B,256], then [B,D]
+    real *t_features, *t0, *t0_silu, *cond, *cond_silu;             // [B,W], then [B,D]
     BlockActs block[MAX_DEPTH + 1];                                 // one more for evaluation, if h is empty
     real *kept, *pair, *fused;                                      // [B,Tk,D], [B,T,2D], [B,T,D]
     real *p0, *p0_silu, *p2, *p2_silu, *zs;                         // [B,T,M] four times, [B,T,Z]
     real *final_mod, *final_h, *final_r;                            // [B,2D], [B,T,D], [B,T]
-    real *final_patches, *final_cls, *out_patches;                  // [B,P,D], [B,D], [B,P,ppC]
+    real *final_patches, *final_cls, *out_patches;                  // [B,P,D], [B,D], [B,P,X]
     real *out, *cls_out;                                            // [B,C,S,S], [B,Z]
-    // gradients, and scratch that blocks share
-    real *dx, *d_E, *d_kept, *d_v1, *d_zs;   // [B,T,D] twice, [B,Tk,D], [B,T,D], [B,T,Z]
-    real *d_wide, *d_wide2, *d_qkv, *d_mix;                         // [B,T, max(F,M,2D) twice | 3D | 3D]
-    real *d_mod, *d_cond_silu, *d_cond, *d_out, *d_cls_out, *parts, *work;
+    // gradients
+    real *dx, *d_E, *d_kept, *d_v1, *d_zs;                          // [B,T,D] twice, [B,Tk,D], [B,T,D], [B,T,Z]
+    real *d_qkv, *d_mix, *d_mod;                                    // [B,T,3D] twice, [B,6D]
+    real *d_cond_silu, *d_cond, *d_out, *d_cls_out;                 // [B,D] twice, [B,C,S,S], [B,Z]
+    // scratch that blocks share
+    real *wide, *wide2;                                             // [B,T, the largest of F, M and 2D]
+    real *parts, *work;                                             // [B,2Dh]; attention_work for each thread
+    Losses *sample_losses;                                          // [B]
+    double *norm_parts;                                             // one for each NORM_CHUNK trained numbers
 } Acts;
+enum { NORM_CHUNK = 4096 };
 
 typedef struct Model {
     Config c;
@@ -833,358 +823,461 @@ typedef struct Model {
     real *memory;
 } Model;
 
-static void acts_layout(Acts *a, Arena *m, const Config *c, int B, int threads) {
-    size_t b = (size_t)B, T = (size_t)tokens_of(c), Tk = (size_t)kept_of(c), P = (size_t)patches_of(c);
-    size_t D = (size_t)c->hidden_size, F = (size_t)hidden_of(c), M = (size_t)c->projector_dim,
-           Z = (size_t)c->z_dim;
-    size_t H = (size_t)c->num_heads, latent = (size_t)latent_of(c), X = (size_t)patch_dim_of(c);
-    a->x_t = take(m, b * latent), a->cls_t = take(m, b * Z);
-    a->patches = take(m, b * P * X), a->patch_tokens = take(m, b * P * D);
-    a->cls_proj = take(m, b * D), a->cls_r = take(m, b), a->cls_token = take(m, b * D);
-    a->embed = take(m, b * T * D), a->v1 = take(m, b * T * D);
-    a->t_features = take(m, b * 256), a->t0 = take(m, b * D), a->t0_silu = take(m, b * D);
-    a->cond = take(m, b * D), a->cond_silu = take(m, b * D);
-    for (int i = 0; i < c->depth + (c->num_h == 0); i++) {
-        BlockActs *k = &a->block[i];
-        size_t n = b * (is_sparse(c, i) ? Tk : T), t = is_sparse(c, i) ? Tk : T;
-        k->mod = take(m, b * 6 * D);
-        k->h1 = take(m, n * D), k->r1 = take(m, n), k->qkv = take(m, n * 3 * D), k->r_qk = take(m, n * 2 * H);
-        k->mix = take(m, n * 3 * D), k->att = take(m, b * H * t * (size_t)attention_row((int)t));
-        k->a = take(m, n * D), k->proj = take(m, n * D);
-        k->mid = take(m, n * D), k->h2 = take(m, n * D), k->r2 = take(m, n);
-        k->fc1 = take(m, n * F), k->gelu = take(m, n * F), k->fc2 = take(m, n * D), k->out = take(m, n * D);
-    }
-    a->kept = take(m, b * Tk * D), a->pair = take(m, b * T * 2 * D), a->fused = take(m, b * T * D);
-    if (c->align) {
-        a->p0 = take(m, b * T * M), a->p0_silu = take(m, b * T * M);
-        a->p2 = take(m, b * T * M), a->p2_silu = take(m, b * T * M), a->zs = take(m, b * T * Z);
-    }
-    a->final_mod = take(m, b * 2 * D), a->final_h = take(m, b * T * D), a->final_r = take(m, b * T);
-    a->final_patches = take(m, b * P * D), a->final_cls = take(m, b * D), a->out_patches = take(m, b * P * X);
-    a->out = take(m, b * latent), a->cls_out = take(m, b * Z);
+// A block of memory handed out from the front. With base NULL it only counts: the same walk is made twice,
+// first to learn the size, then to set the pointers. Every piece starts at a multiple of 64 elements.
+typedef struct { real *base; size_t used; } Arena;
+static real *take(Arena *a, size_t count) {
+    real *p = a->base ? a->base + a->used : NULL;
+    a->used += (count + 63) / 64 * 64;
+    return p;
+}
+static size_t reals_of(size_t bytes) { return (bytes + sizeof(real) - 1) / sizeof(real); }
 
-    size_t wide = F > M ? F : M;
-    wide = wide > 2 * D ? wide : 2 * D;
-    a->dx = take(m, b * T * D), a->d_E = take(m, b * T * D), a->d_kept = take(m, b * Tk * D);
-    a->d_v1 = take(m, b * T * D), a->d_zs = take(m, b * T * Z);
-    a->d_wide = take(m, b * T * wide), a->d_wide2 = take(m, b * T * wide);
-    a->d_qkv = take(m, b * T * 3 * D), a->d_mix = take(m, b * T * 3 * D);
-    a->d_mod = take(m, b * 6 * D), a->d_cond_silu = take(m, b * D), a->d_cond = take(m, b * D);
-    a->d_out = take(m, b * latent), a->d_cls_out = take(m, b * Z), a->parts = take(m, b * (2 * D / H + 1));
-    a->work = take(m, (size_t)threads * attention_work((int)T, (int)(D / H)));
+static void block_layout(BlockActs *k, Arena *m, const Config *c, size_t B, size_t n) {
+    size_t D = c->hidden_size, H = c->num_heads, F = hidden_of(c), N = B * n;
+    k->mod = take(m, B * 6 * D);
+    k->h1 = take(m, N * D);
+    k->r1 = take(m, N);
+    k->qkv = take(m, N * 3 * D);
+    k->r_qk = take(m, N * 2 * H);
+    k->mix = take(m, N * 3 * D);
+    k->att = take(m, B * H * n * softmax_row(n));
+    k->a = take(m, N * D);
+    k->proj = take(m, N * D);
+    k->mid = take(m, N * D);
+    k->h2 = take(m, N * D);
+    k->r2 = take(m, N);
+    k->gelu = take(m, N * F);
+    k->gelu_slope = take(m, N * F);
+    k->fc2 = take(m, N * D);
+    k->out = take(m, N * D);
 }
 
-// A model whose activations hold max_batch samples; the parameters are at their start values.
-static Model *model_create(const Config *c, int max_batch, uint64_t seed) {
+static void acts_layout(Acts *a, Arena *m, const Config *c, size_t B, size_t threads) {
+    size_t T = tokens_of(c), Tk = kept_of(c), P = patches_of(c), X = patch_dim_of(c), W = TIME_FEATURES;
+    size_t D = c->hidden_size, H = c->num_heads, F = hidden_of(c), M = c->projector_dim, Z = c->z_dim;
+    size_t latent = latent_of(c);
+    a->x_t = take(m, B * latent);
+    a->cls_t = take(m, B * Z);
+    a->patches = take(m, B * P * X);
+    a->patch_tokens = take(m, B * P * D);
+    a->cls_proj = take(m, B * D);
+    a->cls_r = take(m, B);
+    a->cls_token = take(m, B * D);
+    a->embed = take(m, B * T * D);
+    a->v1 = take(m, B * T * D);
+    a->t_features = take(m, B * W);
+    a->t0 = take(m, B * D);
+    a->t0_silu = take(m, B * D);
+    a->cond = take(m, B * D);
+    a->cond_silu = take(m, B * D);
+    for (int i = 0; i < c->depth + (c->num_h == 0); i++)
+        block_layout(&a->block[i], m, c, B, is_sparse(c, i) ? Tk : T);
+    a->kept = take(m, B * Tk * D);
+    a->pair = take(m, B * T * 2 * D);
+    a->fused = take(m, B * T * D);
+    if (c->align) {
+        a->p0 = take(m, B * T * M);
+        a->p0_silu = take(m, B * T * M);
+        a->p2 = take(m, B * T * M);
+        a->p2_silu = take(m, B * T * M);
+        a->zs = take(m, B * T * Z);
+    }
+    a->final_mod = take(m, B * 2 * D);
+    a->final_h = take(m, B * T * D);
+    a->final_r = take(m, B * T);
+    a->final_patches = take(m, B * P * D);
+    a->final_cls = take(m, B * D);
+    a->out_patches = take(m, B * P * X);
+    a->out = take(m, B * latent);
+    a->cls_out = take(m, B * Z);
+    a->dx = take(m, B * T * D);
+    a->d_E = take(m, B * T * D);
+    a->d_kept = take(m, B * Tk * D);
+    a->d_v1 = take(m, B * T * D);
+    a->d_zs = take(m, B * T * Z);
+    a->d_qkv = take(m, B * T * 3 * D);
+    a->d_mix = take(m, B * T * 3 * D);
+    a->d_mod = take(m, B * 6 * D);
+    a->d_cond_silu = take(m, B * D);
+    a->d_cond = take(m, B * D);
+    a->d_out = take(m, B * latent);
+    a->d_cls_out = take(m, B * Z);
+    size_t wide = F > M ? F : M;
+    if (wide < 2 * D) wide = 2 * D;
+    a->wide = take(m, B * T * wide);
+    a->wide2 = take(m, B * T * wide);
+    a->parts = take(m, B * 2 * (D / H));
+    a->work = take(m, threads * attention_work(T, D / H));
+    a->sample_losses = (Losses *)(void *)take(m, reals_of(B * sizeof(Losses)));
+}
+
+// The widest product of the model, for matmul_reserve
+static size_t widest(const Config *c) {
+    int sizes[] = {6 * c->hidden_size, hidden_of(c), c->projector_dim, c->z_dim, patch_dim_of(c), TIME_FEATURES};
+    int most = 0;
+    for (int i = 0; i < 6; i++) most = imax(most, sizes[i]);
+    return (size_t)most;
+}
+
+// Memory for `count` blocks of parameters and the activations of max_batch samples. trained: the model is to be
+// trained and has all five blocks; else one, its EMA's or its weights', and m->grads, m->m, m->v are NULL.
+static Model *model_allocate(const Config *c, int max_batch, int trained) {
     if ((double)max_batch * tokens_of(c) > 1 << 30)
         die("%d samples of %d tokens are too many at once; use a larger --accum", max_batch, tokens_of(c));
     Model *model = (Model *)alloc_zero(1, sizeof(Model));
-    model->c = *c, model->max_batch = max_batch, model->threads = omp_get_max_threads();
+    model->c = *c;
+    model->max_batch = max_batch;
+    model->threads = omp_get_max_threads();
     model->table = params_table(&model->w, c, NULL);
-    size_t n = model->table.total;
-    Arena arena = {NULL, 0};
-    acts_layout(&model->a, &arena, c, max_batch, model->threads);
-    size_t count = 5 * n + arena.used + 64;
-    model->activation_bytes = arena.used * sizeof(real), model->parameter_bytes = 5 * n * sizeof(real);
-    model->memory = (real *)alloc_zero(count, sizeof(real));
+    size_t n = model->table.total, blocks = trained ? 5 : 1;
+    size_t chunks = (model->table.trained + NORM_CHUNK - 1) / NORM_CHUNK * trained;
+    Arena count = {NULL, 0};
+    acts_layout(&model->a, &count, c, max_batch, model->threads);
+    take(&count, reals_of(chunks * sizeof(double)));
+    size_t all = blocks * n + count.used + 64;
+    model->activation_bytes = count.used * sizeof(real);
+    model->parameter_bytes = blocks * n * sizeof(real);
+    model->memory = (real *)alloc_zero(all, sizeof(real));
 #ifdef MADV_HUGEPAGE   // fewer misses of the page table
     uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
     uintptr_t start = ((uintptr_t)model->memory + page - 1) / page * page;
-    (void)madvise((void *)start, count * sizeof(real) / page * page - page, MADV_HUGEPAGE);
+    (void)madvise((void *)start, all * sizeof(real) / page * page - page, MADV_HUGEPAGE);
 #endif
-    arena.base = (real *)(((uintptr_t)model->memory + 63) / 64 * 64), arena.used = 0;
-    model->params = take(&arena, n), model->grads = take(&arena, n);
-    model->m = take(&arena, n), model->v = take(&arena, n), model->ema = take(&arena, n);
-    Arena acts = {arena.base + arena.used, 0};
-    acts_layout(&model->a, &acts, c, max_batch, model->threads);
+    Arena arena = {(real *)(((uintptr_t)model->memory + 63) / 64 * 64), 0};
+    model->params = model->ema = take(&arena, n);
+    if (trained) {
+        model->grads = take(&arena, n);
+        model->m = take(&arena, n);
+        model->v = take(&arena, n);
+        model->ema = take(&arena, n);
+    }
+    acts_layout(&model->a, &arena, c, max_batch, model->threads);
+    model->a.norm_parts = (double *)(void *)take(&arena, reals_of(chunks * sizeof(double)));
     free(model->table.tensors);
     model->table = params_table(&model->w, c, model->params);
-    free(params_table(&model->dw, c, model->grads).tensors);
     free(params_table(&model->w_ema, c, model->ema).tensors);
+    if (trained) free(params_table(&model->dw, c, model->grads).tensors);
+    matmul_reserve(widest(c));
+    return model;
+}
+
+// A model to be trained, whose activations hold max_batch samples; the parameters are at their start values.
+static Model *model_create(const Config *c, int max_batch, uint64_t seed) {
+    Model *model = model_allocate(c, max_batch, 1);
     params_start(model->params, &model->table, c, seed);
-    memcpy(model->ema, model->params, n * sizeof(real));
+    memcpy(model->ema, model->params, model->table.total * sizeof(real));
     return model;
 }
 static void model_destroy(Model *m) { free(m->table.tensors), free(m->memory), free(m); }
 
-static Places places_of(const Config *c, const Params *w, const int *ids) {
-    Places p = {ids, c->cls, tokens_of(c), c->rope ? w->rope_cos : NULL, c->rope ? w->rope_sin : NULL};
-    return p;
-}
-
-// Block i on n tokens a sample: out = block(in; cond). v1: block 0's values, NULL where values are not mixed.
-static void block_forward(BlockActs *k, const BlockParams *w, const real *in, const real *v1, const int *ids,
-                          const Config *c, const Params *all, Acts *a, int B, int n) {
-    int D = c->hidden_size, H = c->num_heads, F = hidden_of(c), N = B * n;
-    Places places = places_of(c, all, ids);
+// Block i on n tokens a sample, those of ids (NULL: all), out = block(in; cond). Its activations go to k.
+static void block_forward(BlockActs *k, Acts *a, const Params *all, int i, const real *in, const int *ids,
+                          const Config *c, int threads, size_t B, size_t n) {
+    size_t T = tokens_of(c), D = c->hidden_size, H = c->num_heads, Dh = D / H, F = hidden_of(c), N = B * n;
+    const BlockParams *w = &all->block[i];
     k->in = in;
     linear_forward(k->mod, a->cond_silu, w->adaln_w, w->adaln_b, B, D, 6 * D);
-    const real *shift1 = k->mod, *scale1 = k->mod + D, *gate1 = k->mod + 2 * D;
-    const real *shift2 = k->mod + 3 * D, *scale2 = k->mod + 4 * D, *gate2 = k->mod + 5 * D;
+    const real *shift1 = k->mod, *scale1 = shift1 + D, *gate1 = scale1 + D;
+    const real *shift2 = gate1 + D, *scale2 = shift2 + D, *gate2 = scale2 + D;
+    // mid = in + gate1 proj(attention(norm(in)))
     norm_modulate_forward(k->h1, k->r1, in, shift1, scale1, 6 * D, B, n, D);
-    linear_forward(k->qkv, k->h1, w->qkv_w, w->qkv_b, N, D, 3 * D), stored(k->qkv, (size_t)N * 3 * D);
-    qkv_mix_forward(k->mix, k->r_qk, k->qkv, w->q_norm, w->k_norm, v1, v1 ? *w->v1_lambda : 0, &places, B, n,
-                    H, D / H);
-    attention_forward(k->a, k->att, k->mix, a->work, B, n, H, D / H);
-    linear_forward(k->proj, k->a, w->proj_w, w->proj_b, N, D, D), stored(k->proj, (size_t)N * D);
+    linear_forward(k->qkv, k->h1, w->qkv_w, w->qkv_b, N, D, 3 * D);
+    real *v = k->qkv + 2 * D, *mix_v = k->mix + 2 * D;
+    if (c->qk_norm) qk_norm_forward(k->mix, k->r_qk, k->qkv, w->q_norm, w->k_norm, N, H, Dh);
+    else copy_rows(k->mix, 3 * D, k->qkv, 3 * D, N, 2 * D);
+    if (c->rope) rope_forward(k->mix, all->rope_cos, all->rope_sin, ids, c->cls, B, n, H, Dh);
+    if (c->value_residual && i > 0) value_residual_forward(mix_v, v, a->v1, *w->v1_lambda, ids, B, n, T, D);
+    else copy_rows(mix_v, 3 * D, v, 3 * D, N, D);
+    if (i == 0) copy_rows(a->v1, D, v, 3 * D, N, D);
+    attention_forward(k->a, k->att, k->mix, a->work, threads, B, n, H, Dh);
+    linear_forward(k->proj, k->a, w->proj_w, w->proj_b, N, D, D);
     gate_forward(k->mid, in, gate1, k->proj, 6 * D, B, n, D);
+    // out = mid + gate2 fc2(gelu(fc1(norm(mid))))
     norm_modulate_forward(k->h2, k->r2, k->mid, shift2, scale2, 6 * D, B, n, D);
-    linear_forward(k->fc1, k->h2, w->fc1_w, w->fc1_b, N, D, F), stored(k->fc1, (size_t)N * F);
-    gelu_forward(k->gelu, k->fc1, k->fc1, (size_t)N * F);
-    linear_forward(k->fc2, k->gelu, w->fc2_w, w->fc2_b, N, F, D), stored(k->fc2, (size_t)N * D);
+    linear_forward(a->wide, k->h2, w->fc1_w, w->fc1_b, N, D, F);
+    gelu_forward(k->gelu, k->gelu_slope, a->wide, N * F);
+    linear_forward(k->fc2, k->gelu, w->fc2_w, w->fc2_b, N, F, D);
     gate_forward(k->out, k->mid, gate2, k->fc2, 6 * D, B, n, D);
 }
 
-// dx [B,n,D] comes in as the gradient of the block's output and leaves as that of its input. a->d_v1 collects
-// the gradients of block 0's values; block 0, which runs last, adds them to its own. a->d_cond_silu is added
-// to.
-static void block_backward(real *dx, BlockParams *dw, const BlockActs *k, const BlockParams *w,
-                           const real *v1, const int *ids, const Config *c, const Params *all, Acts *a, int B,
-                           int n, int is_first) {
-    int D = c->hidden_size, H = c->num_heads, F = hidden_of(c), N = B * n;
-    Places places = places_of(c, all, ids);
-    const real *scale1 = k->mod + D, *gate1 = k->mod + 2 * D, *scale2 = k->mod + 4 * D,
-               *gate2 = k->mod + 5 * D;
-    real *dm = a->d_mod, *dh = a->d_wide2;
+// dx [B,n,D] comes in as the gradient of block i's output and leaves as that of its input. a->d_v1 collects the
+// gradients of block 0's values; block 0, which runs last, adds them to its own. a->d_cond_silu is added to.
+static void block_backward(real *dx, Params *d_all, Acts *a, const Params *all, int i, const int *ids, const Config *c,
+                           int threads, size_t B, size_t n) {
+    size_t T = tokens_of(c), D = c->hidden_size, H = c->num_heads, Dh = D / H, F = hidden_of(c), N = B * n;
+    const BlockActs *k = &a->block[i];
+    const BlockParams *w = &all->block[i];
+    BlockParams *dw = &d_all->block[i];
+    const real *scale1 = k->mod + D, *gate1 = scale1 + D, *scale2 = gate1 + 2 * D, *gate2 = scale2 + D;
+    real *d_shift1 = a->d_mod, *d_scale1 = d_shift1 + D, *d_gate1 = d_scale1 + D;
+    real *d_shift2 = d_gate1 + D, *d_scale2 = d_shift2 + D, *d_gate2 = d_scale2 + D;
     // out = mid + gate2 fc2(gelu(fc1(h2)))
-    gate_backward(a->d_wide2, dm + 5 * D, dx, gate2, k->fc2, 6 * D, B, n, D);
-    linear_backward(a->d_wide, dw->fc2_w, dw->fc2_b, a->d_wide2, k->gelu, w->fc2_w, N, F, D, 0);
-    gelu_backward(a->d_wide, a->d_wide, k->fc1, (size_t)N * F);
-    linear_backward(dh, dw->fc1_w, dw->fc1_b, a->d_wide, k->h2, w->fc1_w, N, D, F, 0);
-    norm_modulate_backward(dx, dm + 3 * D, dm + 4 * D, dh, k->mid, k->r2, scale2, 6 * D, B, n, D);
-    // mid = in + gate1 proj(attention(mix(qkv(h1))))
-    gate_backward(a->d_wide2, dm + 2 * D, dx, gate1, k->proj, 6 * D, B, n, D);
-    linear_backward(a->d_wide, dw->proj_w, dw->proj_b, a->d_wide2, k->a, w->proj_w, N, D, D, 0);
-    attention_backward(a->d_mix, a->d_wide, k->mix, k->att, a->work, B, n, H, D / H);
-    qkv_mix_backward(a->d_qkv, dw->q_norm, dw->k_norm, a->d_v1, dw->v1_lambda, a->parts, a->d_mix, k->qkv,
-                     k->r_qk, w->q_norm, w->k_norm, v1, v1 ? *w->v1_lambda : 0, &places, B, n, H, D / H);
-    if (is_first && c->value_residual) {
-#pragma omp parallel for
-        for (size_t i = 0; i < (size_t)N; i++)
-            for (int j = 0; j < D; j++) a->d_qkv[i * 3 * D + 2 * D + j] += a->d_v1[i * D + j];
-    }
-    linear_backward(dh, dw->qkv_w, dw->qkv_b, a->d_qkv, k->h1, w->qkv_w, N, D, 3 * D, 0);
-    norm_modulate_backward(dx, dm, dm + D, dh, k->in, k->r1, scale1, 6 * D, B, n, D);
-    linear_backward(a->d_cond_silu, dw->adaln_w, dw->adaln_b, dm, a->cond_silu, w->adaln_w, B, D, 6 * D, 1);
+    gate_backward(a->wide2, d_gate2, dx, gate2, k->fc2, 6 * D, B, n, D);
+    linear_backward(a->wide, dw->fc2_w, dw->fc2_b, a->wide2, k->gelu, w->fc2_w, N, F, D, 0);
+    gelu_backward(a->wide, k->gelu_slope, N * F);
+    linear_backward(a->wide2, dw->fc1_w, dw->fc1_b, a->wide, k->h2, w->fc1_w, N, D, F, 0);
+    norm_modulate_backward(dx, d_shift2, d_scale2, a->wide2, k->mid, k->r2, scale2, 6 * D, B, n, D);
+    // mid = in + gate1 proj(attention(mix))
+    gate_backward(a->wide2, d_gate1, dx, gate1, k->proj, 6 * D, B, n, D);
+    linear_backward(a->wide, dw->proj_w, dw->proj_b, a->wide2, k->a, w->proj_w, N, D, D, 0);
+    attention_backward(a->d_mix, a->wide, k->mix, k->att, a->work, threads, B, n, H, Dh);
+    // mix = rope(qk_norm(q, k)), value_residual(v)
+    const real *v = k->qkv + 2 * D, *d_mix_v = a->d_mix + 2 * D;
+    real *dv = a->d_qkv + 2 * D;
+    if (c->rope) rope_backward(a->d_mix, all->rope_cos, all->rope_sin, ids, c->cls, B, n, H, Dh);
+    if (c->qk_norm)
+        qk_norm_backward(a->d_qkv, dw->q_norm, dw->k_norm, a->parts, a->d_mix, k->qkv, k->r_qk, w->q_norm, w->k_norm, B,
+                         n, H, Dh);
+    else copy_rows(a->d_qkv, 3 * D, a->d_mix, 3 * D, N, 2 * D);
+    if (c->value_residual && i > 0)
+        value_residual_backward(dv, a->d_v1, dw->v1_lambda, a->parts, d_mix_v, v, a->v1, *w->v1_lambda, ids, B, n, T,
+                                D);
+    else copy_rows(dv, 3 * D, d_mix_v, 3 * D, N, D);
+    if (c->value_residual && i == 0) add_rows(dv, 3 * D, a->d_v1, D, N, D);
+    // qkv = linear(h1), h1 = norm(in) modulated by adaln(cond_silu)
+    linear_backward(a->wide2, dw->qkv_w, dw->qkv_b, a->d_qkv, k->h1, w->qkv_w, N, D, 3 * D, 0);
+    norm_modulate_backward(dx, d_shift1, d_scale1, a->wide2, k->in, k->r1, scale1, 6 * D, B, n, D);
+    linear_backward(a->d_cond_silu, dw->adaln_w, dw->adaln_b, a->d_mod, a->cond_silu, w->adaln_w, B, D, 6 * D, 1);
+}
+
+// zs [B,T,Z] = p4(silu(p2(silu(p0(E))))): what is compared with the frozen encoder's features
+static void projector_forward(Acts *a, const Params *w, const real *E, const Config *c, size_t N) {
+    size_t D = c->hidden_size, M = c->projector_dim, Z = c->z_dim;
+    linear_forward(a->p0, E, w->p0_w, w->p0_b, N, D, M);
+    silu_forward(a->p0_silu, a->p0, N * M);
+    linear_forward(a->p2, a->p0_silu, w->p2_w, w->p2_b, N, M, M);
+    silu_forward(a->p2_silu, a->p2, N * M);
+    linear_forward(a->zs, a->p2_silu, w->p4_w, w->p4_b, N, M, Z);
+}
+// d_E += its gradient
+static void projector_backward(real *d_E, Params *dw, Acts *a, const Params *w, const real *E, const Config *c,
+                               size_t N) {
+    size_t D = c->hidden_size, M = c->projector_dim, Z = c->z_dim;
+    linear_backward(a->wide, dw->p4_w, dw->p4_b, a->d_zs, a->p2_silu, w->p4_w, N, M, Z, 0);
+    silu_backward(a->wide, a->wide, a->p2, N * M);
+    linear_backward(a->wide2, dw->p2_w, dw->p2_b, a->wide, a->p0_silu, w->p2_w, N, M, M, 0);
+    silu_backward(a->wide2, a->wide2, a->p0, N * M);
+    linear_backward(d_E, dw->p0_w, dw->p0_b, a->wide2, E, w->p0_w, N, D, M, 1);
+}
+
+// c = mlp(e(t)) + label, and silu(c), which all adaLN layers read
+static void condition_forward(Acts *a, const Params *w, const real *t, const int *y, const Config *c, size_t B) {
+    size_t D = c->hidden_size, W = TIME_FEATURES;
+    time_features(a->t_features, t, B);
+    linear_forward(a->t0, a->t_features, w->t0_w, w->t0_b, B, W, D);
+    silu_forward(a->t0_silu, a->t0, B * D);
+    linear_forward(a->cond, a->t0_silu, w->t2_w, w->t2_b, B, D, D);
+    for (size_t b = 0; b < B; b++)
+        for (size_t i = 0; i < D; i++) a->cond[b * D + i] += w->label[(size_t)y[b] * D + i];
+    silu_forward(a->cond_silu, a->cond, B * D);
+}
+static void condition_backward(Params *dw, Acts *a, const Params *w, const int *y, const Config *c, size_t B) {
+    size_t D = c->hidden_size, W = TIME_FEATURES;
+    silu_backward(a->d_cond, a->d_cond_silu, a->cond, B * D);
+    for (size_t b = 0; b < B; b++)
+        for (size_t i = 0; i < D; i++) dw->label[(size_t)y[b] * D + i] += a->d_cond[b * D + i];
+    linear_backward(a->wide, dw->t2_w, dw->t2_b, a->d_cond, a->t0_silu, w->t2_w, B, D, D, 0);
+    silu_backward(a->wide, a->wide, a->t0, B * D);
+    linear_backward(NULL, dw->t0_w, dw->t0_b, a->wide, a->t_features, w->t0_w, B, W, D, 0);
 }
 
 // Velocity of a->x_t, a->cls_t at times t [B] with labels y [B] into a->out, a->cls_out. ids [B,Tk]:
 // training, on the kept tokens, with the projector; NULL: evaluation, on all tokens, where the blocks of g
 // share one block's memory. path_drop: g is not run and every one of its tokens is the mask token.
-static void network_forward(Model *model, const Params *w, const real *t, const int *y, const int *ids,
-                            int path_drop, int B) {
+static void network_forward(Model *model, const Params *w, const real *t, const int *y, const int *ids, int path_drop,
+                            size_t B) {
     const Config *c = &model->c;
     Acts *a = &model->a;
-    int T = tokens_of(c), P = patches_of(c), D = c->hidden_size, M = c->projector_dim, Z = c->z_dim,
-        X = patch_dim_of(c);
-    int n = ids ? kept_of(c) : T, first_h = c->depth - c->num_h;
+    size_t T = tokens_of(c), P = patches_of(c), D = c->hidden_size, Z = c->z_dim, X = patch_dim_of(c), N = B * T;
+    size_t n = ids ? (size_t)kept_of(c) : T;
+    int first_h = c->depth - c->num_h, threads = model->threads;
     // tokens: patches, CLS before them, positions
     patchify(a->patches, a->x_t, c, B);
     linear_forward(a->patch_tokens, a->patches, w->x_w, w->x_b, B * P, X, D);
-    stored(a->patch_tokens, (size_t)B * P * D);
-    copy_tokens(a->patch_tokens, a->embed, 1, B, P, c->cls, T, D);
+    put_tokens(a->embed, a->patch_tokens, B, P, c->cls, T, D);
     if (c->cls) {
         linear_forward(a->cls_proj, a->cls_t, w->cls_w, w->cls_b, B, Z, D);
         rmsnorm_forward(a->cls_token, a->cls_r, a->cls_proj, w->cls_norm, B, D);
-        copy_tokens(a->cls_token, a->embed, 1, B, 1, 0, T, D);
+        put_tokens(a->embed, a->cls_token, B, 1, 0, T, D);
     }
-    for (int b = 0; b < B; b++)
-        for (size_t i = 0; i < (size_t)T * D; i++) a->embed[(size_t)b * T * D + i] += w->pos_embed[i];
-    // condition: c = mlp(e(t)) + label
-    time_features(a->t_features, t, B);
-    linear_forward(a->t0, a->t_features, w->t0_w, w->t0_b, B, 256, D);
-    silu_forward(a->t0_silu, a->t0, (size_t)B * D);
-    linear_forward(a->cond, a->t0_silu, w->t2_w, w->t2_b, B, D, D);
-    for (int b = 0; b < B; b++)
-        for (int i = 0; i < D; i++) a->cond[(size_t)b * D + i] += w->label[(size_t)y[b] * D + i];
-    silu_forward(a->cond_silu, a->cond, (size_t)B * D);
+    add_rows(a->embed, T * D, w->pos_embed, 0, B, T * D);
+    condition_forward(a, w, t, y, c, B);
     // encoder f on all tokens
-    const real *x = a->embed, *v1 = c->value_residual ? a->v1 : NULL;
+    const real *x = a->embed;
     for (int i = 0; i < c->num_f; i++) {
-        block_forward(&a->block[i], &w->block[i], x, i ? v1 : NULL, NULL, c, w, a, B, T);
-        if (i == 0) copy_rows(a->v1, D, a->block[0].qkv + 2 * D, 3 * D, B * T, D);
+        block_forward(&a->block[i], a, w, i, x, NULL, c, threads, B, T);
         x = a->block[i].out;
     }
-    const real *E = x, *g = NULL;
-    if (ids && c->align) {   // zs = projector(E)
-        linear_forward(a->p0, E, w->p0_w, w->p0_b, B * T, D, M);
-        silu_forward(a->p0_silu, a->p0, (size_t)B * T * M);
-        linear_forward(a->p2, a->p0_silu, w->p2_w, w->p2_b, B * T, M, M);
-        silu_forward(a->p2_silu, a->p2, (size_t)B * T * M);
-        linear_forward(a->zs, a->p2_silu, w->p4_w, w->p4_b, B * T, M, Z), stored(a->zs, (size_t)B * T * Z);
-    }
+    const real *E = x;
+    if (ids && c->align) projector_forward(a, w, E, c, N);
     // sparse middle g on the kept tokens
+    const real *g = NULL;
     if (!path_drop) {
-        if (ids) gather_rows(a->kept, E, ids, B, n, T, D);
+        if (ids) gather_rows(a->kept, D, E, D, ids, B, n, T, D);
         g = ids ? a->kept : E;
         for (int i = c->num_f; i < first_h; i++) {
             BlockActs *k = ids ? &a->block[i] : &a->block[c->num_h ? c->depth - 1 : c->depth];
-            block_forward(k, &w->block[i], g, v1, ids, c, w, a, B, n);
+            block_forward(k, a, w, i, g, ids, c, threads, B, n);
             g = k->out;
         }
     }
     // pad with the mask token, fuse: fusion_proj([E, G])
-    copy_rows(a->pair, 2 * D, E, D, B * T, D);
-    if (g && !ids) copy_rows(a->pair + D, 2 * D, g, D, B * T, D);
-    else copy_rows(a->pair + D, 2 * D, w->mask_token, 0, B * T, D);
-#pragma omp parallel for
-    for (int i = 0; i < (g && ids ? B * n : 0); i++)
-        memcpy(a->pair + ((size_t)(i / n) * T + ids[i]) * 2 * D + D, g + (size_t)i * D,
-               sizeof(real) * (size_t)D);
-    linear_forward(a->fused, a->pair, w->fusion_w, w->fusion_b, B * T, 2 * D, D);
+    copy_rows(a->pair, 2 * D, E, D, N, D);
+    if (g && !ids) copy_rows(a->pair + D, 2 * D, g, D, N, D);
+    else copy_rows(a->pair + D, 2 * D, w->mask_token, 0, N, D);
+    if (g && ids) scatter_rows(a->pair + D, 2 * D, g, D, ids, B, n, T, D);
+    linear_forward(a->fused, a->pair, w->fusion_w, w->fusion_b, N, 2 * D, D);
     // decoder h on all tokens
     x = a->fused;
     for (int i = first_h; i < c->depth; i++) {
-        block_forward(&a->block[i], &w->block[i], x, v1, NULL, c, w, a, B, T);
+        block_forward(&a->block[i], a, w, i, x, NULL, c, threads, B, T);
         x = a->block[i].out;
     }
     // final layer
     linear_forward(a->final_mod, a->cond_silu, w->final_adaln_w, w->final_adaln_b, B, D, 2 * D);
     norm_modulate_forward(a->final_h, a->final_r, x, a->final_mod, a->final_mod + D, 2 * D, B, T, D);
-    copy_tokens(a->final_patches, a->final_h, 0, B, P, c->cls, T, D);
+    take_tokens(a->final_patches, a->final_h, B, P, c->cls, T, D);
     linear_forward(a->out_patches, a->final_patches, w->final_w, w->final_b, B * P, D, X);
-    unpatchify(a->out, a->out_patches, c, B, 0);
+    unpatchify_forward(a->out, a->out_patches, c, B);
     if (!c->cls) return;
-    copy_tokens(a->final_cls, a->final_h, 0, B, 1, 0, T, D);
+    take_tokens(a->final_cls, a->final_h, B, 1, 0, T, D);
     linear_forward(a->cls_out, a->final_cls, w->final_cls_w, w->final_cls_b, B, D, Z);
 }
 
 // Gradients of all parameters, added to model->grads, from those of the outputs (a->d_out, a->d_cls_out,
 // a->d_zs), after a training network_forward with the same arguments. E, block Lf's output, has three
 // readers: the projector, the sparse path and the fusion; their gradients meet in a->d_E.
-static void network_backward(Model *model, const int *y, const int *ids, int path_drop, int B) {
+static void network_backward(Model *model, const int *y, const int *ids, int path_drop, size_t B) {
     const Config *c = &model->c;
     const Params *w = &model->w;
     Params *dw = &model->dw;
     Acts *a = &model->a;
-    int T = tokens_of(c), P = patches_of(c), D = c->hidden_size, M = c->projector_dim, Z = c->z_dim,
-        X = patch_dim_of(c);
-    int n = kept_of(c), first_h = c->depth - c->num_h;
-    size_t N = (size_t)B * (size_t)T, bytes = sizeof(real) * N * (size_t)D;
-    const real *v1 = c->value_residual ? a->v1 : NULL;
-    memset(a->d_cond_silu, 0, sizeof(real) * (size_t)B * (size_t)D);
+    size_t T = tokens_of(c), P = patches_of(c), D = c->hidden_size, Z = c->z_dim, X = patch_dim_of(c), N = B * T;
+    size_t n = kept_of(c), bytes = sizeof(real) * N * D;
+    int first_h = c->depth - c->num_h, threads = model->threads;
+    memset(a->d_cond_silu, 0, sizeof(real) * B * D);
     memset(a->d_v1, 0, bytes);
-    // final layer: out = linear(final_h[patches]), cls_out = linear_cls(final_h[CLS])
-    unpatchify(a->d_out, a->out_patches, c, B, 1);   // out_patches becomes its own gradient
-    linear_backward(a->d_wide, dw->final_w, dw->final_b, a->out_patches, a->final_patches, w->final_w, B * P,
-                    D, X, 0);
-    copy_tokens(a->d_wide, a->d_wide2, 1, B, P, c->cls, T, D);
-    if (c->cls) {
-        linear_backward(a->d_wide, dw->final_cls_w, dw->final_cls_b, a->d_cls_out, a->final_cls,
-                        w->final_cls_w, B, D, Z, 0);
-        copy_tokens(a->d_wide, a->d_wide2, 1, B, 1, 0, T, D);
-    }
     memset(a->dx, 0, bytes);
-    norm_modulate_backward(a->dx, a->d_mod, a->d_mod + D, a->d_wide2,
-                           c->num_h ? a->block[c->depth - 1].out : a->fused, a->final_r, a->final_mod + D,
-                           2 * D, B, T, D);
-    linear_backward(a->d_cond_silu, dw->final_adaln_w, dw->final_adaln_b, a->d_mod, a->cond_silu,
-                    w->final_adaln_w, B, D, 2 * D, 1);
+    // final layer: out = linear(final_h[patches]), cls_out = linear_cls(final_h[CLS])
+    unpatchify_backward(a->out_patches, a->d_out, c, B);   // out_patches becomes its own gradient
+    linear_backward(a->wide, dw->final_w, dw->final_b, a->out_patches, a->final_patches, w->final_w, B * P, D, X, 0);
+    put_tokens(a->wide2, a->wide, B, P, c->cls, T, D);
+    if (c->cls) {
+        linear_backward(a->wide, dw->final_cls_w, dw->final_cls_b, a->d_cls_out, a->final_cls, w->final_cls_w, B, D, Z,
+                        0);
+        put_tokens(a->wide2, a->wide, B, 1, 0, T, D);
+    }
+    const real *last = c->num_h ? a->block[c->depth - 1].out : a->fused;
+    norm_modulate_backward(a->dx, a->d_mod, a->d_mod + D, a->wide2, last, a->final_r, a->final_mod + D, 2 * D, B, T, D);
+    linear_backward(a->d_cond_silu, dw->final_adaln_w, dw->final_adaln_b, a->d_mod, a->cond_silu, w->final_adaln_w, B,
+                    D, 2 * D, 1);
     // decoder h
     for (int i = c->depth - 1; i >= first_h; i--)
-        block_backward(a->dx, &dw->block[i], &a->block[i], &w->block[i], v1, NULL, c, w, a, B, T, 0);
+        block_backward(a->dx, dw, a, w, i, NULL, c, threads, B, T);
     // fused = fusion_proj([E, G]), G = mask_token where g has no token
-    linear_backward(a->d_wide, dw->fusion_w, dw->fusion_b, a->dx, a->pair, w->fusion_w, (int)N, 2 * D, D, 0);
-    copy_rows(a->d_E, D, a->d_wide, 2 * D, (int)N, D);
-    // kept tokens pass theirs to g; what is left is the mask's
-#pragma omp parallel for
-    for (int i = 0; i < (path_drop ? 0 : B * n); i++) {
-        real *from = a->d_wide + ((size_t)(i / n) * T + ids[i]) * 2 * D + D;
-        memcpy(a->d_kept + (size_t)i * D, from, sizeof(real) * (size_t)D);
-        memset(from, 0, sizeof(real) * (size_t)D);
+    linear_backward(a->wide, dw->fusion_w, dw->fusion_b, a->dx, a->pair, w->fusion_w, N, 2 * D, D, 0);
+    copy_rows(a->d_E, D, a->wide, 2 * D, N, D);
+    real *dG = a->wide + D;                    // in rows of 2D
+    if (!path_drop) {                          // kept tokens pass theirs to g; what is left is the mask's
+        gather_rows(a->d_kept, D, dG, 2 * D, ids, B, n, T, D);
+        for (size_t i = 0; i < B * n; i++) memset(dG + (i / n * T + (size_t)ids[i]) * 2 * D, 0, sizeof(real) * D);
     }
-    add_rows(dw->mask_token, a->d_wide + D, 2 * D, (int)N, D);
+    column_sums(dw->mask_token, dG, 2 * D, N, D);
     // sparse middle g, on a path-drop step without gradient
     if (!path_drop) {
         for (int i = first_h - 1; i >= c->num_f; i--)
-            block_backward(a->d_kept, &dw->block[i], &a->block[i], &w->block[i], v1, ids, c, w, a, B, n, 0);
-#pragma omp parallel for
-        for (int i = 0; i < B * n; i++)
-            for (int j = 0; j < D; j++)
-                a->d_E[((size_t)(i / n) * T + ids[i]) * D + j] += a->d_kept[(size_t)i * D + j];
+            block_backward(a->d_kept, dw, a, w, i, ids, c, threads, B, n);
+        for (size_t i = 0; i < B * n; i++)
+            for (size_t j = 0; j < D; j++) a->d_E[(i / n * T + (size_t)ids[i]) * D + j] += a->d_kept[i * D + j];
     }
-    // zs = p4(silu(p2(silu(p0(E)))))
-    if (c->align) {
-        linear_backward(a->d_wide, dw->p4_w, dw->p4_b, a->d_zs, a->p2_silu, w->p4_w, (int)N, M, Z, 0);
-        silu_backward(a->d_wide, a->d_wide, a->p2, N * M);
-        linear_backward(a->d_wide2, dw->p2_w, dw->p2_b, a->d_wide, a->p0_silu, w->p2_w, (int)N, M, M, 0);
-        silu_backward(a->d_wide2, a->d_wide2, a->p0, N * M);
-        linear_backward(a->d_E, dw->p0_w, dw->p0_b, a->d_wide2, a->block[c->num_f - 1].out, w->p0_w, (int)N,
-                        D, M, 1);
-    }
+    if (c->align) projector_backward(a->d_E, dw, a, w, a->block[c->num_f - 1].out, c, N);
     // encoder f
     for (int i = c->num_f - 1; i >= 0; i--)
-        block_backward(a->d_E, &dw->block[i], &a->block[i], &w->block[i], i ? v1 : NULL, NULL, c, w, a, B, T,
-                       i == 0);
+        block_backward(a->d_E, dw, a, w, i, NULL, c, threads, B, T);
     // tokens
-    copy_tokens(a->d_wide, a->d_E, 0, B, P, c->cls, T, D);
-    linear_backward(NULL, dw->x_w, dw->x_b, a->d_wide, a->patches, w->x_w, B * P, X, D, 0);
+    take_tokens(a->wide, a->d_E, B, P, c->cls, T, D);
+    linear_backward(NULL, dw->x_w, dw->x_b, a->wide, a->patches, w->x_w, B * P, X, D, 0);
     if (c->cls) {
-        copy_tokens(a->d_wide, a->d_E, 0, B, 1, 0, T, D);
-        rmsnorm_backward(a->d_wide2, dw->cls_norm, a->d_wide, a->cls_proj, a->cls_r, w->cls_norm, B, D);
-        linear_backward(NULL, dw->cls_w, dw->cls_b, a->d_wide2, a->cls_t, w->cls_w, B, Z, D, 0);
+        take_tokens(a->wide, a->d_E, B, 1, 0, T, D);
+        rmsnorm_backward(a->wide2, dw->cls_norm, a->wide, a->cls_proj, a->cls_r, w->cls_norm, B, D);
+        linear_backward(NULL, dw->cls_w, dw->cls_b, a->wide2, a->cls_t, w->cls_w, B, Z, D, 0);
     }
-    // condition
-    silu_backward(a->d_cond, a->d_cond_silu, a->cond, (size_t)B * D);
-    for (int b = 0; b < B; b++)
-        for (int i = 0; i < D; i++) dw->label[(size_t)y[b] * D + i] += a->d_cond[(size_t)b * D + i];
-    linear_backward(a->d_wide, dw->t2_w, dw->t2_b, a->d_cond, a->t0_silu, w->t2_w, B, D, D, 0);
-    silu_backward(a->d_wide, a->d_wide, a->t0, (size_t)B * D);
-    linear_backward(NULL, dw->t0_w, dw->t0_b, a->d_wide, a->t_features, w->t0_w, B, 256, D, 0);
+    condition_backward(dw, a, w, y, c, B);
 }
 
 // ----------------------------------------------------------------------------------------------------------
 // The loss, over the outputs of the network and the batch:
 //
-//   L = mean (out - v)^2 + cls_coeff mean (cls_out - v_cls)^2 + proj_coeff L_align + cfm_coeff L_cfm
+//   L = mean (out - v)^2 + cls_coeff mean (cls_out - v_cls)^2 + align_coeff L_align + cfm_coeff L_cfm
 //   v = noise - x,   L_cfm = - mean (out - v[b-1])^2,   L_align = - mean_{b,t} cos(feats, zs)
 //
-// Means run over the whole batch; this adds the micro-batch's share to model->losses and writes the gradients
-//   dout = 2 (out - v) / n - cfm_coeff 2 (out - v[b-1]) / n
-//   dzs = - proj_coeff / (B T) (f^ - cos z^) / |z|,  f^ and z^ unit vectors, |z| = max(norm, 1e-12),
-// the latter since z^'s own derivative is (1 - z^ z^T) / |z|.
+// Means run over the whole batch. Each function adds its sample's share to `sum`, without dividing, and writes
+// the gradients; `share` is what one term counts in the mean.
+
+// dout = 2 (out - v) share - cfm_coeff 2 (out - v[b-1]) share, each over the latent's numbers
+static void velocity_loss(Losses *sum, real *dout, const real *out, const real *x, const real *noise,
+                          const real *x_before, const real *noise_before, double cfm, double whole, size_t latent) {
+    for (size_t i = 0; i < latent; i++) {
+        // before sample 0 comes the last of the whole batch, whose v = noise_before was made beforehand
+        real v = noise[i] - x[i], v_before = x_before ? noise_before[i] - x_before[i] : noise_before[i];
+        real d = out[i] - v, d_before = out[i] - v_before;
+        sum->denoise += (double)d * d;
+        sum->cfm -= (double)d_before * d_before;
+        dout[i] = (real)((2 * d - cfm * 2 * d_before) / (whole * (double)latent));
+    }
+}
+// dout = cls_coeff 2 (out - v) share
+static void cls_loss(Losses *sum, real *dout, const real *out, const real *cls, const real *noise, double coeff,
+                     double whole, size_t Z) {
+    for (size_t i = 0; i < Z; i++) {
+        real d = out[i] - (noise[i] - cls[i]);
+        sum->cls += (double)d * d;
+        dout[i] = (real)(coeff * 2 * d / (whole * (double)Z));
+    }
+}
+// dz = - align_coeff share (f^ - cos z^) / |z|, f^ and z^ unit vectors, |z| = max(norm, 1e-12), since z^'s own
+// derivative is (1 - z^ z^T) / |z|. z, f, dz [T,Z]
+static void align_loss(Losses *sum, real *dz, const real *z, const real *f, double coeff, double whole, size_t T,
+                       size_t Z) {
+    for (size_t t = 0; t < T; t++, f += Z, z += Z, dz += Z) {
+        double f_norm = sqrt((double)dot(f, f, Z)), z_norm = sqrt((double)dot(z, z, Z));
+        f_norm = f_norm > 1e-12 ? f_norm : 1e-12;
+        z_norm = z_norm > 1e-12 ? z_norm : 1e-12;
+        double cosine = (double)dot(f, z, Z) / (f_norm * z_norm), k = -coeff / (whole * (double)T * z_norm);
+        sum->align -= cosine;
+        for (size_t i = 0; i < Z; i++) dz[i] = (real)(k * (f[i] / f_norm - cosine * z[i] / z_norm));
+    }
+}
+
 static void loss_and_gradients(Model *model, const Batch *batch) {
     const Config *c = &model->c;
     Acts *a = &model->a;
-    size_t latent = (size_t)latent_of(c), Z = (size_t)c->z_dim, T = (size_t)tokens_of(c);
+    size_t latent = latent_of(c), Z = c->z_dim, T = tokens_of(c), B = batch->B;
     double whole = batch->whole, cfm = c->cfm ? c->cfm_coeff : 0;
-    Losses *each = (Losses *)alloc_zero((size_t)batch->B, sizeof(Losses));   // summed in order: the same bits
 #pragma omp parallel for
-    for (int b = 0; b < batch->B; b++) {
-        const real *x = batch->x + b * latent, *noise = batch->noise + b * latent, *out = a->out + b * latent;
-        for (size_t i = 0; i < latent; i++) {
-            real v = noise[i] - x[i],
-                 v_before = b ? (noise - latent)[i] - (x - latent)[i] : batch->v_before[i];
-            real d = out[i] - v, d_before = out[i] - v_before;
-            each[b].denoise += (double)d * d;
-            each[b].cfm -= (double)d_before * d_before;
-            a->d_out[b * latent + i] = (real)((2 * d - cfm * 2 * d_before) / (whole * (double)latent));
-        }
-        for (size_t i = 0; i < Z && c->cls; i++) {
-            real d = a->cls_out[b * Z + i] - (batch->noise_cls[b * Z + i] - batch->cls[b * Z + i]);
-            each[b].cls += (double)d * d;
-            a->d_cls_out[b * Z + i] = (real)(c->cls_coeff * 2 * d / (whole * (double)Z));
-        }
-        for (size_t t = 0; t < T && c->align; t++) {
-            const real *f = batch->feats + (b * T + t) * Z, *z = a->zs + (b * T + t) * Z;
-            real *dz = a->d_zs + (b * T + t) * Z;
-            double f_norm = sqrt((double)dot(f, f, (int)Z)), z_norm = sqrt((double)dot(z, z, (int)Z));
-            f_norm = f_norm > 1e-12 ? f_norm : 1e-12, z_norm = z_norm > 1e-12 ? z_norm : 1e-12;
-            double cosine = (double)dot(f, z, (int)Z) / (f_norm * z_norm);
-            each[b].proj -= cosine;
-            double k = -c->proj_coeff / (whole * (double)T * z_norm);
-            for (size_t i = 0; i < Z; i++) dz[i] = (real)(k * (f[i] / f_norm - cosine * z[i] / z_norm));
-        }
+    for (size_t b = 0; b < B; b++) {
+        Losses *one = &a->sample_losses[b];
+        const real *x = batch->x + b * latent, *noise = batch->noise + b * latent;
+        memset(one, 0, sizeof(*one));
+        velocity_loss(one, a->d_out + b * latent, a->out + b * latent, x, noise, b ? x - latent : NULL,
+                      b ? noise - latent : batch->v_before, cfm, whole, latent);
+        if (c->cls)
+            cls_loss(one, a->d_cls_out + b * Z, a->cls_out + b * Z, batch->cls + b * Z, batch->noise_cls + b * Z,
+                     c->cls_coeff, whole, Z);
+        if (c->align)
+            align_loss(one, a->d_zs + b * T * Z, a->zs + b * T * Z, batch->feats + b * T * Z, c->align_coeff, whole, T,
+                       Z);
     }
     Losses *sum = &model->losses;
-    for (int b = 0; b < batch->B; b++) {
-        sum->denoise += each[b].denoise / (whole * (double)latent);
-        sum->cfm += each[b].cfm / (whole * (double)latent);
-        sum->cls += each[b].cls / (whole * (double)Z);
-        sum->proj += each[b].proj / (whole * (double)T);
+    for (size_t b = 0; b < B; b++) {   // in the order of the samples: the same bits for any number of threads
+        const Losses *one = &a->sample_losses[b];
+        sum->denoise += one->denoise / (whole * (double)latent);
+        sum->cfm += one->cfm / (whole * (double)latent);
+        sum->cls += one->cls / (whole * (double)Z);
+        sum->align += one->align / (whole * (double)T);
     }
-    free(each);
-    sum->total = sum->denoise + c->cls_coeff * sum->cls + c->proj_coeff * sum->proj + cfm * sum->cfm;
+    sum->total = sum->denoise + c->cls_coeff * sum->cls + c->align_coeff * sum->align + cfm * sum->cfm;
 }
 
 // Gradients are added to; call zero_gradients before the first micro-batch of a step.
@@ -1192,60 +1285,81 @@ static void zero_gradients(Model *m) { memset(m->grads, 0, m->table.total * size
 
 static void forward_backward(Model *model, const Batch *batch) {
     const Config *c = &model->c;
-    size_t latent = (size_t)latent_of(c), Z = (size_t)c->z_dim;
-    for (int b = 0; b < batch->B; b++) {   // x_t = (1 - t) x + t noise, and CLS alike
+    size_t latent = latent_of(c), Z = c->z_dim, B = batch->B;
+    for (size_t b = 0; b < B; b++) {   // x_t = (1 - t) x + t noise, and CLS alike
         real t = batch->t[b];
         for (size_t i = b * latent; i < (b + 1) * latent; i++)
             model->a.x_t[i] = (1 - t) * batch->x[i] + t * batch->noise[i];
         for (size_t i = b * Z; i < (b + 1) * Z && c->cls; i++)
             model->a.cls_t[i] = (1 - t) * batch->cls[i] + t * batch->noise_cls[i];
     }
-    network_forward(model, &model->w, batch->t, batch->y, batch->ids, batch->path_drop, batch->B);
+    network_forward(model, &model->w, batch->t, batch->y, batch->ids, batch->path_drop, B);
     loss_and_gradients(model, batch);
-    network_backward(model, batch->y, batch->ids, batch->path_drop, batch->B);
+    network_backward(model, batch->y, batch->ids, batch->path_drop, B);
 }
 
 // Velocities v [B,C,S,S], v_cls [B,Z] at x, cls, t, y on all tokens: what the sampler asks for, max_batch at
 // a time.
 static void velocity(Model *model, real *v, real *v_cls, const real *x, const real *cls, const real *t,
                      const int *y, int use_ema, int path_drop, int B) {
-    size_t latent = (size_t)latent_of(&model->c), Z = (size_t)model->c.z_dim;
+    size_t latent = latent_of(&model->c), Z = model->c.z_dim;
     for (int b = 0; b < B; b += model->max_batch) {
-        int n = imin(model->max_batch, B - b);
-        memcpy(model->a.x_t, x + b * latent, n * latent * sizeof(real));
-        if (model->c.cls) memcpy(model->a.cls_t, cls + b * Z, n * Z * sizeof(real));
-        network_forward(model, use_ema ? &model->w_ema : &model->w, t + b, y + b, NULL, path_drop, n);
-        memcpy(v + b * latent, model->a.out, n * latent * sizeof(real));
-        if (model->c.cls) memcpy(v_cls + b * Z, model->a.cls_out, n * Z * sizeof(real));
+        size_t at = b, n = imin(model->max_batch, B - b);
+        memcpy(model->a.x_t, x + at * latent, n * latent * sizeof(real));
+        if (model->c.cls) memcpy(model->a.cls_t, cls + at * Z, n * Z * sizeof(real));
+        network_forward(model, use_ema ? &model->w_ema : &model->w, t + at, y + at, NULL, path_drop, n);
+        memcpy(v + at * latent, model->a.out, n * latent * sizeof(real));
+        if (model->c.cls) memcpy(v_cls + at * Z, model->a.cls_out, n * Z * sizeof(real));
     }
 }
 
 // ----------------------------------------------------------------------------------------------------------
-// Optimizer: clipping to a global norm, AdamW and the moving average in one pass; step counts from 1. The
-// norm before clipping goes to model->losses. Where it is not finite nothing is changed, so that the last
-// good state stays.
+// Optimizer
+
+// Constants of step `step` (from 1): AdamW with bias correction and decoupled weight decay, and the EMA
+typedef struct { double b1, b2, eps, rate, root, decay, ema, max_norm; } AdamW;
+static AdamW adamw_of(const Config *c, int step) {
+    AdamW o;
+    double warm = (1.0 + step) / (10.0 + step);
+    o.b1 = c->beta1;
+    o.b2 = c->beta2;
+    o.eps = c->eps;
+    o.rate = c->lr / (1 - pow(c->beta1, step));       // m^ = m / (1 - b1^step)
+    o.root = 1 / sqrt(1 - pow(c->beta2, step));       // sqrt(v^) = sqrt(v) root
+    o.decay = 1 - c->lr * c->weight_decay;
+    o.ema = c->ema ? c->ema_decay : 0;
+    if (c->ema_warmup && warm < o.ema) o.ema = warm;
+    o.max_norm = c->max_grad_norm;
+    return o;
+}
+
+// |gradient|_2 over all trained tensors, summed in an order that does not depend on the number of threads
+static double gradient_norm(Model *model) {
+    size_t n = model->table.trained, chunks = (n + NORM_CHUNK - 1) / NORM_CHUNK;
+    double *parts = model->a.norm_parts, sum = 0;
+#pragma omp parallel for
+    for (size_t k = 0; k < chunks; k++) {
+        parts[k] = 0;
+        for (size_t i = k * NORM_CHUNK; i < n && i < (k + 1) * NORM_CHUNK; i++)
+            parts[k] += (double)model->grads[i] * model->grads[i];
+    }
+    for (size_t k = 0; k < chunks; k++) sum += parts[k];
+    return sqrt(sum);
+}
+
+// Clipping to a global norm, AdamW and the moving average in one pass. A step whose loss or gradient is not finite
+// changes nothing, and nor does any later one, so that the state stays that of the last good step.
 static void update(Model *model, int step) {
-    const Config *c = &model->c;
-    size_t n = model->table.trained, chunk = 4096, chunks = (n + chunk - 1) / chunk;
-    double *sums = (double *)alloc_zero(chunks, sizeof(double)), total = 0;
+    Losses *losses = &model->losses;
+    AdamW o = adamw_of(&model->c, step);
+    double norm = losses->grad_norm = gradient_norm(model), clip = o.max_norm / (norm + 1e-6);
+    if (!losses->bad_step && !(norm < INFINITY && fabs(losses->total) < INFINITY)) losses->bad_step = step;
+    if (losses->bad_step) return;
+    real scale = (real)(clip < 1 ? clip : 1), b1 = (real)o.b1, b2 = (real)o.b2, one1 = (real)(1 - o.b1);
+    real one2 = (real)(1 - o.b2), rate = (real)o.rate, root = (real)o.root, eps = (real)o.eps;
+    real decay = (real)o.decay, e = (real)o.ema, one_e = (real)(1 - o.ema);
 #pragma omp parallel for
-    for (size_t k = 0; k < chunks; k++)
-        for (size_t i = k * chunk; i < n && i < (k + 1) * chunk; i++)
-            sums[k] += (double)model->grads[i] * model->grads[i];
-    for (size_t k = 0; k < chunks; k++)
-        total += sums[k];   // in order: the same bits for any number of threads
-    free(sums);
-    double norm = model->losses.grad_norm = sqrt(total), clip = c->max_grad_norm / (norm + 1e-6);
-    if (!(norm < INFINITY)) return;
-    real scale = (real)(clip < 1 ? clip : 1), b1 = (real)c->beta1, b2 = (real)c->beta2, eps = (real)c->eps;
-    real rate = (real)(c->lr / (1 - pow(c->beta1, step))), decay = (real)(1 - c->lr * c->weight_decay);
-    real root = (real)(1 / sqrt(1 - pow(c->beta2, step)));
-    real one1 = (real)(1 - c->beta1), one2 = (real)(1 - c->beta2);
-    double ema = c->ema ? c->ema_decay : 0, warm = (1.0 + step) / (10.0 + step);
-    real e = (real)(c->ema_warmup && warm < ema ? warm : ema);
-    real one_e = (real)(1 - (c->ema_warmup && warm < ema ? warm : ema));
-#pragma omp parallel for
-    for (size_t i = 0; i < n; i++) {
+    for (size_t i = 0; i < model->table.trained; i++) {
         real g = model->grads[i] * scale, p = model->params[i] * decay;
         real m = model->m[i] = b1 * model->m[i] + one1 * g, v = model->v[i] = b2 * model->v[i] + one2 * g * g;
         model->params[i] = p -= rate * m / ((real)sqrt(v) * root + eps);
@@ -1257,80 +1371,15 @@ static void update(Model *model, int step) {
 static Losses read_losses(Model *model) {
     Losses sum = model->losses;
     memset(&model->losses, 0, sizeof(Losses));
+    model->losses.bad_step = sum.bad_step;
     return sum;
 }
 
+// ----------------------------------------------------------------------------------------------------------
+// What a trainer offers to the sampler, the training loop and the tests. train_srdit.cu offers the same on a GPU;
+// its model begins with a Model, whose configuration and table are read here.
+
 enum Block { PARAMS, GRADS, ADAM_M, ADAM_V, EMA };
-static real *model_block(Model *m, enum Block which) {
-    real *blocks[] = {m->params, m->grads, m->m, m->v, m->ema};
-    return blocks[which];
-}
-static void get_block(real *host, Model *m, enum Block which) {
-    memcpy(host, model_block(m, which), m->table.total * sizeof(real));
-}
-static void put_block(Model *m, const real *host, enum Block which) {
-    memcpy(model_block(m, which), host, m->table.total * sizeof(real));
-}
-
-// An activation of the last forward by the name that reference files use (shared with the tests); NULL if
-// unknown
-static const real *activation(Model *m, const char *name, size_t *n) {
-    const Config *c = &m->c;
-    const Acts *a = &m->a;
-    size_t T = (size_t)tokens_of(c), D = (size_t)c->hidden_size, Z = (size_t)c->z_dim;
-    int i;
-    if (sscanf(name, "block.%d", &i) == 1 && i >= 0 && i < c->depth) {
-        *n = (is_sparse(c, i) ? (size_t)kept_of(c) : T) * D;
-        return a->block[i].out;
-    }
-    struct { const char *name; const real *x; size_t n; } list[] = {
-        {"embed", a->embed, T * D}, {"cond", a->cond, D}, {"fused", a->fused, T * D}, {"zs", a->zs, T * Z},
-        {"out", a->out, (size_t)latent_of(c)}, {"cls_out", a->cls_out, Z}};
-    for (i = 0; i < 6; i++)
-        if (!strcmp(name, list[i].name)) { *n = list[i].n; return list[i].x; }
-    return NULL;
-}
-
-static int all_finite(const real *x, size_t n) {
-    for (size_t i = 0; i < n; i++)
-        if (!(fabs((double)x[i]) < INFINITY)) return 0;
-    return 1;
-}
-
-// The first tensor, in the order of the computation, that holds a number that is not finite; "" if there is
-// none
-static void find_bad(char name[96], Model *model, const Batch *batch) {
-    const Config *c = &model->c;
-    size_t B = (size_t)batch->B, T = (size_t)tokens_of(c), Z = (size_t)c->z_dim, n = 0;
-    const real *data[] = {batch->x, batch->cls, batch->feats};
-    size_t sizes[] = {B * (size_t)latent_of(c), c->cls ? B * Z : 0, c->align ? B * T * Z : 0};
-    static const char *const data_names[] = {"latents", "cls", "feats"};
-    static const char *const order[] = {"embed", "cond", "block", "fused", "zs", "out", "cls_out"};
-    name[0] = 0;
-    for (int i = 0; i < 3 && !name[0]; i++)
-        if (!all_finite(data[i], sizes[i])) snprintf(name, 96, "%s of the data", data_names[i]);
-    for (int i = 0; i < model->table.count && !name[0]; i++) {
-        const Tensor *t = &model->table.tensors[i];
-        if (!all_finite(model->params + t->offset, t->size)) snprintf(name, 96, "parameter %s", t->name);
-    }
-    for (int k = 0; k < 7 && !name[0]; k++)
-        for (int i = 0; i < (k == 2 ? c->depth : 1) && !name[0]; i++) {
-            char what[32];
-            if (k == 2) snprintf(what, sizeof(what), "block.%d", i);
-            else snprintf(what, sizeof(what), "%s", order[k]);
-            const real *x = activation(model, what, &n);
-            int unused = (k == 2 && is_sparse(c, i) && batch->path_drop) || (k == 4 && !c->align) ||
-                         (k == 6 && !c->cls);
-            if (!unused && !all_finite(x, n * B)) snprintf(name, 96, "activation %s", what);
-        }
-    for (int i = 0; i < model->table.count && !name[0]; i++) {
-        const Tensor *t = &model->table.tensors[i];
-        if (!all_finite(model->grads + t->offset, t->size)) snprintf(name, 96, "gradient of %s", t->name);
-    }
-}
-
-// What a trainer offers to the sampler, the training loop and the tests. train_srdit.cu offers the same on a
-// GPU; its model begins with a Model, whose configuration and table are read here.
 typedef struct {
     const char *name;
     Model *(*create)(const Config *, int max_batch, uint64_t seed);
@@ -1343,12 +1392,169 @@ typedef struct {
                      const int *y, int use_ema, int path_drop, int B);
     void (*get_block)(real *, Model *, enum Block);
     void (*put_block)(Model *, const real *, enum Block);
-    const real *(*activation)(Model *, const char *name, size_t *n);
-    void (*find_bad)(char name[96], Model *, const Batch *);
+    const real *(*activation)(Model *, const char *name);
 } Backend;
-static const Backend cpu_backend = {
-    "CPU", model_create, model_destroy, zero_gradients, forward_backward, update,
-    read_losses, velocity, get_block, put_block, activation, find_bad};
+
+static real *model_block(Model *m, enum Block which) {
+    real *blocks[] = {m->params, m->grads, m->m, m->v, m->ema};
+    return blocks[which];
+}
+static void get_block(real *host, Model *m, enum Block which) {
+    memcpy(host, model_block(m, which), m->table.total * sizeof(real));
+}
+static void put_block(Model *m, const real *host, enum Block which) {
+    memcpy(model_block(m, which), host, m->table.total * sizeof(real));
+}
+
+// The activations that can be asked for by name, those of reference files
+typedef struct { char name[24]; size_t size; int sparse; } ActivationName;   // size: numbers a sample
+typedef struct { ActivationName of[MAX_DEPTH + 6]; int count; } ActivationNames;
+static void name_add(ActivationNames *names, const char *name, int block, size_t size, int sparse) {
+    ActivationName *one = &names->of[names->count++];
+    if (block < 0) snprintf(one->name, sizeof(one->name), "%s", name);
+    else snprintf(one->name, sizeof(one->name), "%s.%d", name, block);
+    one->size = size;
+    one->sparse = sparse;
+}
+static ActivationNames activation_names(const Config *c) {   // in the order of the computation
+    ActivationNames names;
+    size_t T = tokens_of(c), Tk = kept_of(c), D = c->hidden_size, Z = c->z_dim;
+    names.count = 0;
+    name_add(&names, "embed", -1, T * D, 0);
+    name_add(&names, "cond", -1, D, 0);
+    for (int i = 0; i <= c->depth; i++) {
+        if (i == c->num_f && c->align) name_add(&names, "zs", -1, T * Z, 0);
+        if (i == c->depth - c->num_h) name_add(&names, "fused", -1, T * D, 0);
+        if (i < c->depth) name_add(&names, "block", i, (is_sparse(c, i) ? Tk : T) * D, is_sparse(c, i));
+    }
+    name_add(&names, "out", -1, latent_of(c), 0);
+    if (c->cls) name_add(&names, "cls_out", -1, Z, 0);
+    return names;
+}
+static const real *activation(Model *m, const char *name) {   // of the last forward
+    const Acts *a = &m->a;
+    int i;
+    if (sscanf(name, "block.%d", &i) == 1) return a->block[i].out;
+    return !strcmp(name, "embed") ? a->embed : !strcmp(name, "cond") ? a->cond : !strcmp(name, "fused") ? a->fused
+           : !strcmp(name, "zs") ? a->zs : !strcmp(name, "out") ? a->out : a->cls_out;
+}
+
+static const Backend cpu_backend = {"CPU", model_create, model_destroy, zero_gradients, forward_backward, update,
+                                    read_losses, velocity, get_block, put_block, activation};
+
+static int all_finite(const real *x, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        if (!(fabs((double)x[i]) < INFINITY)) return 0;
+    return 1;
+}
+
+// The first tensor, in the order of the computation, that holds a number that is not finite; "" if there is
+// none. It follows a forward_backward on the batch.
+static void find_bad(char name[96], const Backend *backend, Model *m, const Batch *batch) {
+    const Config *c = &m->c;
+    size_t B = batch->B, T = tokens_of(c), Z = c->z_dim;
+    ActivationNames names = activation_names(c);
+    real *host = (real *)alloc_zero(m->table.total, sizeof(real));   // the program is about to end
+    name[0] = 0;
+    if (!all_finite(batch->x, B * (size_t)latent_of(c))) snprintf(name, 96, "latents of the data");
+    else if (c->cls && !all_finite(batch->cls, B * Z)) snprintf(name, 96, "cls of the data");
+    else if (c->align && !all_finite(batch->feats, B * T * Z)) snprintf(name, 96, "feats of the data");
+    for (int turn = 0; turn < 2; turn++) {
+        backend->get_block(host, m, turn ? GRADS : PARAMS);
+        for (int i = 0; i < m->table.count && !name[0]; i++) {
+            const Tensor *t = &m->table.tensors[i];
+            if (!all_finite(host + t->offset, t->size))
+                snprintf(name, 96, "%s%s", turn ? "gradient of " : "parameter ", t->name);
+        }
+        for (int i = 0; i < names.count && !name[0] && !turn; i++) {
+            const ActivationName *one = &names.of[i];
+            if (one->sparse && batch->path_drop) continue;
+            if (!all_finite(backend->activation(m, one->name), one->size * B))
+                snprintf(name, 96, "activation %s", one->name);
+        }
+    }
+    free(host);
+}
+
+// ----------------------------------------------------------------------------------------------------------
+// Draws: what is random in a training step, addressed by (seed, stream, step, sample)
+
+static Batch *batch_create(const Config *c, int B) {
+    Batch *batch = (Batch *)alloc_zero(1, sizeof(Batch));
+    size_t n = B, latent = latent_of(c), Z = c->z_dim, T = tokens_of(c);
+    batch->B = batch->whole = B;
+    batch->x = (real *)alloc_zero(n * latent, sizeof(real));
+    batch->noise = (real *)alloc_zero(n * latent, sizeof(real));
+    batch->v_before = (real *)alloc_zero(latent, sizeof(real));
+    batch->noise_before = (real *)alloc_zero(latent, sizeof(real));
+    batch->cls = (real *)alloc_zero(n * Z, sizeof(real));
+    batch->noise_cls = (real *)alloc_zero(n * Z, sizeof(real));
+    batch->t = (real *)alloc_zero(n, sizeof(real));
+    batch->y = (int *)alloc_zero(n, sizeof(int));
+    batch->ids = (int *)alloc_zero(n * T, sizeof(int));
+    batch->feats = (real *)alloc_zero(n * T * Z, sizeof(real));
+    batch->keys = (uint64_t *)alloc_zero(n * T, sizeof(uint64_t));
+    return batch;
+}
+static void batch_free(Batch *b) {
+    free(b->x), free(b->noise), free(b->v_before), free(b->noise_before), free(b->cls), free(b->noise_cls);
+    free(b->t), free(b->y), free(b->ids), free(b->feats), free(b->keys), free(b);
+}
+
+// A uniformly random set of k of T tokens, in rising order: those with the k smallest of T random keys. A key
+// ends in its token's number, so that no two are equal. scratch [T]
+static uint64_t route_key(size_t token, uint64_t seed, uint32_t step, uint32_t sample) {
+    return (uint64_t)draw4(seed, STREAM_ROUTE, step, sample, (uint32_t)token / 4).v[token % 4] << 32 | token;
+}
+static void draw_kept(int *ids, size_t k, size_t T, uint64_t *scratch, uint64_t seed, uint32_t step, uint32_t sample) {
+    for (size_t i = 0; i < T; i++) scratch[i] = route_key(i, seed, step, sample);
+    uint64_t last = kth_smallest(scratch, (long)T, (long)k - 1);
+    for (size_t i = 0; i < T; i++)
+        if (route_key(i, seed, step, sample) <= last) *ids++ = (int)i;
+}
+
+// Sample b of a micro-batch: its data, and the draws at its address
+static void sample_load(Batch *batch, size_t b, const Data *d, size_t at, uint32_t sample, const Config *c) {
+    size_t latent = latent_of(c), Z = c->z_dim, T = tokens_of(c), Tk = kept_of(c);
+    uint64_t seed = batch->seed;
+    uint32_t step = (uint32_t)batch->step;
+    data_sample(d, at, batch->x + b * latent, &batch->y[b], c->cls ? batch->cls + b * Z : NULL,
+                c->align ? batch->feats + b * T * Z : NULL, !c->cls);
+    batch->t[b] = (real)shift_time(c, uniform(seed, STREAM_TIME, step, sample));
+    if (c->label_dropout && uniform(seed, STREAM_LABEL_DROP, step, sample) < c->class_dropout_prob)
+        batch->y[b] = c->num_classes;
+    if (batch->on_device) return;      // a GPU draws what follows by itself
+    fill_normal(batch->noise + b * latent, latent, seed, STREAM_NOISE, step, sample);
+    if (c->cls) fill_normal(batch->noise_cls + b * Z, Z, seed, STREAM_NOISE_CLS, step, sample);
+    if (c->routing) draw_kept(batch->ids + b * Tk, Tk, T, batch->keys + b * T, seed, step, sample);
+    else
+        for (size_t i = 0; i < T; i++) batch->ids[b * T + i] = (int)i;
+}
+
+// The data and the draws of samples first ... first+B of a step whose batch has `whole` samples
+static void batch_load(Batch *batch, const Data *d, const Config *c, uint64_t seed, int step, int first, int whole) {
+    size_t latent = latent_of(c);
+    uint32_t n = (uint32_t)d->count;
+    batch->first = first;
+    batch->whole = whole;
+    batch->seed = seed;
+    batch->step = step;
+    batch->path_drop = c->path_drop && uniform(seed, STREAM_PATH_DROP, (uint32_t)step, 0) < c->path_drop_prob;
+#pragma omp parallel for
+    for (int b = -1; b < batch->B; b++) {   // -1: the sample before the first, for the contrastive pair
+        uint32_t sample = (uint32_t)((first + b + whole) % whole);
+        uint64_t position = (uint64_t)step * (uint64_t)whole + sample;
+        size_t at = permuted((uint32_t)(position % n), n, seed, STREAM_ORDER, (uint32_t)(position / n));
+        if (b >= 0) {
+            sample_load(batch, (size_t)b, d, at, sample, c);
+            continue;
+        }
+        data_sample(d, at, batch->v_before, NULL, NULL, NULL, 0);
+        if (!batch->on_device)
+            fill_normal(batch->noise_before, latent, seed, STREAM_NOISE, (uint32_t)step, sample);
+        for (size_t i = 0; i < latent; i++) batch->v_before[i] = batch->noise_before[i] - batch->v_before[i];
+    }
+}
 
 // ----------------------------------------------------------------------------------------------------------
 // Sampler: from noise at t = 1 to data at t = 0. State in double.
@@ -1462,6 +1668,8 @@ static void sample_euler_maruyama(double *x, double *cls, const Backend *backend
     free(t), free(eps), free(cls_eps), sampler_work_free(&w);
 }
 
+// ----------------------------------------------------------------------------------------------------------
+// A run: its options, its checkpoints
 
 // The model must fit the data.
 static void data_check(const Data *d, const Config *c) {
@@ -1481,77 +1689,6 @@ static void data_check(const Data *d, const Config *c) {
         die("%s: it has features for %d tokens, but the model has %d: CLS and %d patches (--patch-size)",
             path, d->tokens, patches_of(c) + 1, patches_of(c));
 }
-
-static Batch *batch_create(const Config *c, int B) {
-    Batch *batch = (Batch *)alloc_zero(1, sizeof(Batch));
-    size_t n = (size_t)B, latent = (size_t)latent_of(c), Z = (size_t)c->z_dim, T = (size_t)tokens_of(c);
-    batch->B = batch->whole = B;
-    batch->x = (real *)alloc_zero(n * latent, sizeof(real));
-    batch->noise = (real *)alloc_zero(n * latent, sizeof(real));
-    batch->v_before = (real *)alloc_zero(latent, sizeof(real));
-    batch->cls = (real *)alloc_zero(n * Z, sizeof(real));
-    batch->noise_cls = (real *)alloc_zero(n * Z, sizeof(real));
-    batch->t = (real *)alloc_zero(n, sizeof(real)), batch->y = (int *)alloc_zero(n, sizeof(int));
-    batch->ids = (int *)alloc_zero(n * T, sizeof(int));
-    batch->feats = (real *)alloc_zero(n * T * Z, sizeof(real));
-    return batch;
-}
-static void batch_free(Batch *b) {
-    free(b->x), free(b->noise), free(b->v_before), free(b->cls), free(b->noise_cls);
-    free(b->t), free(b->y), free(b->ids), free(b->feats), free(b);
-}
-
-// A uniformly random set of k of T tokens, in rising order: those with the k smallest of T random keys
-static void draw_kept(int *ids, int k, int T, uint64_t seed, uint32_t step, uint32_t sample) {
-    uint32_t *key = (uint32_t *)alloc_zero((size_t)T, sizeof(uint32_t));
-    int count = 0;
-    for (int i = 0; i < T; i++) key[i] = draw4(seed, STREAM_ROUTE, step, sample, (uint32_t)i / 4).v[i % 4];
-    for (int i = 0; i < T; i++) {
-        int rank = 0;
-        for (int j = 0; j < T; j++) rank += key[j] < key[i] || (key[j] == key[i] && j < i);
-        if (rank < k) ids[count++] = i;
-    }
-    free(key);
-}
-
-// The data and the draws of samples first ... first+B of a step whose batch has `whole` samples
-static void batch_load(Batch *batch, const Data *d, const Config *c, uint64_t seed, int step, int first,
-                       int whole) {
-    size_t latent = (size_t)latent_of(c), Z = (size_t)c->z_dim, T = (size_t)tokens_of(c),
-           Tk = (size_t)kept_of(c);
-    uint32_t n = (uint32_t)d->count, s = (uint32_t)step;
-    batch->first = first, batch->whole = whole, batch->seed = seed, batch->step = step;
-    batch->path_drop = c->path_drop && uniform(seed, STREAM_PATH_DROP, s, 0) < c->path_drop_prob;
-#pragma omp parallel for
-    for (int b = -1; b < batch->B; b++) {   // -1: the sample before the first, for the contrastive pair
-        uint32_t sample = (uint32_t)((first + b + whole) % whole);
-        uint64_t position = (uint64_t)step * (uint64_t)whole + sample;
-        size_t at = permuted((uint32_t)(position % n), n, seed, STREAM_ORDER, (uint32_t)(position / n));
-        if (b < 0) {
-            real *noise = (real *)alloc_zero(latent, sizeof(real));
-            data_sample(d, at, batch->v_before, NULL, NULL, NULL, 0);
-            if (!batch->on_device) fill_normal(noise, latent, seed, STREAM_NOISE, s, sample);
-            for (size_t i = 0; i < latent; i++) batch->v_before[i] = noise[i] - batch->v_before[i];
-            free(noise);
-            continue;
-        }
-        size_t k = (size_t)b;
-        data_sample(d, at, batch->x + k * latent, &batch->y[b], c->cls ? batch->cls + k * Z : NULL,
-                    c->align ? batch->feats + k * T * Z : NULL, !c->cls);
-        if (!batch->on_device) fill_normal(batch->noise + k * latent, latent, seed, STREAM_NOISE, s, sample);
-        if (c->cls && !batch->on_device)
-            fill_normal(batch->noise_cls + k * Z, Z, seed, STREAM_NOISE_CLS, s, sample);
-        batch->t[b] = (real)shift_time(c, uniform(seed, STREAM_TIME, s, sample));
-        if (c->label_dropout && uniform(seed, STREAM_LABEL_DROP, s, sample) < c->class_dropout_prob)
-            batch->y[b] = c->num_classes;
-        if (c->routing && !batch->on_device) draw_kept(batch->ids + k * Tk, (int)Tk, (int)T, seed, s, sample);
-        else
-            for (size_t i = 0; i < T; i++) batch->ids[k * T + i] = (int)i;
-    }
-}
-
-// ----------------------------------------------------------------------------------------------------------
-// A run: its options, its checkpoints
 
 typedef struct {
     TextList data;
@@ -1596,7 +1733,7 @@ static void checkpoint_write(const char *path, const Backend *backend, Model *m,
                 step, path);
         for (int i = 0; i < m->table.count; i++) {
             const Tensor *t = &m->table.tensors[i];
-            if (t->start >= POSITIONS) continue;
+            if (!t->trained) continue;
             SafeItem *item = &items[n++];
             snprintf(item->name, sizeof(item->name), "%s%s", block_prefix[blocks[k]], t->name);
             item->dtype = real_dtype(), item->ndim = t->ndim, item->data = host[k] + t->offset;
@@ -1643,7 +1780,7 @@ static void checkpoint_block(real *host, const Table *table, const SafeFile *f, 
         const Tensor *t = &table->tensors[i];
         char name[96];
         snprintf(name, sizeof(name), "%s%s", prefix, t->name);
-        if (t->start >= POSITIONS) continue;
+        if (!t->trained) continue;
         const SafeTensor *s = safe_find(f, name);
         if (!s) die("%s: tensor %s is missing", f->path, name);
         int same = s->ndim == t->ndim;
@@ -1671,7 +1808,7 @@ static void checkpoint_load(const Backend *backend, Model *m, const SafeFile *f)
 // ----------------------------------------------------------------------------------------------------------
 // Command line
 
-#define OPTION(name, field, kind, low, high, help) {name, kind, offsetof(Run, field), low, high, 0, help}
+#define OPTION(name, field, kind, low, high, help) {name, kind, offsetof(Run, field), low, high, 0, help, 0}
 static const Option run_options[] = {
     OPTION("model", model, TEXT, 0, 0, "nano, or S, B, L, XL with a patch size, such as B/1 [nano]"),
     OPTION("data", data, LIST, 0, 0, "one or more data shards [data/digits.safetensors]"),
@@ -1782,7 +1919,7 @@ static FILE *log_open(const char *path, int step) {
     size_t length = 0;
     FILE *memory = open_memstream(&kept, &length), *old = step ? fopen(path, "r") : NULL;
     if (!memory) die("%s: out of memory", path);
-    fprintf(memory, "step,loss,denoise,cls,proj,cfm,grad_norm,lr,ms_per_step,images_per_s\n");
+    fprintf(memory, "step,loss,denoise,cls,align,cfm,grad_norm,lr,ms_per_step,images_per_s\n");
     while (old && fgets(line, sizeof(line), old))
         if (isdigit((unsigned char)line[0]) && atoi(line) <= step && strchr(line, '\n')) fputs(line, memory);
     if (old) fclose(old);
@@ -1935,7 +2072,7 @@ static int train_main(int argc, char **argv, const Backend *backend) {
                 for (int k = 0; k < run.accum && !bad[0]; k++) {   // once more, to see where it began
                     batch_load(batch, d, &c, run.seed, step - 1, k * batch->B, run.batch);
                     backend->forward_backward(m, batch);
-                    backend->find_bad(bad, m, batch);
+                    find_bad(bad, backend, m, batch);
                 }
                 die("step %d: the loss or its gradient is not a finite number; first bad: %s. %s%s; try a "
                     "smaller --lr",
@@ -1943,7 +2080,7 @@ static int train_main(int argc, char **argv, const Backend *backend) {
                     saved >= 0 ? "The last checkpoint is " : "No checkpoint was written yet",
                     saved >= 0 ? path : "");
             }
-            sum.total += now.total, sum.denoise += now.denoise, sum.cls += now.cls, sum.proj += now.proj,
+            sum.total += now.total, sum.denoise += now.denoise, sum.cls += now.cls, sum.align += now.align,
                 sum.cfm += now.cfm;
             sum.grad_norm = now.grad_norm;
         }
@@ -1956,10 +2093,10 @@ static int train_main(int argc, char **argv, const Backend *backend) {
                        width, "step");
             printf("%*d/%d %9.5f %8.5f %7.4f %8.4f %8.4f %8.4f %8.1e %7.1f %7.0f %4d:%02d\n",
                    width - 1 - (int)strlen(total), step, run.steps, sum.total * k, sum.denoise * k,
-                   sum.cls * k, sum.proj * k, sum.cfm * k, sum.grad_norm, c.lr, ms, 1000 * run.batch / ms,
+                   sum.cls * k, sum.align * k, sum.cfm * k, sum.grad_norm, c.lr, ms, 1000 * run.batch / ms,
                    (int)left / 60, (int)left % 60);
             fprintf(log, "%d,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%g,%.4g,%.5g\n", step, sum.total * k,
-                    sum.denoise * k, sum.cls * k, sum.proj * k, sum.cfm * k, sum.grad_norm, c.lr, ms,
+                    sum.denoise * k, sum.cls * k, sum.align * k, sum.cfm * k, sum.grad_norm, c.lr, ms,
                     1000 * run.batch / ms);
             fflush(stdout);
             if (fflush(log)) die("%s: cannot be written: %s", log_path, strerror(errno));

@@ -33,6 +33,7 @@ typedef struct {
     double low, high;              // range of a number
     int fixed;                     // 1: decides the shape of a tensor, so it cannot change when a run goes on
     const char *help;
+    double initial;                // what options_reset sets a number to
 } Option;
 typedef struct { const Option *options; int count; void *fields; int *given; } OptionTable;   // given may be NULL
 
@@ -54,6 +55,11 @@ static void option_set(const OptionTable *t, int i, double value, const char *wh
     if (o->kind == NUMBER) *(double *)field = value;
     else if (o->kind == SEED) *(uint64_t *)field = (uint64_t)value;
     else *(int *)field = (int)value;
+}
+static void options_reset(const OptionTable *t) {
+    for (int i = 0; i < t->count; i++)
+        if (t->options[i].kind != TEXT && t->options[i].kind != LIST)
+            option_set(t, i, t->options[i].initial, "the program", t->options[i].name);
 }
 static int option_find(const OptionTable *t, const char *name) {   // -1: there is none
     for (int i = 0; i < t->count; i++)

@@ -1,26 +1,33 @@
-// The matrix product, where nearly all the time goes, and what else must use whole vectors to be fast: exp, dot
-// products, rows of softmax. This is the only file with vector types (the GNU ones that gcc and clang share).
+// The matrix product, where nearly all the time goes, and the few other loops that must use whole vectors to
+// be fast: dot products, column sums, exp, softmax. Only this file has vector types, the GNU ones that gcc and
+// clang share.
 //
 //   matmul          C = op(A) op(B) (+ bias, or + C), by all threads; not inside a parallel region
 //   matmul_small    the same by one thread, on parts of larger matrices, as attention needs for each head
+//   matmul_naive    the definition: what the tests compare with; -DNAIVE puts it in matmul's place
+//   softmax_forward, softmax_backward    rows of scores, softmax_row(n) numbers apart, so of whole vectors
+//   column_sums, dot, fast_exp
 #ifndef SRDIT_MATMUL_H
 #define SRDIT_MATMUL_H
 #include "base.h"
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wunused-function"   // a program takes what it needs
 
-// The matrix product, where nearly all the time goes. In its naive form:
-//
-//     for (i < M) for (j < N) {
-//         c[i][j] = bias ? bias[j] : add ? c[i][j] : 0;
-//         for (k < K) c[i][j] += (ta ? a[k][i] : a[i][k]) * (tb ? b[j][k] : b[k][j]);
-//     }
-//
-// Two changes make it some hundred times faster. A tile of MR x NR sums stays in registers while k runs, so
-// that each value loaded is used MR or NR times; and b is first copied into panels NR columns wide, so that
-// it is read in order. The sum over k is cut into blocks that fit the cache. Every element is summed in one
-// fixed order, so the bits do not depend on the number of threads. Vectors are the GNU type that gcc and
-// clang share.
+// The definition. Two changes make it some hundred times faster. A tile of MR x NR sums stays in registers
+// while k runs, so that each value loaded is used MR or NR times; and b is first copied into panels NR columns
+// wide, so that it is read in order. The sum over k is cut into blocks that fit the cache. Every element is
+// summed in one fixed order, so the bits do not depend on the number of threads.
+static void matmul_naive(real *C, const real *A, const real *B, const real *bias, size_t M, size_t N,
+                         size_t K, int ta, int tb, int add) {
+#pragma omp parallel for
+    for (size_t i = 0; i < M; i++)
+        for (size_t j = 0; j < N; j++) {
+            real sum = bias ? bias[j] : add ? C[i * N + j] : 0;
+            for (size_t k = 0; k < K; k++)
+                sum += (ta ? A[k * M + i] : A[i * K + k]) * (tb ? B[j * K + k] : B[k * N + j]);
+            C[i * N + j] = sum;
+        }
+}
 
 enum {
 #if defined(__AVX512F__)
@@ -135,13 +142,11 @@ static void matmul_rows(real *C, long ldc, int m, int N, int kc, const real *a, 
 // This thread's part of a scratch memory with `each` elements a thread
 static real *thread_work(real *work, size_t each) { return work + (size_t)omp_get_thread_num() * each; }
 
-// Nothing here but for the tests of train_srdit.cu (TEST_CUDA): there the CPU can round the operands of its
-// products, and what passes through `stored`, to bf16 where the GPU does. What that changes measures what the
-// GPU may be off by.
-#ifndef TEST_CUDA
-static inline void stored(real *x, size_t n) { (void)x, (void)n; }
-#else
-static int round_like_gpu;
+// For the tests of train_srdit.cu (TEST_CUDA) only: while matmul_rounds is set, the operands of products are
+// rounded to bf16 as the GPU's are, and so are the results that it says the GPU stores in bf16, and what
+// columns are summed of. What that changes measures what the GPU may be off by.
+#ifdef TEST_CUDA
+static int (*matmul_rounds)(const real *C);
 static void round_bf16(real *x, size_t n) {
     for (size_t i = 0; i < n; i++) {
         float f = (float)x[i];
@@ -152,47 +157,40 @@ static void round_bf16(real *x, size_t n) {
         x[i] = f;
     }
 }
-static void stored(real *x, size_t n) {
-    if (round_like_gpu) round_bf16(x, n);
-}
-static real *rounded_copy(const real *x, long ld, int rows, int cols) {
-    real *copy = (real *)alloc_zero((size_t)rows * (size_t)cols, sizeof(real));
-    for (int i = 0; i < rows; i++) memcpy(copy + (size_t)i * cols, x + i * ld, sizeof(real) * (size_t)cols);
-    round_bf16(copy, (size_t)rows * (size_t)cols);
+static real *rounded_copy(const real *x, long ld, long rows, long cols) {
+    real *copy = (real *)alloc_zero((size_t)(rows * cols), sizeof(real));
+    for (long i = 0; i < rows; i++) memcpy(copy + i * cols, x + i * ld, sizeof(real) * (size_t)cols);
+    round_bf16(copy, (size_t)(rows * cols));
     return copy;
 }
 #endif
 
-// C[M,N] = op(A)[M,K] op(B)[K,N] (+ bias, or + C where add). Matrices are whole; op transposes where ta, tb.
-// Memory for panels is kept between calls (so this is not for use inside a parallel region: see
-// matmul_small).
-static void matmul(real *C, const real *A, const real *B, const real *bias, int M, int N, int K, int ta,
-                   int tb, int add) {
-#ifdef TEST_CUDA
-    if (round_like_gpu) {
-        real *a = rounded_copy(A, ta ? M : K, ta ? K : M, ta ? M : K);
-        real *b = rounded_copy(B, tb ? K : N, tb ? N : K, tb ? K : N);
-        round_like_gpu = 0;
-        matmul(C, a, b, bias, M, N, K, ta, tb, add);
-        round_like_gpu = 1;
-        free(a), free(b);
-        return;
+// Memory for the panels of products with up to N columns. It is kept between calls and grows where it must,
+// so that a program that knows its widest product can have it once.
+static real *matmul_reserve(size_t N) {
+    static real *panels;
+    static size_t have;
+    size_t threads = (size_t)omp_get_max_threads();
+    size_t need = (size_t)KC * ((N + NR - 1) / NR * NR) + threads * (MC + 2 * MR) * KC;
+    if (have < need) {
+        free(panels);
+        if (posix_memalign((void **)&panels, 64, sizeof(real) * need))
+            die("out of memory in the matrix product");
+        have = need;
     }
-#endif
+    return panels;
+}
+
+// C[M,N] = op(A)[M,K] op(B)[K,N] (+ bias, or + C where add). Matrices are whole; op transposes where ta, tb.
+static void matmul_tiled(real *C, const real *A, const real *B, const real *bias, int M, int N, int K, int ta,
+                         int tb, int add) {
     int panels = (N + NR - 1) / NR, blocks = (K + KC - 1) / KC, threads = omp_get_max_threads();
     // short rows of A^T and B are near enough to each other to be read in place
     int copy = tb || N > 512 || N % NR, turn = ta && M > 512;
     // The threads share out the columns of C where there are more of them than rows, else the rows
     int groups = N > 2 * M && !turn ? imin(threads, panels) : 1, each = groups > 1 ? 1 : threads;
     int strips = (M + each * MC - 1) / (each * MC) * each;   // of rows: the same number for each thread
-    static real *pb;
-    static size_t have;
-    size_t need = (size_t)KC * NR * (size_t)panels + (size_t)threads * (MC + 2 * MR) * KC;
-    if (have < need) {
-        free(pb);
-        if (posix_memalign((void **)&pb, 64, sizeof(real) * need)) die("out of memory in the matrix product");
-        have = need;
-    }
+    real *pb = matmul_reserve((size_t)N);
     real *pa_all = pb + (size_t)KC * NR * (size_t)panels;
     int small = (double)M * N * K < 1e5;   // not worth waking threads for
     (void)small;                           // unused without OpenMP
@@ -222,29 +220,56 @@ static void matmul(real *C, const real *A, const real *B, const real *bias, int 
         }
     }
 }
-
-// The same for one thread and matrices that are parts of larger ones (ldx: length of a row in memory), as
-// attention needs for each head. Up to `room` >= N columns of C may be written, with zeros. `work` holds
-// (N rounded up to NR) * K elements.
-static void matmul_small(real *C, long ldc, int room, const real *A, long lda, int ta, const real *B,
-                         long ldb, int tb, int M, int N, int K, real *work) {
-    int copy = tb || N % VL;
+static void matmul(real *C, const real *A, const real *B, const real *bias, size_t M, size_t N, size_t K,
+                   int ta, int tb, int add) {
+    if (M > INT_MAX || N > INT_MAX || K > INT_MAX) die("a product of %zu x %zu x %zu is too large", M, N, K);
 #ifdef TEST_CUDA
-    copy |= round_like_gpu;
+    if (matmul_rounds) {
+        long m = (long)M, n = (long)N, k = (long)K;
+        real *a = rounded_copy(A, ta ? m : k, ta ? k : m, ta ? m : k);
+        real *b = rounded_copy(B, tb ? k : n, tb ? n : k, tb ? k : n);
+        matmul_tiled(C, a, b, bias, (int)M, (int)N, (int)K, ta, tb, add);
+        if (matmul_rounds(C)) round_bf16(C, M * N);
+        free(a), free(b);
+        return;
+    }
+#endif
+#ifdef NAIVE
+    matmul_naive(C, A, B, bias, M, N, K, ta, tb, add);
+#else
+    matmul_tiled(C, A, B, bias, (int)M, (int)N, (int)K, ta, tb, add);
+#endif
+}
+
+// A part of a larger matrix: where it begins, how far apart its rows lie in memory, whether it is meant transposed
+typedef struct { const real *x; long ld; int t; } Part;
+static inline Part part_of(const real *x, size_t ld, int t) {
+    Part p = {x, (long)ld, t};
+    return p;
+}
+
+// C[M,N] = op(A)[M,K] op(B)[K,N] by one thread, on parts of larger matrices, as attention needs for each head. Up
+// to `room` >= N columns of C may be written, with zeros. `work` holds (N rounded up to NR) * K elements.
+static void matmul_small(real *C, size_t ldc, size_t room, Part A, Part B, size_t rows, size_t cols, size_t inner,
+                         real *work) {
+    int M = (int)rows, N = (int)cols, K = (int)inner, copy = B.t || N % VL;
+#ifdef TEST_CUDA
+    copy |= matmul_rounds != NULL;
 #endif
     for (int j = 0; j < N && copy; j += NR)
-        matmul_panel(work + (size_t)j * (size_t)K, B, ldb, tb, j, imin(NR, N - j), K);
-    int width = imin(room, (N + VL - 1) / VL * VL);
+        matmul_panel(work + (size_t)j * inner, B.x, B.ld, B.t, j, imin(NR, N - j), K);
+    int width = imin((int)room, (N + VL - 1) / VL * VL);
 #ifdef TEST_CUDA
-    if (round_like_gpu) {
-        real *a = rounded_copy(A, lda, ta ? K : M, ta ? M : K);
-        round_bf16(work, (size_t)((N + NR - 1) / NR * NR) * (size_t)K);
-        matmul_rows(C, ldc, M, width, K, a, ta ? 1 : K, ta ? M : 1, work, 0, NULL, 0);
+    if (matmul_rounds) {
+        real *a = rounded_copy(A.x, A.ld, A.t ? K : M, A.t ? M : K);
+        round_bf16(work, (size_t)((N + NR - 1) / NR * NR) * inner);
+        matmul_rows(C, (long)ldc, M, width, K, a, A.t ? 1 : K, A.t ? M : 1, work, 0, NULL, 0);
         free(a);
         return;
     }
 #endif
-    matmul_rows(C, ldc, M, width, K, A, ta ? 1 : lda, ta ? lda : 1, copy ? work : B, copy ? 0 : ldb, NULL, 0);
+    matmul_rows(C, (long)ldc, M, width, K, A.x, A.t ? 1 : A.ld, A.t ? A.ld : 1, copy ? work : B.x,
+                copy ? 0 : B.ld, NULL, 0);
 }
 
 // ----------------------------------------------------------------------------------------------------------
@@ -299,13 +324,63 @@ static inline real lane_max(vec x) {
 }
 
 // sum_i a_i b_i over n, in one fixed order of vector lanes
-static inline real dot(const real *a, const real *b, int n) {
+static inline real dot(const real *a, const real *b, size_t n) {
     vec s = {0};
-    int i = 0;
+    size_t i = 0;
     for (; i + VL <= n; i += VL) s += *(const vec *)(a + i) * *(const vec *)(b + i);
     real sum = lane_sum(s);
     for (; i < n; i++) sum += a[i] * b[i];
     return sum;
+}
+
+// sums[O] += all N rows of in[N,O]; ld is the length of a row in memory
+static void column_sums(real *sums, const real *in, size_t ld, size_t N, size_t O) {
+#ifdef TEST_CUDA
+    for (size_t n = 0; n < N && matmul_rounds; n++) round_bf16((real *)in + n * ld, O);
+#endif
+#pragma omp parallel for
+    for (size_t o = 0; o < O; o += VL) {
+        vec part = {0};
+        for (size_t n = 0; n < N && o + VL <= O; n++) part += *(const vec *)(in + n * ld + o);
+        if (o + VL <= O) *(vec *)(sums + o) += part;
+        for (size_t i = o; i < O && o + VL > O; i++)
+            for (size_t n = 0; n < N; n++) sums[i] += in[n * ld + i];
+    }
+}
+
+// The length in memory of a row of n scores: whole vectors, so that no loop over it has an end of its own
+static size_t softmax_row(size_t n) { return (n + VL - 1) / VL * VL; }
+
+// Each row of x, n scores in R = softmax_row(n) places, becomes softmax(scale x); what is behind becomes 0.
+static void softmax_forward(real *x, size_t rows, size_t n, real scale) {
+    size_t R = softmax_row(n);
+    real pads[VL], kept[VL];                      // added to the last scores, times them
+    for (size_t l = 0; l < VL; l++) kept[l] = R - VL + l < n, pads[l] = kept[l] ? 0 : -INFINITY;
+    for (real *row = x; row < x + rows * R; row += R) {
+        *(vec *)(row + R - VL) += *(vec *)pads;   // -infinity after the n scores: e^-inf adds nothing
+        vec most = *(vec *)row, sums = {0};
+        for (size_t i = VL; i < R; i += VL) most = LARGER(most, *(vec *)(row + i));
+        real top = lane_max(most);
+        for (size_t i = 0; i < R; i += VL) {
+            for (size_t l = 0; l < VL; l++) row[i + l] = fast_exp((row[i + l] - top) * scale);
+            sums += *(vec *)(row + i);
+        }
+        *(vec *)(row + R - VL) *= *(vec *)kept;   // fast_exp ends at 1e-38; less than that is slow to use
+        real inverse = 1 / lane_sum(sums);
+        for (size_t i = 0; i < R; i += VL) *(vec *)(row + i) *= inverse;
+    }
+}
+
+// p = softmax(scale x):  dx_i = scale p_i (dp_i - sum_k p_k dp_k), row by row. dp comes in, in dx's place.
+static void softmax_backward(real *dx, const real *p, size_t rows, size_t n, real scale) {
+    size_t R = softmax_row(n);
+    for (size_t t = 0; t < rows; t++, dx += R, p += R) {
+        real sum = dot(dx, p, R);
+        for (size_t i = 0; i < R; i += VL) {
+            vec *d = (vec *)(dx + i);
+            *d = (*d - sum) * (scale * *(const vec *)(p + i));
+        }
+    }
 }
 #pragma GCC diagnostic pop
 #endif

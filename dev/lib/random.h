@@ -77,5 +77,25 @@ static uint32_t permuted(uint32_t i, uint32_t n, uint64_t seed, uint32_t stream,
     } while (i >= n);
     return i;
 }
+
+// The k-th smallest of x[n], counted from 0 (Hoare's quickselect: what holds place k is split around a value until
+// nothing is left to split); x is reordered
+static uint64_t kth_smallest(uint64_t *x, long n, long k) {
+    for (long low = 0, high = n - 1; low < high;) {
+        uint64_t pivot = x[k];
+        long i = low, j = high;
+        while (i <= j) {
+            while (x[i] < pivot) i++;
+            while (x[j] > pivot) j--;
+            if (i > j) break;
+            uint64_t swap = x[i];
+            x[i++] = x[j];
+            x[j--] = swap;
+        }
+        if (j < k) low = i;
+        if (i > k) high = j;
+    }
+    return x[k];
+}
 #pragma GCC diagnostic pop
 #endif
