@@ -4,8 +4,8 @@
 // forward and backward with its derivation, parameters, the model, the loss, AdamW, the random draws, the
 // sampler, checkpoints, the training loop. It is also the reference that train_srdit.cu (the same on a GPU),
 // sample.c and test_srdit.c include. What every program needs and no student must open is in dev/lib: matrix
-// product, random numbers, safetensors, data shards, pictures, command line. What this file refuses to become:
-// a framework. There is no tape and no graph: each backward is written by hand beside its forward.
+// product, random numbers, safetensors, data shards, pictures, command line. What this file refuses to
+// become: a framework. There is no tape and no graph: each backward is written by hand beside its forward.
 //
 //   make && ./train_srdit            train the nano model on the bundled digits (about a minute on two cores)
 //   ./train_srdit --help             every flag with its default
@@ -17,7 +17,7 @@
 // Letters, as in the paper and in dev/reference.py:
 //   B batch            C, S latent channels, side    p patch size          G = S/p, P = G^2 patches
 //   T = P + 1 tokens, CLS first (P without it)       Tk tokens kept in the sparse middle
-//   n tokens of a block, T or Tk                     N rows: all tokens of a batch, B n
+//   Tb tokens of a block: T or Tk                    N rows, all tokens of a batch; n one of them
 //   D width            H heads      Dh = D/H         L = Lf + Lg + Lh blocks: encoder f, sparse g, decoder h
 //   F hidden width of an MLP                         X = p p C numbers of a patch
 //   Z width of the alignment features and of CLS     M hidden width of the projector       K classes
@@ -34,7 +34,7 @@
 #include <sys/mman.h>
 
 // ----------------------------------------------------------------------------------------------------------
-// Configuration: one table gives each setting its name in files, its flag, its range, its default and its help
+// Configuration: one table gives each setting its name in files, its flag, default, range and help
 
 typedef struct {
     int depth, hidden_size, num_heads, patch_size, in_channels, input_size, num_classes, z_dim, projector_dim;
@@ -47,10 +47,10 @@ typedef struct {
     int routing, path_drop, align, cls, cfm, qk_norm, rope, value_residual, time_shift, label_dropout, ema;
 } Config;
 
-// Defaults are the paper's at ImageNet-256 with INVAE latents, of size B/1. fixed: 1 where shapes depend on it.
+// Defaults are the paper's at ImageNet-256 with INVAE latents, of size B/1. FIXED: shapes depend on it.
 enum { MAX_DEPTH = 128, FIXED = 1, FREE = 0 };
-#define SETTING(name, kind, initial, low, high, fixed, help) \
-    {#name, kind, offsetof(Config, name), low, high, fixed, help, initial}
+#define SETTING(name, kind, initial, low, high, fixed, help)                                                 \
+    { #name, kind, offsetof(Config, name), low, high, fixed, help, initial }
 #define ON_OFF(name, fixed, help) SETTING(name, TECHNIQUE, 1, 0, 1, fixed, help)
 static const Option config_options[] = {
     SETTING(depth, WHOLE, 12, 1, MAX_DEPTH, FIXED, "blocks, L"),
@@ -78,8 +78,10 @@ static const Option config_options[] = {
     SETTING(eps, NUMBER, 1e-8, 1e-30, 1, FREE, "AdamW's epsilon"),
     SETTING(weight_decay, NUMBER, 0, 0, 1e6, FREE, "decoupled weight decay"),
     SETTING(max_grad_norm, NUMBER, 1, 1e-12, 1e30, FREE, "gradients are clipped to this global norm"),
-    SETTING(ema_decay, NUMBER, 0.9999, 0, 1, FREE, "decay of the weights' moving average, which is sampled from"),
-    SETTING(ema_warmup, WHOLE, 0, 0, 1, FREE, "1: the decay at step n is at most (1+n)/(10+n), for short runs"),
+    SETTING(ema_decay, NUMBER, 0.9999, 0, 1, FREE,
+            "decay of the weights' moving average, which is sampled from"),
+    SETTING(ema_warmup, WHOLE, 0, 0, 1, FREE,
+            "1: the decay at step n is at most (1+n)/(10+n), for short runs"),
     ON_OFF(routing, FREE, "sparse middle: g sees only the kept tokens (SPRINT)"),
     ON_OFF(path_drop, FREE, "now and then drop the sparse path (SPRINT)"),
     ON_OFF(align, FIXED, "align block Lf's output with a frozen encoder (REPA)"),
@@ -107,8 +109,11 @@ static Config config_default(void) {
 
 // "nano", or S, B, L, XL with the patch size 1, 2 or 4, such as "B/1". Returns 0 for another name.
 static int model_preset(Config *c, const char *name) {
-    static const struct { const char *name; int depth, width, heads; } sizes[] =
-        {{"nano", 6, 64, 4}, {"S", 12, 384, 6}, {"B", 12, 768, 12}, {"L", 24, 1024, 16}, {"XL", 28, 1152, 16}};
+    static const struct {
+        const char *name;
+        int depth, width, heads;
+    } sizes[] = {
+        {"nano", 6, 64, 4}, {"S", 12, 384, 6}, {"B", 12, 768, 12}, {"L", 24, 1024, 16}, {"XL", 28, 1152, 16}};
     for (int i = 0; i < 5; i++) {
         size_t length = strlen(sizes[i].name);
         const char *patch = name + length;
@@ -120,7 +125,7 @@ static int model_preset(Config *c, const char *name) {
         c->patch_size = i ? patch[1] - '0' : 1;
         if (i) return 1;
         c->projector_dim = 128;
-        c->shift_base = 64;              // 8 x 8 pixels of one channel: s = 1, no shift
+        c->shift_base = 64;   // 8 x 8 pixels of one channel: s = 1, no shift
         c->lr = 2e-3;
         c->ema_decay = 0.999;
         c->ema_warmup = 1;
@@ -177,7 +182,8 @@ static void config_read(Config *c, const SafeFile *f) {
         if (safe_metadata(f, name)) option_set(&t, i, safe_number(f, name, 0), f->path, name);
     }
     if (safe_metadata(f, "proj_coeff"))   // its name in reference files
-        option_set(&t, option_find(&t, "align_coeff"), safe_number(f, "proj_coeff", 0), f->path, "proj_coeff");
+        option_set(&t, option_find(&t, "align_coeff"), safe_number(f, "proj_coeff", 0), f->path,
+                   "proj_coeff");
     const char *off = safe_metadata(f, "switch_off");
     while (off && *off) {
         char name[64];
@@ -197,20 +203,21 @@ static void config_read(Config *c, const SafeFile *f) {
 // to; gradients of activations are overwritten unless the comment says "+=".
 
 // out[N,O] = in[N,I] w[O,I]^T + b[O]
-static void linear_forward(real *out, const real *in, const real *w, const real *b, size_t N, size_t I, size_t O) {
+static void linear_forward(real *out, const real *in, const real *w, const real *b, size_t N, size_t I,
+                           size_t O) {
     matmul(out, in, w, b, N, O, I, 0, 1, 0);
 }
 
 // din[N,I] = dout[N,O] w (NULL: not wanted; += where add_din);  dw[O,I] += dout^T in;  db[O] += sum_n dout
-static void linear_backward(real *din, real *dw, real *db, const real *dout, const real *in, const real *w, size_t N,
-                            size_t I, size_t O, int add_din) {
+static void linear_backward(real *din, real *dw, real *db, const real *dout, const real *in, const real *w,
+                            size_t N, size_t I, size_t O, int add_din) {
     column_sums(db, dout, O, N, O);
     if (din) matmul(din, dout, w, NULL, N, I, O, 0, 0, add_din);
     matmul(dw, dout, in, NULL, O, I, N, 1, 0, 1);
 }
 
-// RMSNorm, n = x r with r = 1 / sqrt(mean(x^2) + eps). Its backward, used three times below: from
-//   dn_j/dx_i = r [i = j] - x_i x_j r^3 / D      follows      dx = r (dn - n mean(dn n)).
+// RMSNorm, x^ = x r with r = 1 / sqrt(mean(x^2) + eps). Its backward, used three times below: from
+//   dx^_j/dx_i = r [i = j] - x_i x_j r^3 / D      follows      dx = r (dx^ - x^ mean(dx^ x^)).
 #define NORM_EPS ((real)1e-6)
 #define QK_EPS ((real)1.1920928955078125e-07)   // 2^-23
 static real rms_scale(const real *x, size_t D, real eps) { return 1 / (real)sqrt(dot(x, x, D) / D + eps); }
@@ -227,10 +234,11 @@ static void norm_modulate_forward(real *out, real *r, const real *x, const real 
     }
 }
 
-// out = n (1 + scale) + shift with n = x r:
-//   dshift = sum_t dout,  dscale = sum_t dout n,  dn = dout (1 + scale),  dx += r (dn - n mean(dn n))
+// out = x^ (1 + scale) + shift:
+//   dshift = sum_t dout,  dscale = sum_t dout x^,  dx^ = dout (1 + scale),  dx += r (dx^ - x^ mean(dx^ x^))
 static void norm_modulate_backward(real *dx, real *dshift, real *dscale, const real *dout, const real *x,
-                                   const real *r, const real *scale, size_t stride, size_t B, size_t T, size_t D) {
+                                   const real *r, const real *scale, size_t stride, size_t B, size_t T,
+                                   size_t D) {
 #pragma omp parallel for
     for (size_t b = 0; b < B; b++) {
         const real *sc = scale + b * stride;
@@ -254,8 +262,8 @@ static void norm_modulate_backward(real *dx, real *dshift, real *dscale, const r
 }
 
 // out[B,T,D] = x + gate y, gate [B, stride] of the sample
-static void gate_forward(real *out, const real *x, const real *gate, const real *y, size_t stride, size_t B, size_t T,
-                         size_t D) {
+static void gate_forward(real *out, const real *x, const real *gate, const real *y, size_t stride, size_t B,
+                         size_t T, size_t D) {
 #pragma omp parallel for
     for (size_t n = 0; n < B * T; n++) {
         const real *xn = x + n * D, *yn = y + n * D, *g = gate + n / T * stride;
@@ -265,8 +273,8 @@ static void gate_forward(real *out, const real *x, const real *gate, const real 
 }
 
 // out = x + gate y:  dgate = sum_t dout y,  dy = dout gate  (and dx = dout, which the caller keeps in place)
-static void gate_backward(real *dy, real *dgate, const real *dout, const real *gate, const real *y, size_t stride,
-                          size_t B, size_t T, size_t D) {
+static void gate_backward(real *dy, real *dgate, const real *dout, const real *gate, const real *y,
+                          size_t stride, size_t B, size_t T, size_t D) {
 #pragma omp parallel for
     for (size_t b = 0; b < B; b++) {
         const real *g = gate + b * stride;
@@ -292,9 +300,9 @@ static void rmsnorm_forward(real *out, real *r, const real *x, const real *w, si
     }
 }
 
-// out = n w with n = x r:  dw += dout n,  dn = dout w,  dx = r (dn - n mean(dn n))
-static void rmsnorm_backward(real *dx, real *dw, const real *dout, const real *x, const real *r, const real *w,
-                             size_t N, size_t D) {
+// out = x^ w:  dw += dout x^,  dx^ = dout w,  dx = r (dx^ - x^ mean(dx^ x^))
+static void rmsnorm_backward(real *dx, real *dw, const real *dout, const real *x, const real *r,
+                             const real *w, size_t N, size_t D) {
     for (size_t n = 0; n < N; n++) {
         const real *xn = x + n * D, *d = dout + n * D;
         real sum = 0;
@@ -342,10 +350,10 @@ static void silu_backward(real *din, const real *dout, const real *in, size_t co
     }
 }
 
-// QK-norm (arXiv 2010.04245): RMSNorm with a weight over each head of the queries and of the keys, which lie in
-// rows of 3D, q first: out = x r w, eps 2^-23. wq, wk [Dh]; r [N,2H] is kept.
-static void qk_norm_forward(real *out, real *r, const real *qkv, const real *wq, const real *wk, size_t N, size_t H,
-                            size_t Dh) {
+// QK-norm (arXiv 2010.04245): RMSNorm with a weight over each head of the queries and of the keys, which lie
+// in rows of 3D, q first: out = x r w, eps 2^-23. wq, wk [Dh]; r [N,2H] is kept.
+static void qk_norm_forward(real *out, real *r, const real *qkv, const real *wq, const real *wk, size_t N,
+                            size_t H, size_t Dh) {
 #pragma omp parallel for
     for (size_t n = 0; n < N; n++)
         for (size_t h = 0; h < 2 * H; h++) {
@@ -356,10 +364,11 @@ static void qk_norm_forward(real *out, real *r, const real *qkv, const real *wq,
         }
 }
 
-// As rmsnorm's: dw += dout n,  dn = dout w,  dx = r (dn - n mean(dn n)).  Each sample's sums for dwq and dwk go to
-// its part of parts [B,2Dh] first; these are added in the order of the samples, whatever the number of threads.
+// As rmsnorm's: dw += dout x^,  dx^ = dout w,  dx = r (dx^ - x^ mean(dx^ x^)).  Each sample's sums for dwq and
+// dwk go to its part of parts [B,2Dh]; these are added in the order of the samples, for any number of threads.
 static void qk_norm_backward(real *dqkv, real *dwq, real *dwk, real *parts, const real *dout, const real *qkv,
-                             const real *r, const real *wq, const real *wk, size_t B, size_t T, size_t H, size_t Dh) {
+                             const real *r, const real *wq, const real *wk, size_t B, size_t T, size_t H,
+                             size_t Dh) {
     memset(parts, 0, sizeof(real) * B * 2 * Dh);
 #pragma omp parallel for
     for (size_t b = 0; b < B; b++)
@@ -371,7 +380,7 @@ static void qk_norm_backward(real *dqkv, real *dwq, real *dwk, real *parts, cons
 #pragma omp simd
                 for (size_t i = 0; i < Dh; i++) {
                     dw[i] += d[i] * (x[i] * rh);
-                    dx[i] = d[i] * w[i];             // dn for now
+                    dx[i] = d[i] * w[i];   // dx^ for now
                 }
                 real mean = rh * dot(dx, x, Dh) / Dh;
 #pragma omp simd
@@ -384,22 +393,24 @@ static void qk_norm_backward(real *dqkv, real *dwq, real *dwk, real *parts, cons
         }
 }
 
-// The original token of the t-th of sample b's n tokens; ids [B,n], NULL: itself
-static size_t token_of(const int *ids, size_t b, size_t t, size_t n) { return ids ? (size_t)ids[b * n + t] : t; }
+// The original token of the t-th of sample b's Tb tokens; ids [B,Tb], NULL: itself
+static size_t token_of(const int *ids, size_t b, size_t t, size_t Tb) {
+    return ids ? (size_t)ids[b * Tb + t] : t;
+}
 
-// RoPE (RoFormer, arXiv 2104.09864) in two dimensions, in place on the queries and keys of rows of 3D = 3 H Dh:
-// pairs of neighbours turn by angles of the token's original place, (a, b) -> (a cos - b sin, b cos + a sin).
-// cosines and sines [P,Dh] hold each value twice. CLS (token 0, if cls) is not turned. direction -1 turns back.
-static void rope_turn(real *x, real direction, const real *cosines, const real *sines, const int *ids, int cls,
-                      size_t B, size_t n, size_t H, size_t Dh) {
+// RoPE (RoFormer, arXiv 2104.09864) in two dimensions, in place on the queries and keys of rows of 3D: pairs
+// of neighbours turn by angles of the token's original place, (a, b) -> (a cos - b sin, b cos + a sin).
+// cosines, sines [P,Dh] hold each value twice. CLS (token 0, if cls) is not turned. direction -1: back.
+static void rope_turn(real *x, real direction, const real *cosines, const real *sines, const int *ids,
+                      int cls, size_t B, size_t Tb, size_t H, size_t Dh) {
 #pragma omp parallel for
-    for (size_t row = 0; row < B * n; row++) {
-        size_t token = token_of(ids, row / n, row % n, n);
+    for (size_t row = 0; row < B * Tb; row++) {
+        size_t token = token_of(ids, row / Tb, row % Tb, Tb);
         if (cls && token == 0) continue;
         const real *cs = cosines + (token - (size_t)cls) * Dh, *sn = sines + (token - (size_t)cls) * Dh;
         for (size_t h = 0; h < 2 * H; h++) {
             real *v = x + (row * 3 * H + h) * Dh;
-            for (size_t i = 0; i < Dh; i += 4) {           // two pairs, which compilers make one vector of
+            for (size_t i = 0; i < Dh; i += 4) {   // two pairs, which compilers make one vector of
                 real a = v[i], b = v[i + 1], c = v[i + 2], d = v[i + 3];
                 v[i] = a * cs[i] - b * (direction * sn[i]);
                 v[i + 1] = b * cs[i + 1] + a * (direction * sn[i + 1]);
@@ -409,23 +420,24 @@ static void rope_turn(real *x, real direction, const real *cosines, const real *
         }
     }
 }
-static void rope_forward(real *x, const real *cosines, const real *sines, const int *ids, int cls, size_t B, size_t n,
-                         size_t H, size_t Dh) {
-    rope_turn(x, 1, cosines, sines, ids, cls, B, n, H, Dh);
+static void rope_forward(real *x, const real *cosines, const real *sines, const int *ids, int cls, size_t B,
+                         size_t Tb, size_t H, size_t Dh) {
+    rope_turn(x, 1, cosines, sines, ids, cls, B, Tb, H, Dh);
 }
 // The transpose of a rotation is the rotation by the negative angle.
 static void rope_backward(real *dx, const real *cosines, const real *sines, const int *ids, int cls, size_t B,
-                          size_t n, size_t H, size_t Dh) {
-    rope_turn(dx, -1, cosines, sines, ids, cls, B, n, H, Dh);
+                          size_t Tb, size_t H, size_t Dh) {
+    rope_turn(dx, -1, cosines, sines, ids, cls, B, Tb, H, Dh);
 }
 
-// Value residual (arXiv 2410.17897): out = lambda v1 + (1 - lambda) v. v and out are the values inside of rows of
-// 3D; v1 [B,T,D] has block 0's at all tokens.
-static void value_residual_forward(real *out, const real *v, const real *v1, real lambda, const int *ids, size_t B,
-                                   size_t n, size_t T, size_t D) {
+// Value residual (arXiv 2410.17897): out = lambda v1 + (1 - lambda) v. v and out are the values inside of
+// rows of 3D; v1 [B,T,D] has block 0's at all tokens.
+static void value_residual_forward(real *out, const real *v, const real *v1, real lambda, const int *ids,
+                                   size_t B, size_t Tb, size_t T, size_t D) {
 #pragma omp parallel for
-    for (size_t row = 0; row < B * n; row++) {
-        const real *first = v1 + (row / n * T + token_of(ids, row / n, row % n, n)) * D, *vn = v + row * 3 * D;
+    for (size_t row = 0; row < B * Tb; row++) {
+        const real *first = v1 + (row / Tb * T + token_of(ids, row / Tb, row % Tb, Tb)) * D,
+                   *vn = v + row * 3 * D;
         real *o = out + row * 3 * D;
         for (size_t i = 0; i < D; i++) o[i] = lambda * first[i] + (1 - lambda) * vn[i];
     }
@@ -433,14 +445,14 @@ static void value_residual_forward(real *out, const real *v, const real *v1, rea
 
 // dv = (1 - lambda) dout;  dv1 += lambda dout at the original token;  dlambda += sum (v1 - v) dout, by way of
 // each sample's part of parts [B]
-static void value_residual_backward(real *dv, real *dv1, real *dlambda, real *parts, const real *dout, const real *v,
-                                    const real *v1, real lambda, const int *ids, size_t B, size_t n, size_t T,
-                                    size_t D) {
+static void value_residual_backward(real *dv, real *dv1, real *dlambda, real *parts, const real *dout,
+                                    const real *v, const real *v1, real lambda, const int *ids, size_t B,
+                                    size_t Tb, size_t T, size_t D) {
 #pragma omp parallel for
     for (size_t b = 0; b < B; b++) {
         real sum = 0;
-        for (size_t t = 0; t < n; t++) {
-            size_t at = (b * T + token_of(ids, b, t, n)) * D, row = (b * n + t) * 3 * D;
+        for (size_t t = 0; t < Tb; t++) {
+            size_t at = (b * T + token_of(ids, b, t, Tb)) * D, row = (b * Tb + t) * 3 * D;
             const real *d = dout + row, *vn = v + row, *first = v1 + at;
             real *dvn = dv + row, *dfirst = dv1 + at;
 #pragma omp simd reduction(+ : sum)
@@ -463,10 +475,10 @@ static size_t attention_work(size_t T, size_t Dh) {
 
 // out[B,T,D] = softmax(q k^T / sqrt(Dh)) v for each sample and head, from qkv[B,T,3D]; att [B,H,T,R] is kept,
 // R = softmax_row(T). work: attention_work elements for each of `threads` threads
-static void attention_forward(real *out, real *att, const real *qkv, real *work, int threads, size_t B, size_t T,
-                              size_t H, size_t Dh) {
+static void attention_forward(real *out, real *att, const real *qkv, real *work, int threads, size_t B,
+                              size_t T, size_t H, size_t Dh) {
     size_t D = H * Dh, R = softmax_row(T);
-    (void)threads;                         // unused without OpenMP
+    (void)threads;   // unused without OpenMP
 #pragma omp parallel for num_threads(threads)
     for (size_t bh = 0; bh < B * H; bh++) {
         const real *q = qkv + bh / H * T * 3 * D + bh % H * Dh, *k = q + D, *v = k + D;
@@ -480,8 +492,8 @@ static void attention_forward(real *out, real *att, const real *qkv, real *work,
 
 // o = p v, p = softmax(s), s = q k^T / sqrt(Dh):
 //   dv = p^T do,  dp = do v^T,  ds_ij = p_ij (dp_ij - sum_k p_ik dp_ik) / sqrt(Dh),  dq = ds k,  dk = ds^T q
-static void attention_backward(real *dqkv, const real *dout, const real *qkv, const real *att, real *work, int threads,
-                               size_t B, size_t T, size_t H, size_t Dh) {
+static void attention_backward(real *dqkv, const real *dout, const real *qkv, const real *att, real *work,
+                               int threads, size_t B, size_t T, size_t H, size_t Dh) {
     size_t D = H * Dh, R = softmax_row(T);
     (void)threads;
 #pragma omp parallel for num_threads(threads)
@@ -501,7 +513,8 @@ static void attention_backward(real *dqkv, const real *dout, const real *qkv, co
 
 // patches[B,P,X] of x[B,C,S,S], features in the order (channel, row, column) of a convolution's weight
 static void patchify(real *patches, const real *x, const Config *c, size_t B) {
-    size_t S = c->input_size, p = c->patch_size, G = grid_of(c), P = patches_of(c), C = c->in_channels, X = C * p * p;
+    size_t S = c->input_size, p = c->patch_size, G = grid_of(c), P = patches_of(c), C = c->in_channels,
+           X = C * p * p;
 #pragma omp parallel for
     for (size_t n = 0; n < B * P; n++)
         for (size_t i = 0; i < X; i++) {
@@ -549,31 +562,33 @@ static void copy_rows(real *out, size_t ldo, const real *in, size_t ldi, size_t 
     for (size_t row = 0; row < N; row++) memcpy(out + row * ldo, in + row * ldi, sizeof(real) * D);
 }
 
-// Kept tokens: out[B,n] are rows ids[b] of in[B,T], D numbers in rows of ldo and ldi; and back into their places
-static void gather_rows(real *out, size_t ldo, const real *in, size_t ldi, const int *ids, size_t B, size_t n,
-                        size_t T, size_t D) {
+// Kept tokens: out[B,Tk] are rows ids[b] of in[B,T], D numbers in rows of ldo and ldi; and back again
+static void gather_rows(real *out, size_t ldo, const real *in, size_t ldi, const int *ids, size_t B,
+                        size_t Tk, size_t T, size_t D) {
 #pragma omp parallel for
-    for (size_t i = 0; i < B * n; i++)
-        memcpy(out + i * ldo, in + (i / n * T + (size_t)ids[i]) * ldi, sizeof(real) * D);
+    for (size_t i = 0; i < B * Tk; i++)
+        memcpy(out + i * ldo, in + (i / Tk * T + (size_t)ids[i]) * ldi, sizeof(real) * D);
 }
-static void scatter_rows(real *out, size_t ldo, const real *in, size_t ldi, const int *ids, size_t B, size_t n,
-                         size_t T, size_t D) {
+static void scatter_rows(real *out, size_t ldo, const real *in, size_t ldi, const int *ids, size_t B,
+                         size_t Tk, size_t T, size_t D) {
 #pragma omp parallel for
-    for (size_t i = 0; i < B * n; i++)
-        memcpy(out + (i / n * T + (size_t)ids[i]) * ldo, in + i * ldi, sizeof(real) * D);
-}
-
-// out[B,n,D] = tokens t0 ... t0+n of in[B,T,D]; and back into their places
-static void take_tokens(real *out, const real *in, size_t B, size_t n, size_t t0, size_t T, size_t D) {
-#pragma omp parallel for
-    for (size_t b = 0; b < B; b++) memcpy(out + b * n * D, in + (b * T + t0) * D, sizeof(real) * n * D);
-}
-static void put_tokens(real *out, const real *in, size_t B, size_t n, size_t t0, size_t T, size_t D) {
-#pragma omp parallel for
-    for (size_t b = 0; b < B; b++) memcpy(out + (b * T + t0) * D, in + b * n * D, sizeof(real) * n * D);
+    for (size_t i = 0; i < B * Tk; i++)
+        memcpy(out + (i / Tk * T + (size_t)ids[i]) * ldo, in + i * ldi, sizeof(real) * D);
 }
 
-// sum[N,D] += one[D] in every row, and sum[N,D] += in[N,D] where rows may be longer in memory
+// out[B,count,D] = tokens t0 ... t0+count of in[B,T,D]; and back into their places
+static void take_tokens(real *out, const real *in, size_t B, size_t count, size_t t0, size_t T, size_t D) {
+#pragma omp parallel for
+    for (size_t b = 0; b < B; b++)
+        memcpy(out + b * count * D, in + (b * T + t0) * D, sizeof(real) * count * D);
+}
+static void put_tokens(real *out, const real *in, size_t B, size_t count, size_t t0, size_t T, size_t D) {
+#pragma omp parallel for
+    for (size_t b = 0; b < B; b++)
+        memcpy(out + (b * T + t0) * D, in + b * count * D, sizeof(real) * count * D);
+}
+
+// sum[N,D] += in[N,D], whose rows may be longer in memory; ldi 0: the same row for all
 static void add_rows(real *sum, size_t lds, const real *in, size_t ldi, size_t N, size_t D) {
 #pragma omp parallel for
     for (size_t row = 0; row < N; row++)
@@ -588,13 +603,18 @@ enum Start { ZERO, ONE, HALF, NORMAL, XAVIER, POSITIONS, ROPE_COS, ROPE_SIN };
 typedef struct {
     char name[64];
     enum Start start;
-    int trained;             // 0: a fixed table
-    int block;               // which block it belongs to, -1: none
+    int trained;   // 0: a fixed table
+    int block;     // which block it belongs to, -1: none
     int ndim, shape[4];
     size_t size, offset;
 } Tensor;
 // trained, total: elements of the trained tensors, which come first, and of all, with pads
-typedef struct { Tensor *tensors; int count, room, block; size_t trained, total; real *base; } Table;
+typedef struct {
+    Tensor *tensors;
+    int count, room, block;
+    size_t trained, total;
+    real *base;
+} Table;
 
 typedef struct {
     real *qkv_w, *qkv_b, *q_norm, *k_norm, *v1_lambda, *proj_w, *proj_b;
@@ -608,8 +628,9 @@ typedef struct {
     real *pos_embed, *rope_cos, *rope_sin;   // fixed
 } Params;
 
-// Appends a tensor to the table and returns its place in the block at t->base (NULL: only the table is wanted).
-// Trailing sizes of 0 are no dimensions. Each tensor starts at a multiple of 64 elements; the pads stay zero.
+// Appends a tensor to the table and returns its place in the block at t->base (NULL: only the table is
+// wanted). Trailing sizes of 0 are no dimensions. Each tensor starts at a multiple of 64 elements; the pads
+// stay zero.
 static real *declare(Table *t, enum Start start, int a, int b, int c, int d, const char *name) {
     if (t->count == t->room) {
         t->room = 2 * t->room + 64;
@@ -661,8 +682,7 @@ static Table params_table(Params *w, const Config *c, real *base) {
             b->q_norm = declare(&t, ONE, Dh, 0, 0, 0, "attn.q_norm.weight");
             b->k_norm = declare(&t, ONE, Dh, 0, 0, 0, "attn.k_norm.weight");
         }
-        if (c->value_residual && t.block > 0)
-            b->v1_lambda = declare(&t, HALF, 0, 0, 0, 0, "attn.v1_lambda");
+        if (c->value_residual && t.block > 0) b->v1_lambda = declare(&t, HALF, 0, 0, 0, 0, "attn.v1_lambda");
         b->proj_w = declare(&t, XAVIER, D, D, 0, 0, "attn.proj.weight");
         b->proj_b = declare(&t, ZERO, D, 0, 0, 0, "attn.proj.bias");
         b->fc1_w = declare(&t, XAVIER, F, D, 0, 0, "mlp.fc1.weight");
@@ -705,8 +725,19 @@ static size_t count_trained(const Table *t) {   // without the pads
 }
 
 // What a random number is for: the last part of its address (dev/lib/random.h)
-enum Stream { STREAM_INIT = 1, STREAM_ORDER, STREAM_TIME, STREAM_LABEL_DROP, STREAM_ROUTE, STREAM_PATH_DROP,
-              STREAM_NOISE, STREAM_NOISE_CLS, STREAM_SAMPLE_X, STREAM_SAMPLE_CLS, STREAM_SAMPLE_LABEL };
+enum Stream {
+    STREAM_INIT = 1,
+    STREAM_ORDER,
+    STREAM_TIME,
+    STREAM_LABEL_DROP,
+    STREAM_ROUTE,
+    STREAM_PATH_DROP,
+    STREAM_NOISE,
+    STREAM_NOISE_CLS,
+    STREAM_SAMPLE_X,
+    STREAM_SAMPLE_CLS,
+    STREAM_SAMPLE_LABEL
+};
 
 // Element i of the fixed table of positions [T,D]: [sin, cos] of the column, then [sin, cos] of the row
 static real position_of(size_t i, const Config *c) {
@@ -730,19 +761,19 @@ static void tensor_start(real *out, const Tensor *t, const Config *c, uint64_t s
     double bound = sqrt(6.0 / (double)(fan_in + fan_out));
     if (t->start == NORMAL) fill_normal(out, t->size, seed, STREAM_INIT, 0, hash);
     for (size_t i = 0; i < t->size; i++) switch (t->start) {
-        case ZERO: out[i] = 0; break;
-        case ONE: out[i] = 1; break;
-        case HALF: out[i] = (real)0.5; break;
-        case NORMAL: out[i] *= (real)0.02; break;
-        case XAVIER: {
-            double u = uniform_of(draw4(seed, STREAM_INIT, 0, hash, (uint32_t)(i / 4)).v[i % 4]);
-            out[i] = (real)(bound * (2 * u - 1));
-            break;
+            case ZERO: out[i] = 0; break;
+            case ONE: out[i] = 1; break;
+            case HALF: out[i] = (real)0.5; break;
+            case NORMAL: out[i] *= (real)0.02; break;
+            case XAVIER: {
+                double u = uniform_of(draw4(seed, STREAM_INIT, 0, hash, (uint32_t)(i / 4)).v[i % 4]);
+                out[i] = (real)(bound * (2 * u - 1));
+                break;
+            }
+            case POSITIONS: out[i] = position_of(i, c); break;
+            case ROPE_COS: out[i] = (real)cos(rope_angle(i, c)); break;
+            case ROPE_SIN: out[i] = (real)sin(rope_angle(i, c)); break;
         }
-        case POSITIONS: out[i] = position_of(i, c); break;
-        case ROPE_COS: out[i] = (real)cos(rope_angle(i, c)); break;
-        case ROPE_SIN: out[i] = (real)sin(rope_angle(i, c)); break;
-    }
 }
 
 static void params_start(real *params, const Table *t, const Config *c, uint64_t seed) {
@@ -757,7 +788,7 @@ static void params_start(real *params, const Table *t, const Config *c, uint64_t
 // split.
 typedef struct {
     int B, first, whole, path_drop;
-    int on_device;           // 1: noises and ids are left to a GPU, which draws them from (seed, step) itself
+    int on_device;   // 1: noises and ids are left to a GPU, which draws them from (seed, step) itself
     uint64_t seed;
     int step;
     real *x, *noise;         // [B,C,S,S]
@@ -773,41 +804,44 @@ typedef struct {
 
 // The total, and its parts before their coefficients, summed over the steps since they were last read; the
 // last step's gradient norm; the first step that was not finite (0: none), after which updates change nothing
-typedef struct { double total, denoise, cls, align, cfm, grad_norm; int bad_step; } Losses;
+typedef struct {
+    double total, denoise, cls, align, cfm, grad_norm;
+    int bad_step;
+} Losses;
 
 // Activations of a block that its backward needs
 typedef struct {
-    const real *in;               // [B,n,D] the block before's output
-    real *mod;                    // [B,6D] shift1, scale1, gate1, shift2, scale2, gate2
-    real *h1, *r1, *qkv;          // [B,n,D], [B,n], [B,n,3D]
-    real *r_qk;                   // [B,n,2H]
-    real *mix, *att;              // [B,n,3D] q and k normed and turned, v mixed; [B,H,n,R]
-    real *a, *proj;               // [B,n,D] twice
-    real *mid, *h2, *r2;          // [B,n,D] after the first residual; [B,n,D]; [B,n]
-    real *gelu, *gelu_slope;      // [B,n,F] twice
-    real *fc2, *out;              // [B,n,D] twice
+    const real *in;            // [B,Tb,D] the block before's output
+    real *mod;                 // [B,6D] shift1, scale1, gate1, shift2, scale2, gate2
+    real *h1, *r1, *qkv;       // [B,Tb,D], [B,Tb], [B,Tb,3D]
+    real *r_qk;                // [B,Tb,2H]
+    real *mix, *att;           // [B,Tb,3D] q and k normed and turned, v mixed; [B,H,Tb,R]
+    real *a, *proj;            // [B,Tb,D] twice
+    real *mid, *h2, *r2;       // [B,Tb,D] after the first residual; [B,Tb,D]; [B,Tb]
+    real *gelu, *gelu_slope;   // [B,Tb,F] twice
+    real *fc2, *out;           // [B,Tb,D] twice
 } BlockActs;
 
 typedef struct {
-    real *x_t, *cls_t;                                              // [B,C,S,S], [B,Z]
-    real *patches, *patch_tokens, *cls_proj, *cls_r, *cls_token;    // [B,P,X], [B,P,D], [B,D], [B], [B,D]
-    real *embed, *v1;                                               // [B,T,D] twice; v1: block 0's values
-    real *t_features, *t0, *t0_silu, *cond, *cond_silu;             // [B,W], then [B,D]
-    BlockActs block[MAX_DEPTH + 1];                                 // one more for evaluation, if h is empty
-    real *kept, *pair, *fused;                                      // [B,Tk,D], [B,T,2D], [B,T,D]
-    real *p0, *p0_silu, *p2, *p2_silu, *zs;                         // [B,T,M] four times, [B,T,Z]
-    real *final_mod, *final_h, *final_r;                            // [B,2D], [B,T,D], [B,T]
-    real *final_patches, *final_cls, *out_patches;                  // [B,P,D], [B,D], [B,P,X]
-    real *out, *cls_out;                                            // [B,C,S,S], [B,Z]
+    real *x_t, *cls_t;                                             // [B,C,S,S], [B,Z]
+    real *patches, *patch_tokens, *cls_proj, *cls_r, *cls_token;   // [B,P,X], [B,P,D], [B,D], [B], [B,D]
+    real *embed, *v1;                                              // [B,T,D] twice; v1: block 0's values
+    real *t_features, *t0, *t0_silu, *cond, *cond_silu;            // [B,W], then [B,D]
+    BlockActs block[MAX_DEPTH + 1];                                // one more for evaluation, if h is empty
+    real *kept, *pair, *fused;                                     // [B,Tk,D], [B,T,2D], [B,T,D]
+    real *p0, *p0_silu, *p2, *p2_silu, *zs;                        // [B,T,M] four times, [B,T,Z]
+    real *final_mod, *final_h, *final_r;                           // [B,2D], [B,T,D], [B,T]
+    real *final_patches, *final_cls, *out_patches;                 // [B,P,D], [B,D], [B,P,X]
+    real *out, *cls_out;                                           // [B,C,S,S], [B,Z]
     // gradients
-    real *dx, *d_E, *d_kept, *d_v1, *d_zs;                          // [B,T,D] twice, [B,Tk,D], [B,T,D], [B,T,Z]
-    real *d_qkv, *d_mix, *d_mod;                                    // [B,T,3D] twice, [B,6D]
-    real *d_cond_silu, *d_cond, *d_out, *d_cls_out;                 // [B,D] twice, [B,C,S,S], [B,Z]
+    real *dx, *d_E, *d_kept, *d_v1, *d_zs;            // [B,T,D] twice, [B,Tk,D], [B,T,D], [B,T,Z]
+    real *d_qkv, *d_mix, *d_mod;                      // [B,T,3D] twice, [B,6D]
+    real *d_cond_silu, *d_cond, *d_out, *d_cls_out;   // [B,D] twice, [B,C,S,S], [B,Z]
     // scratch that blocks share
-    real *wide, *wide2;                                             // [B,T, the largest of F, M and 2D]
-    real *parts, *work;                                             // [B,2Dh]; attention_work for each thread
-    Losses *sample_losses;                                          // [B]
-    double *norm_parts;                                             // one for each NORM_CHUNK trained numbers
+    real *wide, *wide2;      // [B,T, the largest of F, M and 2D]
+    real *parts, *work;      // [B,2Dh]; attention_work for each thread
+    Losses *sample_losses;   // [B]
+    double *norm_parts;      // one for each NORM_CHUNK trained numbers
 } Acts;
 enum { NORM_CHUNK = 4096 };
 
@@ -825,7 +859,10 @@ typedef struct Model {
 
 // A block of memory handed out from the front. With base NULL it only counts: the same walk is made twice,
 // first to learn the size, then to set the pointers. Every piece starts at a multiple of 64 elements.
-typedef struct { real *base; size_t used; } Arena;
+typedef struct {
+    real *base;
+    size_t used;
+} Arena;
 static real *take(Arena *a, size_t count) {
     real *p = a->base ? a->base + a->used : NULL;
     a->used += (count + 63) / 64 * 64;
@@ -833,15 +870,15 @@ static real *take(Arena *a, size_t count) {
 }
 static size_t reals_of(size_t bytes) { return (bytes + sizeof(real) - 1) / sizeof(real); }
 
-static void block_layout(BlockActs *k, Arena *m, const Config *c, size_t B, size_t n) {
-    size_t D = c->hidden_size, H = c->num_heads, F = hidden_of(c), N = B * n;
+static void block_layout(BlockActs *k, Arena *m, const Config *c, size_t B, size_t Tb) {
+    size_t D = c->hidden_size, H = c->num_heads, F = hidden_of(c), N = B * Tb;
     k->mod = take(m, B * 6 * D);
     k->h1 = take(m, N * D);
     k->r1 = take(m, N);
     k->qkv = take(m, N * 3 * D);
     k->r_qk = take(m, N * 2 * H);
     k->mix = take(m, N * 3 * D);
-    k->att = take(m, B * H * n * softmax_row(n));
+    k->att = take(m, B * H * Tb * softmax_row(Tb));
     k->a = take(m, N * D);
     k->proj = take(m, N * D);
     k->mid = take(m, N * D);
@@ -914,14 +951,15 @@ static void acts_layout(Acts *a, Arena *m, const Config *c, size_t B, size_t thr
 
 // The widest product of the model, for matmul_reserve
 static size_t widest(const Config *c) {
-    int sizes[] = {6 * c->hidden_size, hidden_of(c), c->projector_dim, c->z_dim, patch_dim_of(c), TIME_FEATURES};
+    int sizes[] = {6 * c->hidden_size, hidden_of(c),    c->projector_dim,
+                   c->z_dim,           patch_dim_of(c), TIME_FEATURES};
     int most = 0;
     for (int i = 0; i < 6; i++) most = imax(most, sizes[i]);
     return (size_t)most;
 }
 
-// Memory for `count` blocks of parameters and the activations of max_batch samples. trained: the model is to be
-// trained and has all five blocks; else one, its EMA's or its weights', and m->grads, m->m, m->v are NULL.
+// Memory for the parameters and the activations of max_batch samples. trained: the model is to be trained
+// and has all five blocks; else one, its EMA's or its weights', and m->grads, m->m, m->v are NULL.
 static Model *model_allocate(const Config *c, int max_batch, int trained) {
     if ((double)max_batch * tokens_of(c) > 1 << 30)
         die("%d samples of %d tokens are too many at once; use a larger --accum", max_batch, tokens_of(c));
@@ -971,41 +1009,42 @@ static Model *model_create(const Config *c, int max_batch, uint64_t seed) {
 }
 static void model_destroy(Model *m) { free(m->table.tensors), free(m->memory), free(m); }
 
-// Block i on n tokens a sample, those of ids (NULL: all), out = block(in; cond). Its activations go to k.
+// Block i on Tb tokens a sample, those of ids (NULL: all), out = block(in; cond). Its activations go to k.
 static void block_forward(BlockActs *k, Acts *a, const Params *all, int i, const real *in, const int *ids,
-                          const Config *c, int threads, size_t B, size_t n) {
-    size_t T = tokens_of(c), D = c->hidden_size, H = c->num_heads, Dh = D / H, F = hidden_of(c), N = B * n;
+                          const Config *c, int threads, size_t B, size_t Tb) {
+    size_t T = tokens_of(c), D = c->hidden_size, H = c->num_heads, Dh = D / H, F = hidden_of(c), N = B * Tb;
     const BlockParams *w = &all->block[i];
     k->in = in;
     linear_forward(k->mod, a->cond_silu, w->adaln_w, w->adaln_b, B, D, 6 * D);
     const real *shift1 = k->mod, *scale1 = shift1 + D, *gate1 = scale1 + D;
     const real *shift2 = gate1 + D, *scale2 = shift2 + D, *gate2 = scale2 + D;
     // mid = in + gate1 proj(attention(norm(in)))
-    norm_modulate_forward(k->h1, k->r1, in, shift1, scale1, 6 * D, B, n, D);
+    norm_modulate_forward(k->h1, k->r1, in, shift1, scale1, 6 * D, B, Tb, D);
     linear_forward(k->qkv, k->h1, w->qkv_w, w->qkv_b, N, D, 3 * D);
     real *v = k->qkv + 2 * D, *mix_v = k->mix + 2 * D;
     if (c->qk_norm) qk_norm_forward(k->mix, k->r_qk, k->qkv, w->q_norm, w->k_norm, N, H, Dh);
     else copy_rows(k->mix, 3 * D, k->qkv, 3 * D, N, 2 * D);
-    if (c->rope) rope_forward(k->mix, all->rope_cos, all->rope_sin, ids, c->cls, B, n, H, Dh);
-    if (c->value_residual && i > 0) value_residual_forward(mix_v, v, a->v1, *w->v1_lambda, ids, B, n, T, D);
+    if (c->rope) rope_forward(k->mix, all->rope_cos, all->rope_sin, ids, c->cls, B, Tb, H, Dh);
+    if (c->value_residual && i > 0) value_residual_forward(mix_v, v, a->v1, *w->v1_lambda, ids, B, Tb, T, D);
     else copy_rows(mix_v, 3 * D, v, 3 * D, N, D);
     if (i == 0) copy_rows(a->v1, D, v, 3 * D, N, D);
-    attention_forward(k->a, k->att, k->mix, a->work, threads, B, n, H, Dh);
+    attention_forward(k->a, k->att, k->mix, a->work, threads, B, Tb, H, Dh);
     linear_forward(k->proj, k->a, w->proj_w, w->proj_b, N, D, D);
-    gate_forward(k->mid, in, gate1, k->proj, 6 * D, B, n, D);
+    gate_forward(k->mid, in, gate1, k->proj, 6 * D, B, Tb, D);
     // out = mid + gate2 fc2(gelu(fc1(norm(mid))))
-    norm_modulate_forward(k->h2, k->r2, k->mid, shift2, scale2, 6 * D, B, n, D);
+    norm_modulate_forward(k->h2, k->r2, k->mid, shift2, scale2, 6 * D, B, Tb, D);
     linear_forward(a->wide, k->h2, w->fc1_w, w->fc1_b, N, D, F);
     gelu_forward(k->gelu, k->gelu_slope, a->wide, N * F);
     linear_forward(k->fc2, k->gelu, w->fc2_w, w->fc2_b, N, F, D);
-    gate_forward(k->out, k->mid, gate2, k->fc2, 6 * D, B, n, D);
+    gate_forward(k->out, k->mid, gate2, k->fc2, 6 * D, B, Tb, D);
 }
 
-// dx [B,n,D] comes in as the gradient of block i's output and leaves as that of its input. a->d_v1 collects the
-// gradients of block 0's values; block 0, which runs last, adds them to its own. a->d_cond_silu is added to.
-static void block_backward(real *dx, Params *d_all, Acts *a, const Params *all, int i, const int *ids, const Config *c,
-                           int threads, size_t B, size_t n) {
-    size_t T = tokens_of(c), D = c->hidden_size, H = c->num_heads, Dh = D / H, F = hidden_of(c), N = B * n;
+// dx [B,Tb,D] comes in as the gradient of block i's output and leaves as that of its input. a->d_v1 collects
+// the gradients of block 0's values; block 0, which runs last, adds them to its own. a->d_cond_silu is added
+// to.
+static void block_backward(real *dx, Params *d_all, Acts *a, const Params *all, int i, const int *ids,
+                           const Config *c, int threads, size_t B, size_t Tb) {
+    size_t T = tokens_of(c), D = c->hidden_size, H = c->num_heads, Dh = D / H, F = hidden_of(c), N = B * Tb;
     const BlockActs *k = &a->block[i];
     const BlockParams *w = &all->block[i];
     BlockParams *dw = &d_all->block[i];
@@ -1013,32 +1052,33 @@ static void block_backward(real *dx, Params *d_all, Acts *a, const Params *all, 
     real *d_shift1 = a->d_mod, *d_scale1 = d_shift1 + D, *d_gate1 = d_scale1 + D;
     real *d_shift2 = d_gate1 + D, *d_scale2 = d_shift2 + D, *d_gate2 = d_scale2 + D;
     // out = mid + gate2 fc2(gelu(fc1(h2)))
-    gate_backward(a->wide2, d_gate2, dx, gate2, k->fc2, 6 * D, B, n, D);
+    gate_backward(a->wide2, d_gate2, dx, gate2, k->fc2, 6 * D, B, Tb, D);
     linear_backward(a->wide, dw->fc2_w, dw->fc2_b, a->wide2, k->gelu, w->fc2_w, N, F, D, 0);
     gelu_backward(a->wide, k->gelu_slope, N * F);
     linear_backward(a->wide2, dw->fc1_w, dw->fc1_b, a->wide, k->h2, w->fc1_w, N, D, F, 0);
-    norm_modulate_backward(dx, d_shift2, d_scale2, a->wide2, k->mid, k->r2, scale2, 6 * D, B, n, D);
+    norm_modulate_backward(dx, d_shift2, d_scale2, a->wide2, k->mid, k->r2, scale2, 6 * D, B, Tb, D);
     // mid = in + gate1 proj(attention(mix))
-    gate_backward(a->wide2, d_gate1, dx, gate1, k->proj, 6 * D, B, n, D);
+    gate_backward(a->wide2, d_gate1, dx, gate1, k->proj, 6 * D, B, Tb, D);
     linear_backward(a->wide, dw->proj_w, dw->proj_b, a->wide2, k->a, w->proj_w, N, D, D, 0);
-    attention_backward(a->d_mix, a->wide, k->mix, k->att, a->work, threads, B, n, H, Dh);
+    attention_backward(a->d_mix, a->wide, k->mix, k->att, a->work, threads, B, Tb, H, Dh);
     // mix = rope(qk_norm(q, k)), value_residual(v)
     const real *v = k->qkv + 2 * D, *d_mix_v = a->d_mix + 2 * D;
     real *dv = a->d_qkv + 2 * D;
-    if (c->rope) rope_backward(a->d_mix, all->rope_cos, all->rope_sin, ids, c->cls, B, n, H, Dh);
+    if (c->rope) rope_backward(a->d_mix, all->rope_cos, all->rope_sin, ids, c->cls, B, Tb, H, Dh);
     if (c->qk_norm)
-        qk_norm_backward(a->d_qkv, dw->q_norm, dw->k_norm, a->parts, a->d_mix, k->qkv, k->r_qk, w->q_norm, w->k_norm, B,
-                         n, H, Dh);
+        qk_norm_backward(a->d_qkv, dw->q_norm, dw->k_norm, a->parts, a->d_mix, k->qkv, k->r_qk, w->q_norm,
+                         w->k_norm, B, Tb, H, Dh);
     else copy_rows(a->d_qkv, 3 * D, a->d_mix, 3 * D, N, 2 * D);
     if (c->value_residual && i > 0)
-        value_residual_backward(dv, a->d_v1, dw->v1_lambda, a->parts, d_mix_v, v, a->v1, *w->v1_lambda, ids, B, n, T,
-                                D);
+        value_residual_backward(dv, a->d_v1, dw->v1_lambda, a->parts, d_mix_v, v, a->v1, *w->v1_lambda, ids,
+                                B, Tb, T, D);
     else copy_rows(dv, 3 * D, d_mix_v, 3 * D, N, D);
     if (c->value_residual && i == 0) add_rows(dv, 3 * D, a->d_v1, D, N, D);
     // qkv = linear(h1), h1 = norm(in) modulated by adaln(cond_silu)
     linear_backward(a->wide2, dw->qkv_w, dw->qkv_b, a->d_qkv, k->h1, w->qkv_w, N, D, 3 * D, 0);
-    norm_modulate_backward(dx, d_shift1, d_scale1, a->wide2, k->in, k->r1, scale1, 6 * D, B, n, D);
-    linear_backward(a->d_cond_silu, dw->adaln_w, dw->adaln_b, a->d_mod, a->cond_silu, w->adaln_w, B, D, 6 * D, 1);
+    norm_modulate_backward(dx, d_shift1, d_scale1, a->wide2, k->in, k->r1, scale1, 6 * D, B, Tb, D);
+    linear_backward(a->d_cond_silu, dw->adaln_w, dw->adaln_b, a->d_mod, a->cond_silu, w->adaln_w, B, D, 6 * D,
+                    1);
 }
 
 // zs [B,T,Z] = p4(silu(p2(silu(p0(E))))): what is compared with the frozen encoder's features
@@ -1051,8 +1091,8 @@ static void projector_forward(Acts *a, const Params *w, const real *E, const Con
     linear_forward(a->zs, a->p2_silu, w->p4_w, w->p4_b, N, M, Z);
 }
 // d_E += its gradient
-static void projector_backward(real *d_E, Params *dw, Acts *a, const Params *w, const real *E, const Config *c,
-                               size_t N) {
+static void projector_backward(real *d_E, Params *dw, Acts *a, const Params *w, const real *E,
+                               const Config *c, size_t N) {
     size_t D = c->hidden_size, M = c->projector_dim, Z = c->z_dim;
     linear_backward(a->wide, dw->p4_w, dw->p4_b, a->d_zs, a->p2_silu, w->p4_w, N, M, Z, 0);
     silu_backward(a->wide, a->wide, a->p2, N * M);
@@ -1062,7 +1102,8 @@ static void projector_backward(real *d_E, Params *dw, Acts *a, const Params *w, 
 }
 
 // c = mlp(e(t)) + label, and silu(c), which all adaLN layers read
-static void condition_forward(Acts *a, const Params *w, const real *t, const int *y, const Config *c, size_t B) {
+static void condition_forward(Acts *a, const Params *w, const real *t, const int *y, const Config *c,
+                              size_t B) {
     size_t D = c->hidden_size, W = TIME_FEATURES;
     time_features(a->t_features, t, B);
     linear_forward(a->t0, a->t_features, w->t0_w, w->t0_b, B, W, D);
@@ -1072,7 +1113,8 @@ static void condition_forward(Acts *a, const Params *w, const real *t, const int
         for (size_t i = 0; i < D; i++) a->cond[b * D + i] += w->label[(size_t)y[b] * D + i];
     silu_forward(a->cond_silu, a->cond, B * D);
 }
-static void condition_backward(Params *dw, Acts *a, const Params *w, const int *y, const Config *c, size_t B) {
+static void condition_backward(Params *dw, Acts *a, const Params *w, const int *y, const Config *c,
+                               size_t B) {
     size_t D = c->hidden_size, W = TIME_FEATURES;
     silu_backward(a->d_cond, a->d_cond_silu, a->cond, B * D);
     for (size_t b = 0; b < B; b++)
@@ -1085,12 +1127,13 @@ static void condition_backward(Params *dw, Acts *a, const Params *w, const int *
 // Velocity of a->x_t, a->cls_t at times t [B] with labels y [B] into a->out, a->cls_out. ids [B,Tk]:
 // training, on the kept tokens, with the projector; NULL: evaluation, on all tokens, where the blocks of g
 // share one block's memory. path_drop: g is not run and every one of its tokens is the mask token.
-static void network_forward(Model *model, const Params *w, const real *t, const int *y, const int *ids, int path_drop,
-                            size_t B) {
+static void network_forward(Model *model, const Params *w, const real *t, const int *y, const int *ids,
+                            int path_drop, size_t B) {
     const Config *c = &model->c;
     Acts *a = &model->a;
-    size_t T = tokens_of(c), P = patches_of(c), D = c->hidden_size, Z = c->z_dim, X = patch_dim_of(c), N = B * T;
-    size_t n = ids ? (size_t)kept_of(c) : T;
+    size_t T = tokens_of(c), P = patches_of(c), D = c->hidden_size, Z = c->z_dim, X = patch_dim_of(c),
+           N = B * T;
+    size_t Tb = ids ? (size_t)kept_of(c) : T;
     int first_h = c->depth - c->num_h, threads = model->threads;
     // tokens: patches, CLS before them, positions
     patchify(a->patches, a->x_t, c, B);
@@ -1114,11 +1157,11 @@ static void network_forward(Model *model, const Params *w, const real *t, const 
     // sparse middle g on the kept tokens
     const real *g = NULL;
     if (!path_drop) {
-        if (ids) gather_rows(a->kept, D, E, D, ids, B, n, T, D);
+        if (ids) gather_rows(a->kept, D, E, D, ids, B, Tb, T, D);
         g = ids ? a->kept : E;
         for (int i = c->num_f; i < first_h; i++) {
             BlockActs *k = ids ? &a->block[i] : &a->block[c->num_h ? c->depth - 1 : c->depth];
-            block_forward(k, a, w, i, g, ids, c, threads, B, n);
+            block_forward(k, a, w, i, g, ids, c, threads, B, Tb);
             g = k->out;
         }
     }
@@ -1126,7 +1169,7 @@ static void network_forward(Model *model, const Params *w, const real *t, const 
     copy_rows(a->pair, 2 * D, E, D, N, D);
     if (g && !ids) copy_rows(a->pair + D, 2 * D, g, D, N, D);
     else copy_rows(a->pair + D, 2 * D, w->mask_token, 0, N, D);
-    if (g && ids) scatter_rows(a->pair + D, 2 * D, g, D, ids, B, n, T, D);
+    if (g && ids) scatter_rows(a->pair + D, 2 * D, g, D, ids, B, Tb, T, D);
     linear_forward(a->fused, a->pair, w->fusion_w, w->fusion_b, N, 2 * D, D);
     // decoder h on all tokens
     x = a->fused;
@@ -1153,48 +1196,51 @@ static void network_backward(Model *model, const int *y, const int *ids, int pat
     const Params *w = &model->w;
     Params *dw = &model->dw;
     Acts *a = &model->a;
-    size_t T = tokens_of(c), P = patches_of(c), D = c->hidden_size, Z = c->z_dim, X = patch_dim_of(c), N = B * T;
-    size_t n = kept_of(c), bytes = sizeof(real) * N * D;
+    size_t T = tokens_of(c), P = patches_of(c), D = c->hidden_size, Z = c->z_dim, X = patch_dim_of(c),
+           N = B * T;
+    size_t Tb = kept_of(c), bytes = sizeof(real) * N * D;
     int first_h = c->depth - c->num_h, threads = model->threads;
     memset(a->d_cond_silu, 0, sizeof(real) * B * D);
     memset(a->d_v1, 0, bytes);
     memset(a->dx, 0, bytes);
     // final layer: out = linear(final_h[patches]), cls_out = linear_cls(final_h[CLS])
     unpatchify_backward(a->out_patches, a->d_out, c, B);   // out_patches becomes its own gradient
-    linear_backward(a->wide, dw->final_w, dw->final_b, a->out_patches, a->final_patches, w->final_w, B * P, D, X, 0);
+    linear_backward(a->wide, dw->final_w, dw->final_b, a->out_patches, a->final_patches, w->final_w, B * P, D,
+                    X, 0);
     put_tokens(a->wide2, a->wide, B, P, c->cls, T, D);
     if (c->cls) {
-        linear_backward(a->wide, dw->final_cls_w, dw->final_cls_b, a->d_cls_out, a->final_cls, w->final_cls_w, B, D, Z,
-                        0);
+        linear_backward(a->wide, dw->final_cls_w, dw->final_cls_b, a->d_cls_out, a->final_cls, w->final_cls_w,
+                        B, D, Z, 0);
         put_tokens(a->wide2, a->wide, B, 1, 0, T, D);
     }
     const real *last = c->num_h ? a->block[c->depth - 1].out : a->fused;
-    norm_modulate_backward(a->dx, a->d_mod, a->d_mod + D, a->wide2, last, a->final_r, a->final_mod + D, 2 * D, B, T, D);
-    linear_backward(a->d_cond_silu, dw->final_adaln_w, dw->final_adaln_b, a->d_mod, a->cond_silu, w->final_adaln_w, B,
-                    D, 2 * D, 1);
+    norm_modulate_backward(a->dx, a->d_mod, a->d_mod + D, a->wide2, last, a->final_r, a->final_mod + D, 2 * D,
+                           B, T, D);
+    linear_backward(a->d_cond_silu, dw->final_adaln_w, dw->final_adaln_b, a->d_mod, a->cond_silu,
+                    w->final_adaln_w, B, D, 2 * D, 1);
     // decoder h
-    for (int i = c->depth - 1; i >= first_h; i--)
-        block_backward(a->dx, dw, a, w, i, NULL, c, threads, B, T);
+    for (int i = c->depth - 1; i >= first_h; i--) block_backward(a->dx, dw, a, w, i, NULL, c, threads, B, T);
     // fused = fusion_proj([E, G]), G = mask_token where g has no token
     linear_backward(a->wide, dw->fusion_w, dw->fusion_b, a->dx, a->pair, w->fusion_w, N, 2 * D, D, 0);
     copy_rows(a->d_E, D, a->wide, 2 * D, N, D);
-    real *dG = a->wide + D;                    // in rows of 2D
-    if (!path_drop) {                          // kept tokens pass theirs to g; what is left is the mask's
-        gather_rows(a->d_kept, D, dG, 2 * D, ids, B, n, T, D);
-        for (size_t i = 0; i < B * n; i++) memset(dG + (i / n * T + (size_t)ids[i]) * 2 * D, 0, sizeof(real) * D);
+    real *dG = a->wide + D;   // in rows of 2D
+    if (!path_drop) {         // kept tokens pass theirs to g; what is left is the mask's
+        gather_rows(a->d_kept, D, dG, 2 * D, ids, B, Tb, T, D);
+        for (size_t i = 0; i < B * Tb; i++)
+            memset(dG + (i / Tb * T + (size_t)ids[i]) * 2 * D, 0, sizeof(real) * D);
     }
     column_sums(dw->mask_token, dG, 2 * D, N, D);
     // sparse middle g, on a path-drop step without gradient
     if (!path_drop) {
         for (int i = first_h - 1; i >= c->num_f; i--)
-            block_backward(a->d_kept, dw, a, w, i, ids, c, threads, B, n);
-        for (size_t i = 0; i < B * n; i++)
-            for (size_t j = 0; j < D; j++) a->d_E[(i / n * T + (size_t)ids[i]) * D + j] += a->d_kept[i * D + j];
+            block_backward(a->d_kept, dw, a, w, i, ids, c, threads, B, Tb);
+        for (size_t i = 0; i < B * Tb; i++)
+            for (size_t j = 0; j < D; j++)
+                a->d_E[(i / Tb * T + (size_t)ids[i]) * D + j] += a->d_kept[i * D + j];
     }
     if (c->align) projector_backward(a->d_E, dw, a, w, a->block[c->num_f - 1].out, c, N);
     // encoder f
-    for (int i = c->num_f - 1; i >= 0; i--)
-        block_backward(a->d_E, dw, a, w, i, NULL, c, threads, B, T);
+    for (int i = c->num_f - 1; i >= 0; i--) block_backward(a->d_E, dw, a, w, i, NULL, c, threads, B, T);
     // tokens
     take_tokens(a->wide, a->d_E, B, P, c->cls, T, D);
     linear_backward(NULL, dw->x_w, dw->x_b, a->wide, a->patches, w->x_w, B * P, X, D, 0);
@@ -1212,12 +1258,13 @@ static void network_backward(Model *model, const int *y, const int *ids, int pat
 //   L = mean (out - v)^2 + cls_coeff mean (cls_out - v_cls)^2 + align_coeff L_align + cfm_coeff L_cfm
 //   v = noise - x,   L_cfm = - mean (out - v[b-1])^2,   L_align = - mean_{b,t} cos(feats, zs)
 //
-// Means run over the whole batch. Each function adds its sample's share to `sum`, without dividing, and writes
-// the gradients; `share` is what one term counts in the mean.
+// Means run over the whole batch. Each function adds up its sample's terms in `sum`, without dividing, and
+// writes the gradients; `share` is what one term counts in the mean.
 
 // dout = 2 (out - v) share - cfm_coeff 2 (out - v[b-1]) share, each over the latent's numbers
 static void velocity_loss(Losses *sum, real *dout, const real *out, const real *x, const real *noise,
-                          const real *x_before, const real *noise_before, double cfm, double whole, size_t latent) {
+                          const real *x_before, const real *noise_before, double cfm, double whole,
+                          size_t latent) {
     for (size_t i = 0; i < latent; i++) {
         // before sample 0 comes the last of the whole batch, whose v = noise_before was made beforehand
         real v = noise[i] - x[i], v_before = x_before ? noise_before[i] - x_before[i] : noise_before[i];
@@ -1228,18 +1275,18 @@ static void velocity_loss(Losses *sum, real *dout, const real *out, const real *
     }
 }
 // dout = cls_coeff 2 (out - v) share
-static void cls_loss(Losses *sum, real *dout, const real *out, const real *cls, const real *noise, double coeff,
-                     double whole, size_t Z) {
+static void cls_loss(Losses *sum, real *dout, const real *out, const real *cls, const real *noise,
+                     double coeff, double whole, size_t Z) {
     for (size_t i = 0; i < Z; i++) {
         real d = out[i] - (noise[i] - cls[i]);
         sum->cls += (double)d * d;
         dout[i] = (real)(coeff * 2 * d / (whole * (double)Z));
     }
 }
-// dz = - align_coeff share (f^ - cos z^) / |z|, f^ and z^ unit vectors, |z| = max(norm, 1e-12), since z^'s own
-// derivative is (1 - z^ z^T) / |z|. z, f, dz [T,Z]
-static void align_loss(Losses *sum, real *dz, const real *z, const real *f, double coeff, double whole, size_t T,
-                       size_t Z) {
+// dz = - align_coeff share (f^ - cos z^) / |z|, f^ and z^ unit vectors, |z| = max(norm, 1e-12), since z^'s
+// own derivative is (1 - z^ z^T) / |z|. z, f, dz [T,Z]
+static void align_loss(Losses *sum, real *dz, const real *z, const real *f, double coeff, double whole,
+                       size_t T, size_t Z) {
     for (size_t t = 0; t < T; t++, f += Z, z += Z, dz += Z) {
         double f_norm = sqrt((double)dot(f, f, Z)), z_norm = sqrt((double)dot(z, z, Z));
         f_norm = f_norm > 1e-12 ? f_norm : 1e-12;
@@ -1263,11 +1310,11 @@ static void loss_and_gradients(Model *model, const Batch *batch) {
         velocity_loss(one, a->d_out + b * latent, a->out + b * latent, x, noise, b ? x - latent : NULL,
                       b ? noise - latent : batch->v_before, cfm, whole, latent);
         if (c->cls)
-            cls_loss(one, a->d_cls_out + b * Z, a->cls_out + b * Z, batch->cls + b * Z, batch->noise_cls + b * Z,
-                     c->cls_coeff, whole, Z);
+            cls_loss(one, a->d_cls_out + b * Z, a->cls_out + b * Z, batch->cls + b * Z,
+                     batch->noise_cls + b * Z, c->cls_coeff, whole, Z);
         if (c->align)
-            align_loss(one, a->d_zs + b * T * Z, a->zs + b * T * Z, batch->feats + b * T * Z, c->align_coeff, whole, T,
-                       Z);
+            align_loss(one, a->d_zs + b * T * Z, a->zs + b * T * Z, batch->feats + b * T * Z, c->align_coeff,
+                       whole, T, Z);
     }
     Losses *sum = &model->losses;
     for (size_t b = 0; b < B; b++) {   // in the order of the samples: the same bits for any number of threads
@@ -1317,15 +1364,17 @@ static void velocity(Model *model, real *v, real *v_cls, const real *x, const re
 // Optimizer
 
 // Constants of step `step` (from 1): AdamW with bias correction and decoupled weight decay, and the EMA
-typedef struct { double b1, b2, eps, rate, root, decay, ema, max_norm; } AdamW;
+typedef struct {
+    double b1, b2, eps, rate, root, decay, ema, max_norm;
+} AdamW;
 static AdamW adamw_of(const Config *c, int step) {
     AdamW o;
     double warm = (1.0 + step) / (10.0 + step);
     o.b1 = c->beta1;
     o.b2 = c->beta2;
     o.eps = c->eps;
-    o.rate = c->lr / (1 - pow(c->beta1, step));       // m^ = m / (1 - b1^step)
-    o.root = 1 / sqrt(1 - pow(c->beta2, step));       // sqrt(v^) = sqrt(v) root
+    o.rate = c->lr / (1 - pow(c->beta1, step));   // m^ = m / (1 - b1^step)
+    o.root = 1 / sqrt(1 - pow(c->beta2, step));   // sqrt(v^) = sqrt(v) root
     o.decay = 1 - c->lr * c->weight_decay;
     o.ema = c->ema ? c->ema_decay : 0;
     if (c->ema_warmup && warm < o.ema) o.ema = warm;
@@ -1347,8 +1396,8 @@ static double gradient_norm(Model *model) {
     return sqrt(sum);
 }
 
-// Clipping to a global norm, AdamW and the moving average in one pass. A step whose loss or gradient is not finite
-// changes nothing, and nor does any later one, so that the state stays that of the last good step.
+// Clipping to a global norm, AdamW and the moving average in one pass. A step whose loss or gradient is not
+// finite changes nothing, and nor does any later one, so that the state stays that of the last good step.
 static void update(Model *model, int step) {
     Losses *losses = &model->losses;
     AdamW o = adamw_of(&model->c, step);
@@ -1376,8 +1425,8 @@ static Losses read_losses(Model *model) {
 }
 
 // ----------------------------------------------------------------------------------------------------------
-// What a trainer offers to the sampler, the training loop and the tests. train_srdit.cu offers the same on a GPU;
-// its model begins with a Model, whose configuration and table are read here.
+// What a trainer offers to the sampler, the training loop and the tests. train_srdit.cu offers the same on a
+// GPU; its model begins with a Model, whose configuration and table are read here.
 
 enum Block { PARAMS, GRADS, ADAM_M, ADAM_V, EMA };
 typedef struct {
@@ -1407,8 +1456,15 @@ static void put_block(Model *m, const real *host, enum Block which) {
 }
 
 // The activations that can be asked for by name, those of reference files
-typedef struct { char name[24]; size_t size; int sparse; } ActivationName;   // size: numbers a sample
-typedef struct { ActivationName of[MAX_DEPTH + 6]; int count; } ActivationNames;
+typedef struct {
+    char name[24];
+    size_t size;
+    int sparse;
+} ActivationName;   // size: numbers a sample
+typedef struct {
+    ActivationName of[MAX_DEPTH + 6];
+    int count;
+} ActivationNames;
 static void name_add(ActivationNames *names, const char *name, int block, size_t size, int sparse) {
     ActivationName *one = &names->of[names->count++];
     if (block < 0) snprintf(one->name, sizeof(one->name), "%s", name);
@@ -1435,12 +1491,17 @@ static const real *activation(Model *m, const char *name) {   // of the last for
     const Acts *a = &m->a;
     int i;
     if (sscanf(name, "block.%d", &i) == 1) return a->block[i].out;
-    return !strcmp(name, "embed") ? a->embed : !strcmp(name, "cond") ? a->cond : !strcmp(name, "fused") ? a->fused
-           : !strcmp(name, "zs") ? a->zs : !strcmp(name, "out") ? a->out : a->cls_out;
+    return !strcmp(name, "embed")   ? a->embed
+           : !strcmp(name, "cond")  ? a->cond
+           : !strcmp(name, "fused") ? a->fused
+           : !strcmp(name, "zs")    ? a->zs
+           : !strcmp(name, "out")   ? a->out
+                                    : a->cls_out;
 }
 
-static const Backend cpu_backend = {"CPU", model_create, model_destroy, zero_gradients, forward_backward, update,
-                                    read_losses, velocity, get_block, put_block, activation};
+static const Backend cpu_backend = {"CPU",     model_create, model_destroy, zero_gradients, forward_backward,
+                                    update,    read_losses,  velocity,      get_block,      put_block,
+                                    activation};
 
 static int all_finite(const real *x, size_t n) {
     for (size_t i = 0; i < n; i++)
@@ -1506,7 +1567,8 @@ static void batch_free(Batch *b) {
 static uint64_t route_key(size_t token, uint64_t seed, uint32_t step, uint32_t sample) {
     return (uint64_t)draw4(seed, STREAM_ROUTE, step, sample, (uint32_t)token / 4).v[token % 4] << 32 | token;
 }
-static void draw_kept(int *ids, size_t k, size_t T, uint64_t *scratch, uint64_t seed, uint32_t step, uint32_t sample) {
+static void draw_kept(int *ids, size_t k, size_t T, uint64_t *scratch, uint64_t seed, uint32_t step,
+                      uint32_t sample) {
     for (size_t i = 0; i < T; i++) scratch[i] = route_key(i, seed, step, sample);
     uint64_t last = kth_smallest(scratch, (long)T, (long)k - 1);
     for (size_t i = 0; i < T; i++)
@@ -1523,7 +1585,7 @@ static void sample_load(Batch *batch, size_t b, const Data *d, size_t at, uint32
     batch->t[b] = (real)shift_time(c, uniform(seed, STREAM_TIME, step, sample));
     if (c->label_dropout && uniform(seed, STREAM_LABEL_DROP, step, sample) < c->class_dropout_prob)
         batch->y[b] = c->num_classes;
-    if (batch->on_device) return;      // a GPU draws what follows by itself
+    if (batch->on_device) return;   // a GPU draws what follows by itself
     fill_normal(batch->noise + b * latent, latent, seed, STREAM_NOISE, step, sample);
     if (c->cls) fill_normal(batch->noise_cls + b * Z, Z, seed, STREAM_NOISE_CLS, step, sample);
     if (c->routing) draw_kept(batch->ids + b * Tk, Tk, T, batch->keys + b * T, seed, step, sample);
@@ -1532,7 +1594,8 @@ static void sample_load(Batch *batch, size_t b, const Data *d, size_t at, uint32
 }
 
 // The data and the draws of samples first ... first+B of a step whose batch has `whole` samples
-static void batch_load(Batch *batch, const Data *d, const Config *c, uint64_t seed, int step, int first, int whole) {
+static void batch_load(Batch *batch, const Data *d, const Config *c, uint64_t seed, int step, int first,
+                       int whole) {
     size_t latent = latent_of(c);
     uint32_t n = (uint32_t)d->count;
     batch->first = first;
@@ -1560,14 +1623,14 @@ static void batch_load(Batch *batch, const Data *d, const Config *c, uint64_t se
 // Sampler: from noise at t = 1 to data at t = 0. State in double.
 
 typedef struct {
-    int steps;                      // network evaluations, N
-    double cfg, cls_cfg;            // guidance scales, w; cfg <= 1: none; cls_cfg <= 0: CLS unguided
-    double low, high;               // guidance only for t in [low, high]
-    int path_drop;                  // the unconditional branch drops the sparse path
+    int steps;             // network evaluations, N
+    double cfg, cls_cfg;   // guidance scales, w; cfg <= 1: none; cls_cfg <= 0: CLS unguided
+    double low, high;      // guidance only for t in [low, high]
+    int path_drop;         // the unconditional branch drops the sparse path
     int use_ema;
     uint64_t seed;
-    int first;   // global index of the first sample: its noise does not depend on the batch
-    const double *eps, *cls_eps;    // noises given [N-1,B,C,S,S], [N-1,B,Z] (tests), or NULL: drawn
+    int first;                     // global index of the first sample: its noise does not depend on the batch
+    const double *eps, *cls_eps;   // noises given [N-1,B,C,S,S], [N-1,B,Z] (tests), or NULL: drawn
 } Sampling;
 
 static Sampling sampling_default(void) {
@@ -1582,7 +1645,10 @@ static void sampling_times(double *t, const Config *c, int N) {
 }
 
 // Memory for n samples, used again from step to step
-typedef struct { real *x, *cls, *t, *v[2], *v_cls[2]; int *y, *no_class; } SamplerWork;
+typedef struct {
+    real *x, *cls, *t, *v[2], *v_cls[2];
+    int *y, *no_class;
+} SamplerWork;
 static SamplerWork sampler_work(const Config *c, int n) {
     SamplerWork w;
     size_t latent = (size_t)n * (size_t)latent_of(c), Z = (size_t)n * (size_t)c->z_dim;

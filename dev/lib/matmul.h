@@ -1,6 +1,6 @@
 // The matrix product, where nearly all the time goes, and the few other loops that must use whole vectors to
-// be fast: dot products, column sums, exp, softmax. Only this file has vector types, the GNU ones that gcc and
-// clang share.
+// be fast: dot products, column sums, exp, softmax. Only this file has vector types, the GNU ones that gcc
+// and clang share.
 //
 //   matmul          C = op(A) op(B) (+ bias, or + C), by all threads; not inside a parallel region
 //   matmul_small    the same by one thread, on parts of larger matrices, as attention needs for each head
@@ -14,9 +14,9 @@
 #pragma GCC diagnostic ignored "-Wunused-function"   // a program takes what it needs
 
 // The definition. Two changes make it some hundred times faster. A tile of MR x NR sums stays in registers
-// while k runs, so that each value loaded is used MR or NR times; and b is first copied into panels NR columns
-// wide, so that it is read in order. The sum over k is cut into blocks that fit the cache. Every element is
-// summed in one fixed order, so the bits do not depend on the number of threads.
+// while k runs, so that each value loaded is used MR or NR times; and b is first copied into panels NR
+// columns wide, so that it is read in order. The sum over k is cut into blocks that fit the cache. Every
+// element is summed in one fixed order, so the bits do not depend on the number of threads.
 static void matmul_naive(real *C, const real *A, const real *B, const real *bias, size_t M, size_t N,
                          size_t K, int ta, int tb, int add) {
 #pragma omp parallel for
@@ -31,14 +31,20 @@ static void matmul_naive(real *C, const real *A, const real *B, const real *bias
 
 enum {
 #if defined(__AVX512F__)
-    VBYTES = 64, MR = 8,
+    VBYTES = 64,
+    MR = 8,
 #elif defined(__AVX__)
-    VBYTES = 32, MR = 6,                // 16 registers: 6 x 2 sums, 2 of b, 1 of a
+    VBYTES = 32,
+    MR = 6,   // 16 registers: 6 x 2 sums, 2 of b, 1 of a
 #else
-    VBYTES = 16, MR = 6,
+    VBYTES = 16,
+    MR = 6,
 #endif
-    VL = VBYTES / sizeof(real), NV = 2, NR = NV * VL,   // a tile is NV vectors wide
-    KC = 512, MC = 128                  // at most KC steps of k in a block; MC rows at a time
+    VL = VBYTES / sizeof(real),
+    NV = 2,
+    NR = NV * VL,   // a tile is NV vectors wide
+    KC = 512,
+    MC = 128   // at most KC steps of k in a block; MC rows at a time
 };
 typedef real vec __attribute__((vector_size(VBYTES), aligned(sizeof(real)), may_alias));
 typedef real quad __attribute__((vector_size(4 * sizeof(real)), aligned(sizeof(real)), may_alias));
@@ -52,20 +58,21 @@ typedef real quad __attribute__((vector_size(4 * sizeof(real)), aligned(sizeof(r
 
 // c[mr][nr] = (bias, or c, or 0) + a[mr][kc] b[kc][nv vectors]; inlined, so that mr and nv are constants.
 // Element (i, k) of a lies at a[i si + k sk], so that a may stand as it is or turned.
-static inline __attribute__((always_inline))
-void matmul_tile(real *c, long ldc, int mr, int nv, int nr, int kc, const real *a, long si, long sk,
-                 const real *b, long ldb, const real *bias, int add) {
+static inline __attribute__((always_inline)) void matmul_tile(real *c, long ldc, int mr, int nv, int nr,
+                                                              int kc, const real *a, long si, long sk,
+                                                              const real *b, long ldb, const real *bias,
+                                                              int add) {
     vec sum[MR][NV];
     const vec zero = {0};
-    int narrow = nr < nv * (int)VL;                         // stored by way of edge
+    int narrow = nr < nv * (int)VL;   // stored by way of edge
     UNROLL for (int i = 0; i < mr; i++) UNROLL for (int v = 0; v < nv; v++) {
         sum[i][v] = zero;
-        __builtin_prefetch(c + i * ldc + v * VL, 1);        // c comes from memory while the sums are made
+        __builtin_prefetch(c + i * ldc + v * VL, 1);   // c comes from memory while the sums are made
     }
     for (int k = 0; k < kc; k++) {
         UNROLL for (int v = 0; v < nv; v++) __builtin_prefetch(b + (k + 16) * ldb + v * VL);   // if in place
-        UNROLL for (int i = 0; i < mr; i++) UNROLL for (int v = 0; v < nv; v++)
-            sum[i][v] += a[i * si + k * sk] * ((const vec *)(b + k * ldb))[v];
+        UNROLL for (int i = 0; i < mr; i++) UNROLL for (int v = 0; v < nv; v++) sum[i][v] +=
+            a[i * si + k * sk] * ((const vec *)(b + k * ldb))[v];
     }
     UNROLL for (int i = 0; i < mr; i++) {
         real edge[NR], *to = narrow ? edge : c + i * ldc;
@@ -122,7 +129,7 @@ static void matmul_rows(real *C, long ldc, int m, int N, int kc, const real *a, 
     long step = ldb ? ldb : (long)NR;
     for (int j = 0; j < N; j += NR) {
         const real *bj = ldb ? b + j : b + (long)j * kc, *bi = bias ? bias + j : NULL;
-        int nr = imin(NR, N - j), one = nr <= (int)VL;       // the last panel may need only one vector
+        int nr = imin(NR, N - j), one = nr <= (int)VL;   // the last panel may need only one vector
         for (int i = 0; i < m;) {
             real *c = C + i * ldc + j;
             const real *ai = a + i * si;
@@ -241,17 +248,22 @@ static void matmul(real *C, const real *A, const real *B, const real *bias, size
 #endif
 }
 
-// A part of a larger matrix: where it begins, how far apart its rows lie in memory, whether it is meant transposed
-typedef struct { const real *x; long ld; int t; } Part;
+// A part of a larger matrix: where it begins, how far apart its rows lie, whether it is meant transposed
+typedef struct {
+    const real *x;
+    long ld;
+    int t;
+} Part;
 static inline Part part_of(const real *x, size_t ld, int t) {
     Part p = {x, (long)ld, t};
     return p;
 }
 
-// C[M,N] = op(A)[M,K] op(B)[K,N] by one thread, on parts of larger matrices, as attention needs for each head. Up
-// to `room` >= N columns of C may be written, with zeros. `work` holds (N rounded up to NR) * K elements.
-static void matmul_small(real *C, size_t ldc, size_t room, Part A, Part B, size_t rows, size_t cols, size_t inner,
-                         real *work) {
+// C[M,N] = op(A)[M,K] op(B)[K,N] by one thread, on parts of larger matrices, as attention needs for each
+// head. Up to `room` >= N columns of C may be written, with zeros. `work` holds (N rounded up to NR) * K
+// elements.
+static void matmul_small(real *C, size_t ldc, size_t room, Part A, Part B, size_t rows, size_t cols,
+                         size_t inner, real *work) {
     int M = (int)rows, N = (int)cols, K = (int)inner, copy = B.t || N % VL;
 #ifdef TEST_CUDA
     copy |= matmul_rounds != NULL;
@@ -283,7 +295,7 @@ static inline real fast_exp(real x) { return exp(x); }
 static inline real fast_exp(real x) {
     x = x < -87.3f ? -87.3f : x;
     x = x > 88.3f ? 88.3f : x;
-    float n = x * 1.44269504f + 12582912.0f;               // adding 1.5 * 2^23 rounds to a whole number
+    float n = x * 1.44269504f + 12582912.0f;   // adding 1.5 * 2^23 rounds to a whole number
     int32_t i;
     memcpy(&i, &n, 4);
     n -= 12582912.0f;
@@ -295,7 +307,7 @@ static inline real fast_exp(real x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    i = (int32_t)(((uint32_t)i << 23) + 0x3f800000u);      // 2^n: the low bits of i hold n
+    i = (int32_t)(((uint32_t)i << 23) + 0x3f800000u);   // 2^n: the low bits of i hold n
     float s;
     memcpy(&s, &i, 4);
     return p * s;
@@ -303,9 +315,11 @@ static inline real fast_exp(real x) {
 #endif
 
 // For vectors, a where a > b, else b
-#define LARGER(a, b) ({ \
-    __typeof__((a) > (b)) mask = (a) > (b); \
-    (__typeof__(a))(((__typeof__(mask))(a) & mask) | ((__typeof__(mask))(b) & ~mask)); })
+#define LARGER(a, b)                                                                                         \
+    ({                                                                                                       \
+        __typeof__((a) > (b)) mask = (a) > (b);                                                              \
+        (__typeof__(a))(((__typeof__(mask))(a)&mask) | ((__typeof__(mask))(b) & ~mask));                     \
+    })
 // The sum of a vector's lanes, and the largest of them: four at a time, then those four
 static inline real lane_sum(vec x) {
     const real *lane = (const real *)&x;
@@ -354,7 +368,7 @@ static size_t softmax_row(size_t n) { return (n + VL - 1) / VL * VL; }
 // Each row of x, n scores in R = softmax_row(n) places, becomes softmax(scale x); what is behind becomes 0.
 static void softmax_forward(real *x, size_t rows, size_t n, real scale) {
     size_t R = softmax_row(n);
-    real pads[VL], kept[VL];                      // added to the last scores, times them
+    real pads[VL], kept[VL];   // added to the last scores, times them
     for (size_t l = 0; l < VL; l++) kept[l] = R - VL + l < n, pads[l] = kept[l] ? 0 : -INFINITY;
     for (real *row = x; row < x + rows * R; row += R) {
         *(vec *)(row + R - VL) += *(vec *)pads;   // -infinity after the n scores: e^-inf adds nothing

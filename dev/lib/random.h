@@ -11,7 +11,9 @@
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wunused-function"   // a program takes what it needs
 
-typedef struct { uint32_t v[4]; } Philox;
+typedef struct {
+    uint32_t v[4];
+} Philox;
 
 HOST_DEVICE static Philox philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
     uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
@@ -78,8 +80,8 @@ static uint32_t permuted(uint32_t i, uint32_t n, uint64_t seed, uint32_t stream,
     return i;
 }
 
-// The k-th smallest of x[n], counted from 0 (Hoare's quickselect: what holds place k is split around a value until
-// nothing is left to split); x is reordered
+// The k-th smallest of x[n], counted from 0 (Hoare's quickselect: what holds place k is split around a value
+// until nothing is left to split); x is reordered
 static uint64_t kth_smallest(uint64_t *x, long n, long k) {
     for (long low = 0, high = n - 1; low < high;) {
         uint64_t pivot = x[k];
