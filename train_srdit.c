@@ -1223,18 +1223,19 @@ static void network_backward(Model *model, const int *y, const int *ids, int pat
     // fused = fusion_proj([E, G]), G = mask_token where g has no token
     linear_backward(a->wide, dw->fusion_w, dw->fusion_b, a->dx, a->pair, w->fusion_w, N, 2 * D, D, 0);
     copy_rows(a->d_E, D, a->wide, 2 * D, N, D);
+    // kept tokens pass theirs to g; what is left is the mask's
     real *dG = a->wide + D;   // in rows of 2D
-    if (!path_drop) {         // kept tokens pass theirs to g; what is left is the mask's
-        gather_rows(a->d_kept, D, dG, 2 * D, ids, B, Tb, T, D);
-        for (size_t i = 0; i < B * Tb; i++)
-            memset(dG + (i / Tb * T + (size_t)ids[i]) * 2 * D, 0, sizeof(real) * D);
-    }
+    size_t kept = path_drop ? 0 : B * Tb;
+    if (!path_drop) gather_rows(a->d_kept, D, dG, 2 * D, ids, B, Tb, T, D);
+#pragma omp parallel for
+    for (size_t i = 0; i < kept; i++) memset(dG + (i / Tb * T + (size_t)ids[i]) * 2 * D, 0, sizeof(real) * D);
     column_sums(dw->mask_token, dG, 2 * D, N, D);
     // sparse middle g, on a path-drop step without gradient
     if (!path_drop) {
         for (int i = first_h - 1; i >= c->num_f; i--)
             block_backward(a->d_kept, dw, a, w, i, ids, c, threads, B, Tb);
-        for (size_t i = 0; i < B * Tb; i++)
+#pragma omp parallel for
+        for (size_t i = 0; i < kept; i++)
             for (size_t j = 0; j < D; j++)
                 a->d_E[(i / Tb * T + (size_t)ids[i]) * D + j] += a->d_kept[i * D + j];
     }

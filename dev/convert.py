@@ -31,7 +31,7 @@ PRESETS = {(12, 384): ("S", 6), (12, 768): ("B", 12), (24, 1024): ("L", 16), (28
 # Names that the reference's args may have, and ours: (theirs, ours)
 ARGS = (("learning_rate", "lr"), ("adam_beta1", "beta1"), ("adam_beta2", "beta2"), ("adam_epsilon", "eps"),
         ("adam_weight_decay", "weight_decay"), ("max_grad_norm", "max_grad_norm"),
-        ("proj_coeff", "proj_coeff"),
+        ("proj_coeff", "align_coeff"),
         ("cfm_coeff", "cfm_coeff"), ("cls", "cls_coeff"), ("cfg_prob", "class_dropout_prob"),
         ("path_drop_prob", "path_drop_prob"), ("max_train_steps", "steps"), ("batch_size", "batch"))
 

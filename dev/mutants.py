@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Can the tests fail? Each mutant below is train_srdit.c with one line made wrong. It is built in a temporary
-folder and must be caught: by the reference files, or else by the whole test program.
+"""Can the tests fail? Each mutant below is train_srdit.c, or a header of dev/lib, with one line made wrong.
+It is built in a temporary folder and must be caught: by the reference files, or else by the whole test
+program.
 
   python3 dev/mutants.py                 all; some minutes
   python3 dev/mutants.py --only RoPE     those with this text in their name
@@ -15,89 +16,90 @@ import argparse, glob, os, re, shutil, subprocess, sys, tempfile, time
 
 MUTANTS = [   # name, function, text, replacement
     # layers, forward
-    ("RMSNorm: another eps", "norm_modulate_forward", "rms_scale(xn, D, (real)1e-6)",
+    ("RMSNorm: another eps", "norm_modulate_forward", "rms_scale(xn, D, NORM_EPS)",
      "rms_scale(xn, D, (real)1e-5)"),
-    ("QK-norm: eps of the other norms", "qkv_mix_forward", "1.1920928955078125e-07", "1e-6"),
-    ("QK-norm: k normed with q's weight", "qkv_mix_forward", "h < H ? wq : wk", "wq"),
-    ("v residual: lambda at the wrong v", "qkv_mix_forward", "lambda * first[i] + (1 - lambda) * v[i]",
-     "lambda * v[i] + (1 - lambda) * first[i]"),
-    ("v residual: v1 of the wrong token", "qkv_mix_forward", "places->tokens + token)",
-     "places->tokens + n % T)"),
-    ("RoPE: sparse tokens at their new places", "place_of", "p->ids ? p->ids[(size_t)b * T + t] : t", "t"),
-    ("RoPE: CLS counted as a patch", "qkv_mix_forward", "patch = token - places->cls",
-     "patch = token - places->cls * (token > 1)"),
+    ("QK-norm: eps of the other norms", "qk_norm_forward", "QK_EPS", "NORM_EPS"),
+    ("QK-norm: k normed with q's weight", "qk_norm_forward", "h < H ? wq : wk", "wq"),
+    ("v residual: lambda at the wrong v", "value_residual_forward",
+     "lambda * first[i] + (1 - lambda) * vn[i]", "lambda * vn[i] + (1 - lambda) * first[i]"),
+    ("v residual: v1 of the wrong token", "value_residual_forward", "token_of(ids, row / Tb, row % Tb, Tb)",
+     "row % Tb"),
+    ("RoPE: sparse tokens at their new places", "token_of", "ids ? (size_t)ids[b * Tb + t] : t", "t"),
+    ("RoPE: CLS counted as a patch", "rope_turn", "cosines + (token - (size_t)cls)",
+     "cosines + (token - (size_t)(cls && token > 1))"),
     ("softmax: scale of the whole width", "attention_forward", "sqrt((double)Dh)", "sqrt((double)D)"),
     ("GELU: 0.0447", None, "((real)0.044715)", "((real)0.0447)"),
     ("SiLU: sign", "silu_forward", "fast_exp(-in[i])", "fast_exp(in[i])"),
     ("adaLN: no 1 +", "norm_modulate_forward", "(1 + sc[i])", "sc[i]"),
-    ("time features: 127", "time_features", "-k / 128.0", "-k / 127.0"),
-    ("patches: rows and columns exchanged", "patchify", "i / p % p, z", "i % p, z"),
-    ("unpatchify: channels first", "unpatchify", "ch = i % C", "ch = i / (p * p)"),
-    ("product: the groups' columns mixed up", "matmul", "C + (long)lo * N + j0", "C + (long)lo * N"),
-    ("product: blocks of k not added", "matmul", "add || q", "add"),
-    ("product: A not turned", "matmul", "a = pa, si = kc, sk = 1", "a = pa, si = 1, sk = kc"),
-    ("softmax: the row's pads count", "attention_forward", "? 0 : -INFINITY", "? 0 : 0"),
+    ("time features: 127", "time_features", "/ HALF)", "/ (HALF - 1))"),
+    ("patches: rows and columns exchanged", "patchify", "i / p % p, column", "i % p, column"),
+    ("unpatchify: channels first", "unpatchify_place", "channel = i % C", "channel = i / (p * p)"),
+    ("product: the groups' columns mixed up", "matmul_tiled", "C + (long)lo * N + j0", "C + (long)lo * N"),
+    ("product: blocks of k not added", "matmul_tiled", "add || q", "add"),
+    ("product: A not turned", "matmul_tiled", "a = pa, si = kc, sk = 1", "a = pa, si = 1, sk = kc"),
+    ("softmax: the row's pads count", "softmax_forward", "? 0 : -INFINITY", "? 0 : 0"),
     # layers, backward
-    ("linear: bias gradient overwritten", "add_rows", "*(vec *)(sum + o) += part",
-     "*(vec *)(sum + o) = part"),
+    ("linear: bias gradient overwritten", "column_sums", "*(vec *)(sums + o) += part",
+     "*(vec *)(sums + o) = part"),
     ("linear: weight gradient overwritten", "linear_backward", "O, I, N, 1, 0, 1)", "O, I, N, 1, 0, 0)"),
     ("RMSNorm backward: no mean term", "norm_modulate_backward", "- xn[i] * rn * mean", ""),
-    ("RMSNorm backward: dscale of x, not n", "norm_modulate_backward", "(dsc + i) += v * nv",
-     "(dsc + i) += v * nv / rn"),
+    ("RMSNorm backward: dscale of x, not x^", "norm_modulate_backward", "dsc[i] += d[i] * normed",
+     "dsc[i] += d[i] * xn[i]"),
     ("CLS norm backward: no mean term", "rmsnorm_backward", "- xn[i] * r[n] * (sum / D)", ""),
     ("gate backward: gate left out", "gate_backward", "dyn[i] = d[i] * g[i]", "dyn[i] = d[i]"),
     ("GELU slope: 3 left out", "gelu_forward", "1 + 3 * x2", "1 + x2"),
     ("SiLU backward: sign", "silu_backward", "s * (1 - s)", "s * (1 + s)"),
-    ("RoPE backward: turned on, not back", "qkv_mix_backward", "sn + i, -1)", "sn + i, 1)"),
-    ("QK-norm backward: no mean term", "qkv_mix_backward", "- nn * mean", ""),
-    ("v residual backward: no (1 - lambda)", "qkv_mix_backward", "(1 - lambda) * di", "di"),
-    ("v residual backward: no lambda for v1", "qkv_mix_backward", "+= lambda * di", "+= di"),
-    ("v residual backward: dlambda without v", "qkv_mix_backward", " - *(const quad *)(v + i)", ""),
-    ("v residual backward: dv1 lost at block 0", "block_backward", "if (is_first", "if (0 && is_first"),
-    ("softmax backward: no scale", "attention_backward", "(scale * *(const vec *)(p + i))",
+    ("RoPE backward: turned on, not back", "rope_backward", "rope_turn(dx, -1", "rope_turn(dx, 1"),
+    ("QK-norm backward: no mean term", "qk_norm_backward", "- x[i] * rh * mean", ""),
+    ("v residual backward: no (1 - lambda)", "value_residual_backward", "(1 - lambda) * d[i]", "d[i]"),
+    ("v residual backward: no lambda for v1", "value_residual_backward", "+= lambda * d[i]", "+= d[i]"),
+    ("v residual backward: dlambda without v", "value_residual_backward", "first[i] - vn[i]", "first[i]"),
+    ("v residual backward: dv1 lost at block 0", "block_backward", "c->value_residual && i == 0",
+     "c->value_residual && i < 0"),
+    ("softmax backward: no scale", "softmax_backward", "(scale * *(const vec *)(p + i))",
      "*(const vec *)(p + i)"),
-    ("softmax backward: no sum", "attention_backward", "(*row - sum)", "*row"),
-    ("adaLN backward: condition overwritten", "block_backward", "w->adaln_w, B, D, 6 * D, 1)",
-     "w->adaln_w, B, D, 6 * D, 0)"),
+    ("softmax backward: no sum", "softmax_backward", "(*d - sum)", "*d"),
+    ("adaLN backward: condition overwritten", "block_backward", "B, D, 6 * D,\n                    1)",
+     "B, D, 6 * D,\n                    0)"),
     # the network
-    ("align: reads the embedding", "network_forward", "(a->p0, E,", "(a->p0, a->embed,"),
+    ("align: reads the embedding", "network_forward", "projector_forward(a, w, E,",
+     "projector_forward(a, w, a->embed,"),
     ("path drop: g runs at evaluation", "network_forward", "if (!path_drop) {", "if (!path_drop || !ids) {"),
-    ("mask: gradient from kept rows too", "network_backward", "memset(from, 0, sizeof(real) * (size_t)D);",
-     ""),
-    ("mask: kept rows' gradient lost, drop", "network_backward", "path_drop ? 0 : B * n", "B * n"),
-    ("routing backward: g's part of dE lost", "network_backward", "+= a->d_kept[(size_t)i * D + j]",
-     "+= 0 * a->d_kept[(size_t)i * D + j]"),
-    ("align backward: dE overwritten", "network_backward", "D, M, 1);", "D, M, 0);"),
-    ("labels backward: dropped ones forgotten", "network_backward", "dw->label[(size_t)y[b] * D",
+    ("mask: gradient from kept rows too", "network_backward",
+     "memset(dG + (i / Tb * T + (size_t)ids[i]) * 2 * D, 0, sizeof(real) * D);", ";"),
+    ("mask: kept rows' gradient lost, drop", "network_backward", "path_drop ? 0 : B * Tb", "B * Tb"),
+    ("routing backward: g's part of dE lost", "network_backward", "a->d_kept[i * D + j];",
+     "0 * a->d_kept[i * D + j];"),
+    ("align backward: dE overwritten", "projector_backward", "D, M, 1);", "D, M, 0);"),
+    ("labels backward: dropped ones forgotten", "condition_backward", "dw->label[(size_t)y[b] * D",
      "dw->label[(size_t)(y[b] % c->num_classes) * D"),
     # the loss
     ("flow: t and 1 - t exchanged", "forward_backward", "(1 - t) * batch->x[i] + t * batch->noise[i]",
      "t * batch->x[i] + (1 - t) * batch->noise[i]"),
-    ("contrastive: the sample after", "loss_and_gradients",
-     "b ? (noise - latent)[i] - (x - latent)[i] : batch->v_before[i]",
-     "b + 1 < batch->B ? (noise + latent)[i] - (x + latent)[i] : batch->noise[i] - batch->x[i]"),
-    ("contrastive: gradient's sign", "loss_and_gradients", "- cfm * 2 * d_before", "+ cfm * 2 * d_before"),
-    ("CLS loss: no coefficient in gradient", "loss_and_gradients", "c->cls_coeff * 2 * d", "2 * d"),
-    ("cosine: loss's sign", "loss_and_gradients", "proj -= cosine", "proj += cosine"),
-    ("cosine: gradient's sign", "loss_and_gradients", "k = -c->proj_coeff", "k = c->proj_coeff"),
-    ("cosine: gradient not at right angles", "loss_and_gradients", "- cosine * z[i] / z_norm", ""),
+    ("contrastive: the x of the sample itself", "loss_and_gradients",
+     "b ? x - latent : NULL", "b ? x : NULL"),
+    ("contrastive: gradient's sign", "velocity_loss", "- cfm * 2 * d_before", "+ cfm * 2 * d_before"),
+    ("CLS loss: no coefficient in gradient", "cls_loss", "coeff * 2 * d", "2 * d"),
+    ("cosine: loss's sign", "align_loss", "align -= cosine", "align += cosine"),
+    ("cosine: gradient's sign", "align_loss", "k = -coeff", "k = coeff"),
+    ("cosine: gradient not at right angles", "align_loss", "- cosine * z[i] / z_norm", ""),
     # times and places
     ("time shift: formula", "shift_time", "(s - 1.0) * u", "(s + 1.0) * u"),
     ("time shift: not clamped", "shift_time", "t < 0 ? 0 : t > 1 ? 1 : t", "t"),
-    ("positions: CLS has one", "tensor_start", "patch < 0 ? 0 :", "patch < -1 ? 0 :"),
-    ("positions: row and column exchanged", "tensor_start", "k < D / 2 ? patch", "k >= D / 2 ? patch"),
-    ("RoPE table: row and column exchanged", "tensor_start", "k < half ? patch", "k >= half ? patch"),
+    ("positions: CLS has one", "position_of", "patch < 0 ? 0 :", "patch < -1 ? 0 :"),
+    ("positions: row and column exchanged", "position_of", "k < D / 2 ? patch", "k >= D / 2 ? patch"),
+    ("RoPE table: row and column exchanged", "rope_angle", "k < half ? patch", "k >= half ? patch"),
     ("kept tokens: rounded, not truncated", "kept_of", "- c->drop_ratio))", "- c->drop_ratio) + 0.5)"),
     # the optimizer
     ("clip: also scales up", "update", "clip < 1 ? clip : 1", "clip"),
     ("clip: never", "update", "clip < 1 ? clip : 1", "1"),
     ("clip: norm without 1e-6", "update", "norm + 1e-6", "norm"),
-    ("Adam: first bias correction", "update", "(1 - pow(c->beta1, step))", "1"),
-    ("Adam: second bias correction", "update", "sqrt(1 - pow(c->beta2, step))", "1"),
+    ("Adam: first bias correction", "adamw_of", "(1 - pow(c->beta1, step))", "1"),
+    ("Adam: second bias correction", "adamw_of", "sqrt(1 - pow(c->beta2, step))", "1"),
     ("Adam: eps inside the root", "update", "(real)sqrt(v) * root + eps", "(real)sqrt(v + eps) * root"),
     ("Adam: decay not decoupled", "update", "g = model->grads[i] * scale,",
      "g = model->grads[i] * scale + (1 - decay) * model->params[i],"),
-    ("Adam: no weight decay", "update", "1 - c->lr * c->weight_decay", "1"),
+    ("Adam: no weight decay", "adamw_of", "1 - c->lr * c->weight_decay", "1"),
     ("EMA: of the parameters before", "update", "one_e * p;",
      "one_e * (p + rate * m / ((real)sqrt(v) * root + eps));"),
     # the sampler
@@ -111,29 +113,37 @@ MUTANTS = [   # name, function, text, replacement
     ("checkpoint: second moments not loaded", "checkpoint_load", "k < 4", "k < 3"),
     ("random numbers: nine rounds", "philox", "round < 10", "round < 9"),
     ("data order: an epoch repeats samples", "permuted", "right = left ^ f", "right = left & f"),
-    ("routing: one token is never kept", "draw_kept", "rank < k", "rank < k && i"),
+    ("routing: one token is never kept", "draw_kept", "sample) <= last", "sample) <= last && i"),
 ]
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 FLAGS = ["-std=gnu11", "-O1", "-march=native", "-fno-math-errno", "-fopenmp", "-w"]
 
-def mutate(source, function, text, replacement):
-    """The source with the replacement, or what is wrong."""
-    start, end = 0, len(source)
-    if function:
-        found = list(re.finditer(rf"^(?:[A-Za-z_].*[ *])?{function}\([^;]*?\) \{{.*", source, re.M))
-        if len(found) != 1:
-            return None, f"the function {function} is there {len(found)} times"
-        start = found[0].start()
-        first = found[0].group()
-        one_line = first.count("{") == first.count("}")
-        end = found[0].end() if one_line else source.index("\n}\n", start)
+def read_sources():
+    """path -> text of the files that mutants may be made of"""
+    paths = ["train_srdit.c"] + sorted(glob.glob("dev/lib/*.h", root_dir=ROOT))
+    return {path: open(os.path.join(ROOT, path)).read() for path in paths}
+
+def mutate(sources, function, text, replacement):
+    """Which file is changed, its text with the replacement, or what is wrong."""
+    places = []                                # file, where to look for the text
+    for path, source in sources.items():
+        if not function:
+            places += [(path, 0, len(source))] if text in source else []
+        for found in re.finditer(rf"^(?:[A-Za-z_].*[ *])?{function}\([^;]*?\) \{{.*", source, re.M) if function else ():
+            first = found.group()
+            one_line = first.count("{") == first.count("}")
+            places.append((path, found.start(), found.end() if one_line else source.index("\n}\n", found.start())))
+    if len(places) != 1:
+        return None, None, f"the function {function} is there {len(places)} times"
+    path, start, end = places[0]
+    source = sources[path]
     count = source.count(text, start, end)
     if count != 1:
-        return None, f"\"{text}\" is there {count} times in {function or 'the file'}"
+        return None, None, f"\"{text}\" is there {count} times in {function or path}"
     at = source.index(text, start, end)
-    return source[:at] + replacement + source[at + len(text):], ""
+    return path, source[:at] + replacement + source[at + len(text):], ""
 
 def run(command, folder, seconds):
     try:
@@ -176,10 +186,9 @@ def main():
     chosen = [m for m in MUTANTS if args.only.lower() in m[0].lower()]
     if not chosen:
         sys.exit(f"no mutant has {args.only!r} in its name")
-    with open(os.path.join(ROOT, "train_srdit.c")) as f:
-        source = f.read()
+    sources = read_sources()
     if args.check:
-        errors = [f"{name}: {error}" for name, *how in chosen for error in [mutate(source, *how)[1]] if error]
+        errors = [f"{name}: {error}" for name, *how in chosen for error in [mutate(sources, *how)[2]] if error]
         print("\n".join(errors + [f"{len(chosen) - len(errors)} of {len(chosen)} mutants can be made"]))
         sys.exit(1 if errors else 0)
     files = sorted(glob.glob(os.path.join(ROOT, "dev", "ref", "*.safetensors")))
@@ -187,18 +196,22 @@ def main():
     with tempfile.TemporaryDirectory(prefix="srdit-mutants-") as folder:
         for path in glob.glob(os.path.join(ROOT, "*.[ch]")):
             shutil.copy(path, folder)
-        for name in ("dev", "data"):
-            os.symlink(os.path.join(ROOT, name), os.path.join(folder, name))
+        os.symlink(os.path.join(ROOT, "data"), os.path.join(folder, "data"))
+        os.mkdir(os.path.join(folder, "dev"))
+        os.symlink(os.path.join(ROOT, "dev", "ref"), os.path.join(folder, "dev", "ref"))
+        shutil.copytree(os.path.join(ROOT, "dev", "lib"), os.path.join(folder, "dev", "lib"))
         for name, function, text, replacement in [("(nothing changed)", None, "", None)] + chosen:
-            mutant, error = source, ""
+            path, mutant, error = "train_srdit.c", sources["train_srdit.c"], ""
             if replacement is not None:
-                mutant, error = mutate(source, function, text, replacement)
+                path, mutant, error = mutate(sources, function, text, replacement)
             if error:
                 caught, how = False, "NOT MADE: " + error
             else:
-                with open(os.path.join(folder, "train_srdit.c"), "w") as f:
+                with open(os.path.join(folder, path), "w") as f:
                     f.write(mutant)
                 error = compile_here(args.cc, folder)
+                with open(os.path.join(folder, path), "w") as f:      # whole again for the next one
+                    f.write(sources[path])
                 how = "NOT BUILT: " + error.strip().splitlines()[0] if error else None
                 if not error and not args.whole:
                     how = verdict(run(["./test_srdit", *files], folder, 300))
