@@ -56,7 +56,7 @@ EXPORT void bench_destroy(Training *t) { model_destroy(t->model), batch_free(t->
 
 EXPORT double bench_setting(const Training *t, const char *name) {
     OptionTable settings = config_table(&t->model->c);
-    int i = option_find(&settings, name);
+    int i = option_find(&settings, strcmp(name, "proj_coeff") ? name : "align_coeff");   // its name in PyTorch
     return i < 0 ? NAN : option_get(&settings, i);
 }
 // Parameter tensor i: its name, place and size; NULL after the last
