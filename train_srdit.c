@@ -760,20 +760,22 @@ static void tensor_start(real *out, const Tensor *t, const Config *c, uint64_t s
     size_t fan_out = t->ndim ? (size_t)t->shape[0] : 1, fan_in = t->size / fan_out;
     double bound = sqrt(6.0 / (double)(fan_in + fan_out));
     if (t->start == NORMAL) fill_normal(out, t->size, seed, STREAM_INIT, 0, hash);
-    for (size_t i = 0; i < t->size; i++) switch (t->start) {
+    for (size_t i = 0; i < t->size; i++) {
+        double u = 0;
+        switch (t->start) {
             case ZERO: out[i] = 0; break;
             case ONE: out[i] = 1; break;
             case HALF: out[i] = (real)0.5; break;
             case NORMAL: out[i] *= (real)0.02; break;
-            case XAVIER: {
-                double u = uniform_of(draw4(seed, STREAM_INIT, 0, hash, (uint32_t)(i / 4)).v[i % 4]);
+            case XAVIER:
+                u = uniform_of(draw4(seed, STREAM_INIT, 0, hash, (uint32_t)(i / 4)).v[i % 4]);
                 out[i] = (real)(bound * (2 * u - 1));
                 break;
-            }
             case POSITIONS: out[i] = position_of(i, c); break;
             case ROPE_COS: out[i] = (real)cos(rope_angle(i, c)); break;
             case ROPE_SIN: out[i] = (real)sin(rope_angle(i, c)); break;
         }
+    }
 }
 
 static void params_start(real *params, const Table *t, const Config *c, uint64_t seed) {
