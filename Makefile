@@ -66,11 +66,12 @@ nvcc_found:
 train_srdit_cu: train_srdit.cu train_srdit.c $(LIB) Makefile | nvcc_found
 	$(NVCC) $(NVFLAGS) train_srdit.cu -o $@ -lcublasLt
 sample_cu: sample.c train_srdit.cu train_srdit.c $(LIB) Makefile | nvcc_found
-	$(NVCC) $(NVFLAGS) -DSAMPLE_CUDA -x cu sample.c -o $@ -lcublasLt
+	$(NVCC) $(NVFLAGS) -DSAMPLE_CUDA -DTRAIN_SRDIT_CU_NO_MAIN -x cu sample.c -o $@ -lcublasLt
+# -diag-suppress 177: a test program does not call everything that it includes
 test_srdit_cu: test_srdit.c sample.c train_srdit.cu train_srdit.c $(LIB) Makefile | nvcc_found
 	@mkdir -p build
-	$(NVCC) $(NVFLAGS) -DTEST_CUDA -x cu -c test_srdit.c -o build/test_cuda.o
-	$(NVCC) $(NVFLAGS) -DUSE_DOUBLE -x cu -c test_srdit.c -o build/test_cuda_double.o
+	$(NVCC) $(NVFLAGS) -diag-suppress 177 -DTEST_CUDA -x cu -c test_srdit.c -o build/test_cuda.o
+	$(NVCC) $(NVFLAGS) -diag-suppress 177 -DUSE_DOUBLE -x cu -c test_srdit.c -o build/test_cuda_double.o
 	$(NVCC) $(NVFLAGS) build/test_cuda.o build/test_cuda_double.o -o $@ -lcublasLt
 
 # ---- The CUDA file without a GPU: train_srdit_emu, test_srdit_emu, test_cuda_on_cpu

@@ -788,7 +788,6 @@ typedef struct {
     int is_first;                      // this is block 0
     float *parts;                      // [attention_parts, 2 Dh + 1]: sums for wq, wk, lambda
 } AttentionGrads;
-#define QK_EPS 1.1920928955078125e-07f
 
 __device__ __forceinline__ int token_of(const Attention &a, int b, int t) {
     return a.ids ? a.ids[(size_t)b * a.T + t] : t;
@@ -1803,7 +1802,7 @@ typedef struct {                             // of one block, with n tokens a sa
 typedef struct {
     floatX *patches, *patch_tokens, *cls_t;                       // [B,P,Cpp], [B,P,D], [B,Z]
     float *cls_proj, *cls_r;                                      // [B,D], [B]
-    floatX *t_features, *t0_silu, *cond_silu;                     // [B,256], [B,D], [B,D]
+    floatX *t_features, *t0_silu, *cond_silu;                     // [B,W], [B,D], [B,D]
     float *t0, *cond, *mod, *final_mod;                           // [B,D], [B,D], [L,B,6D], [B,2D]
     BlockActs block[MAX_DEPTH + 1];                               // one more for evaluation, if h is empty
     float *E;                                                     // [B,T,D] f's output, in float
@@ -1823,7 +1822,9 @@ typedef struct {
 } Acts;
 
 enum { LOSS_BLOCKS = 512, NORM_BLOCKS = 1024 };
-typedef struct { double denoise, cls, proj, cfm, grad_norm; } DeviceLosses;
+// Sums over the steps since they were read, the last step's gradient norm, and the first step that was not
+// finite (0: none), which stays
+typedef struct { double denoise, cls, align, cfm, grad_norm; int bad_step; } DeviceLosses;
 typedef struct {
     Model base;                              // its configuration and table are what shared code reads
     char *memory;
@@ -1860,7 +1861,7 @@ static void acts_layout(Acts *a, DeviceArena *m, const Config *c, int B) {
            pad = (size_t)padded_rows(B * (int)Tk);
     take(a->patches, m, b * P * X), take(a->patch_tokens, m, b * P * D), take(a->cls_t, m, b * Z);
     take(a->cls_proj, m, b * D), take(a->cls_r, m, b);
-    take(a->t_features, m, b * 256), take(a->t0_silu, m, b * D), take(a->cond_silu, m, b * D);
+    take(a->t_features, m, b * TIME_FEATURES), take(a->t0_silu, m, b * D), take(a->cond_silu, m, b * D);
     take(a->t0, m, b * D), take(a->cond, m, b * D), take(a->mod, m, L * b * 6 * D),
         take(a->final_mod, m, b * 2 * D);
     take(a->fused, m, N * D);
@@ -2108,7 +2109,7 @@ static void network_forward(GpuModel *g, const Params *w, int training, int path
     // condition: c = mlp(e(t)) + label; all blocks' modulation
     time_features_kernel<<<(unsigned)B, 128, 0, stream>>>(a->t_features, in->t);
     LAUNCHED();
-    linear_forward<float>(a->t0, a->t_features, low(g, w->t0_w), w->t0_b, B, 256, D);
+    linear_forward<float>(a->t0, a->t_features, low(g, w->t0_w), w->t0_b, B, TIME_FEATURES, D);
     silu_forward<float>(a->t0_silu, a->t0, (size_t)B * D);
     linear_forward<float>(a->cond, a->t0_silu, low(g, w->t2_w), w->t2_b, B, D, D);
     label_kernel<<<(unsigned)div_up(B * D, 256), 256, 0, stream>>>(a->cond, a->cond_silu, w->label, in->y, D,
@@ -2163,6 +2164,18 @@ static void network_forward(GpuModel *g, const Params *w, int training, int path
                               w->final_cls_b, B, D, Z);
 }
 
+// Zeros into the gradients of the sparse blocks' tensors, neighbours in the table at once
+static void clear_sparse_gradients(GpuModel *g) {
+    const Table *table = &g->base.table;
+    for (int i = 0, last; i < table->count; i = last + 1) {
+        for (last = i; last < table->count && is_sparse(&g->base.c, table->tensors[last].block); last++) continue;
+        if (last == i) continue;
+        size_t begin = table->tensors[i].offset;
+        size_t end = table->tensors[last - 1].offset + table->tensors[last - 1].size;
+        CHECK(cudaMemsetAsync(g->grads + begin, 0, (end - begin) * sizeof(float), stream));
+    }
+}
+
 // Gradients of all parameters from those of the outputs (a->d_out, a->d_cls_out, and in a->wide2 that of zs),
 // after a training network_forward. E has three readers: the projector, the fusion and the sparse path; they
 // meet in a->d_E.
@@ -2184,8 +2197,7 @@ static void network_backward(GpuModel *g, int path_drop, int B) {
     if (path_drop && first_h > c->num_f) {   // g's blocks get no gradient
         CHECK(cudaMemsetAsync(a->d_mod + (size_t)c->num_f * B * 6 * D, 0,
                               (size_t)(first_h - c->num_f) * B * 6 * D * sizeof(floatX), stream));
-        float *begin = dw->block[c->num_f].qkv_w, *end = dw->block[first_h - 1].adaln_b + 6 * D;
-        if (g->fresh) CHECK(cudaMemsetAsync(begin, 0, (size_t)(end - begin) * sizeof(float), stream));
+        if (g->fresh) clear_sparse_gradients(g);
     }
     // zs = p4(silu(p2(silu(p0(E)))))
     if (c->align) {
@@ -2279,7 +2291,7 @@ static void network_backward(GpuModel *g, int path_drop, int B) {
     bias_backward(dw->t2_b, a->parts, a->d_cond, B, D, add);
     linear_backward_input<floatX>(a->d_t0, a->d_cond, low(g, w->t2_w), B, D, D, 0);
     activation_backward<SILU, float>(a->d_t0, dw->t0_b, a->parts, a->d_t0, a->t0, B, D, add);
-    linear_backward_weight(dw->t0_w, a->d_t0, a->t_features, B, 256, D, add);
+    linear_backward_weight(dw->t0_w, a->d_t0, a->t_features, B, TIME_FEATURES, D, add);
 }
 
 // ----------------------------------------------------------------------------------------------------------
@@ -2390,9 +2402,9 @@ static void loss_and_gradients(GpuModel *g, const Batch *batch) {
     if (c->align) {
         blocks = div_up(B * T, 8);
         align_loss_kernel<<<(unsigned)blocks, 256, 0, stream>>>(a->wide2, parts + 3 * room, a->zs, in->feats,
-                                                                -c->proj_coeff * of_align, B * T, Z);
+                                                                -c->align_coeff * of_align, B * T, Z);
         LAUNCHED();
-        loss_sum_kernel<<<1, 256, 0, stream>>>(&g->losses->proj, parts + 3 * room, blocks, of_align);
+        loss_sum_kernel<<<1, 256, 0, stream>>>(&g->losses->align, parts + 3 * room, blocks, of_align);
         LAUNCHED();
     }
 }
@@ -2518,7 +2530,9 @@ __global__ void __launch_bounds__(256) grad_norm_kernel(float *parts, const floa
     sum = sum_block(sum, sums);
     if (threadIdx.x == 0) parts[blockIdx.x] = sum;
 }
-__global__ void __launch_bounds__(256) root_kernel(double *norm, const float *parts, int count) {
+// The norm of the gradient, and whether this step (from 1) is the first one that is not finite. One block.
+__global__ void __launch_bounds__(256)
+    root_kernel(DeviceLosses *losses, const float *parts, int count, int step) {
     __shared__ double sums[256];
     double sum = 0;
     for (int i = threadIdx.x; i < count; i += 256) sum += parts[i];
@@ -2526,18 +2540,21 @@ __global__ void __launch_bounds__(256) root_kernel(double *norm, const float *pa
     __syncthreads();
     if (threadIdx.x) return;
     for (int i = 1; i < 256; i++) sum += sums[i];
-    *norm = sqrt(sum);
+    losses->grad_norm = sqrt(sum);
+    double all = sum + fabs(losses->denoise) + fabs(losses->cls) + fabs(losses->align) + fabs(losses->cfm);
+    if (!(all < (double)INFINITY) && !losses->bad_step) losses->bad_step = step;
 }
 
-typedef struct { float b1, b2, one1, one2, eps, rate, root, decay, ema, one_ema; double max_norm; } AdamW;
-// Reads 20, writes 16 + 2 bytes a parameter: 5.3 GB, 1.8 ms in B/1; bound by memory. Where the norm is not
-// finite nothing is changed. n is a multiple of 64.
+// Constants of a step in float, by AdamW's of train_srdit.c
+typedef struct { float b1, b2, one1, one2, eps, rate, root, decay, ema, one_ema; double max_norm; } AdamWFloat;
+// Reads 20, writes 16 + 2 bytes a parameter: 5.3 GB, 1.8 ms in B/1; bound by memory. From the first step that
+// is not finite on nothing is changed. n is a multiple of 64.
 __global__ void __launch_bounds__(256)
     adamw_kernel(float *params, float *m, float *v, float *ema, floatX *weights, const float *grads,
-                 const double *norm, const AdamW o, size_t n) {
+                 const DeviceLosses *losses, const AdamWFloat o, size_t n) {
     size_t i = ((size_t)blockIdx.x * 256 + threadIdx.x) * 4;
-    if (i >= n || !(*norm < (double)INFINITY)) return;
-    double clip = o.max_norm / (*norm + 1e-6);
+    if (i >= n || losses->bad_step) return;
+    double clip = o.max_norm / (losses->grad_norm + 1e-6);
     float scale = (float)(clip < 1 ? clip : 1);
     Vec4 g = load4(grads + i), p = load4(params + i), a = load4(m + i), b = load4(v + i), e = load4(ema + i);
     for (int j = 0; j < 4; j++) {
@@ -2556,18 +2573,26 @@ static void update(Model *model, int step) {
     const Config *c = &model->c;
     size_t n = model->table.trained;
     zero_now(g);
-    double ema = c->ema ? c->ema_decay : 0, warm = (1.0 + step) / (10.0 + step),
-           e = c->ema_warmup && warm < ema ? warm : ema;
-    AdamW o = {(float)c->beta1, (float)c->beta2, (float)(1 - c->beta1), (float)(1 - c->beta2), (float)c->eps,
-               (float)(c->lr / (1 - pow(c->beta1, step))), (float)(1 / sqrt(1 - pow(c->beta2, step))),
-               (float)(1 - c->lr * c->weight_decay), (float)e, (float)(1 - e), c->max_grad_norm};
+    AdamW d = adamw_of(c, step);
+    AdamWFloat o;
+    o.b1 = (float)d.b1;
+    o.b2 = (float)d.b2;
+    o.one1 = (float)(1 - d.b1);
+    o.one2 = (float)(1 - d.b2);
+    o.eps = (float)d.eps;
+    o.rate = (float)d.rate;
+    o.root = (float)d.root;
+    o.decay = (float)d.decay;
+    o.ema = (float)d.ema;
+    o.one_ema = (float)(1 - d.ema);
+    o.max_norm = d.max_norm;
     use_weights(g, PARAMS);
     grad_norm_kernel<<<NORM_BLOCKS, 256, 0, stream>>>(g->norm_parts, g->grads, n);
     LAUNCHED();
-    root_kernel<<<1, 256, 0, stream>>>(&g->losses->grad_norm, g->norm_parts, NORM_BLOCKS);
+    root_kernel<<<1, 256, 0, stream>>>(g->losses, g->norm_parts, NORM_BLOCKS, step);
     LAUNCHED();
     adamw_kernel<<<(unsigned)((n / 4 + 255) / 256), 256, 0, stream>>>(
-        g->params, g->m, g->v, g->ema, g->weights, g->grads, &g->losses->grad_norm, o, n);
+        g->params, g->m, g->v, g->ema, g->weights, g->grads, g->losses, o, n);
     LAUNCHED();
 }
 
@@ -2577,13 +2602,13 @@ static Losses read_losses(Model *model) {
     const Config *c = &model->c;
     DeviceLosses d;
     CHECK(cudaMemcpyAsync(&d, g->losses, sizeof(d), cudaMemcpyDeviceToHost, stream));
-    CHECK(cudaMemsetAsync(g->losses, 0, sizeof(d), stream));
+    CHECK(cudaMemsetAsync(g->losses, 0, offsetof(DeviceLosses, bad_step), stream));   // which stays
     CHECK(cudaStreamSynchronize(stream));
     Losses sum;
     memset(&sum, 0, sizeof(sum));
-    sum.denoise = d.denoise, sum.cls = d.cls, sum.proj = d.proj, sum.cfm = d.cfm, sum.grad_norm = d.grad_norm;
+    sum.denoise = d.denoise, sum.cls = d.cls, sum.align = d.align, sum.cfm = d.cfm, sum.grad_norm = d.grad_norm, sum.bad_step = d.bad_step;
     sum.total =
-        d.denoise + c->cls_coeff * d.cls + c->proj_coeff * d.proj + (c->cfm ? c->cfm_coeff : 0) * d.cfm;
+        d.denoise + c->cls_coeff * d.cls + c->align_coeff * d.align + (c->cfm ? c->cfm_coeff : 0) * d.cfm;
     return sum;
 }
 
@@ -2605,30 +2630,29 @@ static void put_block(Model *m, const real *host, enum Block which) {
     g->weights_of = GRADS;       // neither: they are rounded again before their next use
 }
 
-// An activation of the last forward by the name that reference files use, copied to the host; NULL if unknown
-static const real *activation(Model *m, const char *name, size_t *n) {
+// An activation of the last forward by its name in activation_names, copied to the host
+static const real *activation(Model *m, const char *name) {
     GpuModel *g = gpu_of(m);
     const Config *c = &m->c;
     const Acts *a = &g->a;
-    size_t T = (size_t)tokens_of(c), D = (size_t)c->hidden_size, Z = (size_t)c->z_dim,
-           latent = (size_t)latent_of(c);
-    int i, first_h = c->depth - c->num_h;
+    ActivationNames names = activation_names(c);
+    size_t count = 0;
+    int block = -1, first_h = c->depth - c->num_h;
     const float *x = NULL;
     const floatX *rounded = NULL;
-    if (sscanf(name, "block.%d", &i) == 1 && i >= 0 && i < c->depth) {   // where the next one reads
-        *n = (is_sparse(c, i) ? (size_t)kept_of(c) : T) * D;
-        if (i == c->num_f - 1) x = a->E;
-        else if (i == first_h - 1) rounded = a->g_out;
-        else x = i == c->depth - 1 ? a->last : a->block[i + 1].x;
-    } else if (!strcmp(name, "embed")) x = a->block[0].x, *n = T * D;
-    else if (!strcmp(name, "cond")) x = a->cond, *n = D;
-    else if (!strcmp(name, "fused")) x = a->fused, *n = T * D;
-    else if (!strcmp(name, "zs")) rounded = a->zs, *n = T * Z;
-    else if (!strcmp(name, "cls_out")) x = a->cls_out, *n = Z;
-    else if (!strcmp(name, "out")) x = g->in.noise, *n = latent;   // (not needed any more)
-    if (!x && !rounded) return NULL;
-    size_t count = *n * (size_t)m->max_batch;
-    if (x == g->in.noise) {
+    for (int i = 0; i < names.count; i++)
+        if (!strcmp(names.of[i].name, name)) count = names.of[i].size * (size_t)m->max_batch;
+    if (sscanf(name, "block.%d", &block) == 1) {   // where the next one reads
+        if (block == c->num_f - 1) x = a->E;
+        else if (block == first_h - 1) rounded = a->g_out;
+        else x = block == c->depth - 1 ? a->last : a->block[block + 1].x;
+    } else if (!strcmp(name, "embed")) x = a->block[0].x;
+    else if (!strcmp(name, "cond")) x = a->cond;
+    else if (!strcmp(name, "fused")) x = a->fused;
+    else if (!strcmp(name, "zs")) rounded = a->zs;
+    else if (!strcmp(name, "cls_out")) x = a->cls_out;
+    else if (!strcmp(name, "out")) {
+        x = g->in.noise;   // (not needed any more)
         unpatchify_kernel<<<(unsigned)((count + 255) / 256), 256, 0, stream>>>(
             g->in.noise, a->out_patches, c->in_channels, c->input_size, c->patch_size, count);
         LAUNCHED();
@@ -2648,38 +2672,6 @@ static const real *activation(Model *m, const char *name, size_t *n) {
         CHECK(cudaStreamSynchronize(stream));
     }
     return g->host;
-}
-
-// The first tensor, in the order of the computation, that holds a number that is not finite; "" if there is
-// none
-static void find_bad(char name[96], Model *m, const Batch *batch) {
-    const Config *c = &m->c;
-    size_t B = (size_t)batch->B, Z = (size_t)c->z_dim, n = 0;
-    static const char *const order[] = {"embed", "cond", "block", "fused", "zs", "out", "cls_out"};
-    real *host = (real *)alloc_zero(m->table.total, sizeof(real));
-    name[0] = 0;
-    if (!all_finite(batch->x, B * (size_t)latent_of(c))) snprintf(name, 96, "latents of the data");
-    else if (c->cls && !all_finite(batch->cls, B * Z)) snprintf(name, 96, "cls of the data");
-    else if (c->align && !all_finite(batch->feats, B * (size_t)tokens_of(c) * Z))
-        snprintf(name, 96, "feats of the data");
-    for (int turn = 0; turn < 2; turn++) {
-        gpu::get_block(host, m, turn ? GRADS : PARAMS);
-        for (int i = 0; i < m->table.count && !name[0]; i++)
-            if (!all_finite(host + m->table.tensors[i].offset, m->table.tensors[i].size))
-                snprintf(name, 96, "%s%s", turn ? "gradient of " : "parameter ", m->table.tensors[i].name);
-        for (int k = 0; k < 7 && !turn; k++)
-            for (int i = 0; i < (k == 2 ? c->depth : 1) && !name[0]; i++) {
-                char what[32];
-                if (k == 2) snprintf(what, sizeof(what), "block.%d", i);
-                else snprintf(what, sizeof(what), "%s", order[k]);
-                int unused = k == 2   ? is_sparse(c, i) && batch->path_drop
-                             : k == 4 ? !c->align
-                                      : k == 6 && !c->cls;
-                const real *x = unused ? NULL : gpu::activation(m, what, &n);
-                if (x && !all_finite(x, n * B)) snprintf(name, 96, "activation %s", what);
-            }
-    }
-    free(host);
 }
 
 // ----------------------------------------------------------------------------------------------------------
@@ -2817,7 +2809,7 @@ static void model_destroy(Model *m) {
 static const Backend gpu_backend = {
     "GPU",           gpu::model_create, gpu::model_destroy, gpu::zero_gradients, gpu::forward_backward,
     gpu::update,     gpu::read_losses,  gpu::velocity,      gpu::get_block,      gpu::put_block,
-    gpu::activation, gpu::find_bad};
+    gpu::activation};
 
 #ifndef TRAIN_SRDIT_CU_NO_MAIN
 int main(int argc, char **argv) {
