@@ -66,7 +66,7 @@ nvcc_found:
 train_srdit_cu: train_srdit.cu train_srdit.c $(LIB) Makefile | nvcc_found
 	$(NVCC) $(NVFLAGS) train_srdit.cu -o $@ -lcublasLt
 sample_cu: sample.c train_srdit.cu train_srdit.c $(LIB) Makefile | nvcc_found
-	$(NVCC) $(NVFLAGS) -DSAMPLE_CUDA -x cu sample.c -o $@ -lcublasLt
+	$(NVCC) $(NVFLAGS) -DSAMPLE_CUDA -DTRAIN_SRDIT_CU_NO_MAIN -x cu sample.c -o $@ -lcublasLt
 test_srdit_cu: test_srdit.c sample.c train_srdit.cu train_srdit.c $(LIB) Makefile | nvcc_found
 	@mkdir -p build
 	$(NVCC) $(NVFLAGS) -DTEST_CUDA -x cu -c test_srdit.c -o build/test_cuda.o
