@@ -24,8 +24,7 @@
 #include "train_srdit.c"
 #endif
 #endif
-#include <sys/file.h>
-#include <sys/ioctl.h>
+#include "dev/lib/npz.h"
 
 // ----------------------------------------------------------------------------------------------------------
 // The decoder (that of latent diffusion, arXiv 2112.10752). A map of C channels and H x W pixels lies
@@ -602,189 +601,6 @@ static void check_output(const char *path, const char *flag) {
         die("%s %s: the folder %s cannot be written to: %s", flag, path, folder, strerror(errno));
 }
 
-// A grid to put pictures of this size into: a rim of `gap` around each, each pixel scale x scale
-typedef struct { Picture p; int width, height, columns, scale, gap; } Grid;
-static Grid grid_create(int n, int width, int height, int channels, int columns, int scale, int gap) {
-    int rows = (n + columns - 1) / columns;
-    Grid g = {{NULL, columns * (width * scale + gap) + gap, rows * (height * scale + gap) + gap, channels},
-              width, height, columns, scale, gap};
-    size_t bytes = (size_t)g.p.width * (size_t)g.p.height * (size_t)channels;
-    g.p.pixels = (uint8_t *)alloc_zero(bytes, 1);
-    memset(g.p.pixels, 40, bytes);
-    return g;
-}
-static void grid_put(Grid *g, int i, const uint8_t *pixels) {
-    size_t c = (size_t)g->p.channels;
-    int top = i / g->columns * (g->height * g->scale + g->gap) + g->gap,
-        left = i % g->columns * (g->width * g->scale + g->gap) + g->gap;
-    for (int y = 0; y < g->height * g->scale; y++)
-        for (int x = 0; x < g->width * g->scale; x++)
-            memcpy(g->p.pixels + ((size_t)(top + y) * (size_t)g->p.width + (size_t)(left + x)) * c,
-                   pixels + ((size_t)(y / g->scale) * (size_t)g->width + (size_t)(x / g->scale)) * c, c);
-}
-
-// .npz as the ADM evaluator reads it (guided-diffusion, evaluations/): a zip archive with one stored member,
-// arr_0.npy, uint8 [N,H,W,3]. It is written as a stream to PATH.part: a zip header with the member's size,
-// which is known in advance, and in an extra field (id "SR") the settings, then the pictures as they come; at
-// the end the directory, and the member's checksum back in the first header. So an interrupted PATH.part
-// tells by itself whether a run may go on in it, and where.
-typedef struct {
-    FILE *file;
-    char temporary[PATH_MAX];
-    const char *path;
-    uint8_t *head;                     // the zip header, with a zero checksum, and the npy header
-    size_t head_bytes, zip_bytes;      // of both; of the zip header alone
-    uint64_t image_bytes, images, done, member_bytes;
-    int wide;                          // zip64: 4 GiB or more
-    uint32_t crc;
-} Npz;
-static uint64_t npz_wide_from = 0xFFFFFFFFu;   // bytes; the tests make it small
-
-static void put_le(FILE *out, int bytes, uint64_t value) {
-    for (int i = 0; i < bytes; i++) fputc((int)(value >> (8 * i) & 255), out);
-}
-
-// The fields that a member's header and its entry in the directory share
-static void zip_common(FILE *out, const Npz *z, uint32_t crc, size_t extra) {
-    uint32_t size = z->wide ? 0xFFFFFFFFu : (uint32_t)z->member_bytes;
-    // version needed, flags, stored
-    put_le(out, 2, z->wide ? 45 : 20), put_le(out, 2, 0), put_le(out, 2, 0);
-    // 1 January 1980: the same bits each time
-    put_le(out, 2, 0), put_le(out, 2, 0x21);
-    put_le(out, 4, crc), put_le(out, 4, size), put_le(out, 4, size);
-    put_le(out, 2, 9), put_le(out, 2, extra);
-}
-static void zip_extra64(FILE *out, const Npz *z) {
-    if (z->wide)
-        put_le(out, 2, 1), put_le(out, 2, 16), put_le(out, 8, z->member_bytes),
-            put_le(out, 8, z->member_bytes);
-}
-
-__attribute__((noreturn)) static void npz_die(const Npz *z) {
-    die("%s: cannot be written: %s; it holds the pictures so far, and the same command goes on with them",
-        z->temporary, strerror(errno));
-}
-
-// Shows the first line that differs between two settings texts, and ends.
-__attribute__((noreturn)) static void npz_differs(const Npz *z, const char *there, const char *here) {
-    while (*there && *here) {
-        size_t a = strcspn(there, "\n"), b = strcspn(here, "\n");
-        if (a != b || memcmp(there, here, a))
-            die("%s was begun with other settings: %.*s there, %.*s now; delete it to begin anew",
-                z->temporary, (int)a, there, (int)b, here);
-        there += a + (there[a] == '\n'), here += b + (here[b] == '\n');
-    }
-    die("%s was begun with other settings; delete it to begin anew", z->temporary);
-}
-
-// Opens PATH.part and returns how many pictures it has already; `fresh`: it may have none.
-static uint64_t npz_open(Npz *z, const char *path, uint64_t n, int H, int W, const char *settings,
-                         int fresh) {
-    memset(z, 0, sizeof(*z));
-    z->path = path, z->images = n, z->image_bytes = (uint64_t)H * (uint64_t)W * 3;
-    if (snprintf(z->temporary, sizeof(z->temporary), "%s.part", path) >= PATH_MAX)
-        die("%s: the name is too long", path);
-    char npy[256];
-    int used =
-        snprintf(npy, sizeof(npy), "{'descr': '|u1', 'fortran_order': False, 'shape': (%llu, %d, %d, 3), }",
-                 (unsigned long long)n, H, W);
-    int padded = (10 + used + 1 + 63) / 64 * 64 - 10;
-    memset(npy + used, ' ', (size_t)(padded - used)), npy[padded - 1] = '\n';
-    z->member_bytes = 10 + (uint64_t)padded + n * z->image_bytes, z->wide = z->member_bytes >= npz_wide_from;
-    size_t text = strlen(settings);
-    FILE *head = open_memstream((char **)&z->head, &z->head_bytes);
-    if (!head || text > 30000) die("%s: no room for its header", path);
-    put_le(head, 4, 0x04034b50), zip_common(head, z, 0, (z->wide ? 20 : 0) + 4 + text);
-    fputs("arr_0.npy", head), zip_extra64(head, z);
-    put_le(head, 2, 'S' | 'R' << 8), put_le(head, 2, text), fputs(settings, head);
-    fflush(head), z->zip_bytes = z->head_bytes;
-    fwrite("\x93NUMPY\x01\x00", 1, 8, head), put_le(head, 2, (uint64_t)padded),
-        fwrite(npy, 1, (size_t)padded, head);
-    fclose(head);
-    z->crc = crc32_of(0, z->head + z->zip_bytes, z->head_bytes - z->zip_bytes);
-
-    int fd = open(z->temporary, O_RDWR | O_CREAT, 0666);
-    if (fd < 0) die("%s: cannot be written: %s", z->temporary, strerror(errno));
-    if (flock(fd, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK)
-        die("%s: another run is writing it", z->temporary);
-    z->file = fdopen(fd, "r+b");
-    if (!z->file) die("%s: cannot be written: %s", z->temporary, strerror(errno));
-    struct stat st;
-    if (fstat(fd, &st)) die("%s: %s", z->temporary, strerror(errno));
-    if (fresh && S_ISREG(st.st_mode) && st.st_size > 0)
-        die("%s is what an interrupted run left; it goes on without --out, --separate, --latents and --show, "
-            "which need all pictures; delete it to begin anew", z->temporary);
-    if (!fresh && st.st_size >= (off_t)z->zip_bytes - (off_t)text) {   // something is there
-        enum { PIECE = 1 << 20 };
-        uint8_t *there = (uint8_t *)alloc_zero(imax(PIECE, 65536), 1);
-        size_t have = fread(there, 1, 65535, z->file);
-        int ours = have > 43 && there[0] == 'P' && there[1] == 'K' && !memcmp(there + 30, "arr_0.npy", 9);
-        if (ours && have >= z->head_bytes && !memcmp(there, z->head, z->head_bytes)) {
-            z->done = ((uint64_t)st.st_size - z->head_bytes) / z->image_bytes;
-            if (z->done > n) z->done = n;
-            fseeko(z->file, (off_t)z->head_bytes, SEEK_SET);
-            for (uint64_t left = z->done * z->image_bytes; left;) {
-                size_t k = left < (uint64_t)PIECE ? (size_t)left : (size_t)PIECE;
-                if (fread(there, 1, k, z->file) != k)
-                    die("%s: cannot be read: %s", z->temporary, strerror(errno));
-                z->crc = crc32_of(z->crc, there, k), left -= k;
-            }
-        } else {
-            size_t extra = have > 30 ? there[28] | (size_t)there[29] << 8 : 0, at = 39;
-            // zip64's sizes
-            if (ours && extra && at + extra <= have && there[at] == 1) extra -= 20, at += 20;
-            if (!ours || extra < 4 || at + extra > have || there[at] != 'S')
-                die("%s: is not a part of an .npz of this program; delete it to begin anew", z->temporary);
-            there[at + extra] = 0;
-            npz_differs(z, (const char *)there + at + 4, settings);
-        }
-        free(there);
-    }
-    // whatever follows the last whole picture goes
-    if (!z->done && (fseeko(z->file, 0, SEEK_SET) ||
-                     fwrite(z->head, 1, z->head_bytes, z->file) != z->head_bytes || fflush(z->file)))
-        npz_die(z);
-    off_t end = (off_t)(z->head_bytes + z->done * z->image_bytes);
-    if (S_ISREG(st.st_mode) && ftruncate(fd, end)) npz_die(z);
-    if (fseeko(z->file, end, SEEK_SET)) npz_die(z);
-    return z->done;
-}
-
-// n more pictures, [n,H,W,channels]; grey becomes RGB
-static void npz_put(Npz *z, const uint8_t *pixels, size_t n, int channels) {
-    uint8_t *rgb = (uint8_t *)alloc_zero(n, (size_t)z->image_bytes);
-    size_t count = n * (size_t)z->image_bytes;
-    for (size_t i = 0; i < count; i++) rgb[i] = channels == 3 ? pixels[i] : pixels[i / 3];
-    if (fwrite(rgb, 1, count, z->file) != count || fflush(z->file)) npz_die(z);
-    z->crc = crc32_of(z->crc, rgb, count), z->done += n;
-    free(rgb);
-}
-
-static void npz_close(Npz *z) {
-    uint64_t directory = z->zip_bytes + z->member_bytes, entry = 46 + 9 + (z->wide ? 20 : 0);
-    put_le(z->file, 4, 0x02014b50), put_le(z->file, 2, z->wide ? 45 : 20),
-        zip_common(z->file, z, z->crc, z->wide ? 20 : 0);
-    // comment, disk, attributes
-    put_le(z->file, 2, 0), put_le(z->file, 2, 0), put_le(z->file, 2, 0), put_le(z->file, 4, 0);
-    // where the member begins
-    put_le(z->file, 4, 0);
-    fputs("arr_0.npy", z->file), zip_extra64(z->file, z);
-    if (z->wide) {
-        put_le(z->file, 4, 0x06064b50), put_le(z->file, 8, 44), put_le(z->file, 2, 45),
-            put_le(z->file, 2, 45);
-        put_le(z->file, 4, 0), put_le(z->file, 4, 0), put_le(z->file, 8, 1), put_le(z->file, 8, 1);
-        put_le(z->file, 8, entry), put_le(z->file, 8, directory);
-        put_le(z->file, 4, 0x07064b50), put_le(z->file, 4, 0), put_le(z->file, 8, directory + entry),
-            put_le(z->file, 4, 1);
-    }
-    put_le(z->file, 4, 0x06054b50), put_le(z->file, 4, 0), put_le(z->file, 2, 1), put_le(z->file, 2, 1);
-    put_le(z->file, 4, entry), put_le(z->file, 4, z->wide ? 0xFFFFFFFFu : directory), put_le(z->file, 2, 0);
-    if (fflush(z->file) || fseeko(z->file, 14, SEEK_SET)) npz_die(z);
-    put_le(z->file, 4, z->crc);
-    file_end(z->file, z->temporary, z->path);
-    free(z->head);
-}
-
 // Latents as a safetensors file, written as a stream: `latents` F32 [N,C,S,S] in the model's units, then
 // `labels` I32 [N]
 typedef struct { FILE *file; char temporary[PATH_MAX]; const char *path; } LatentsOut;
@@ -814,107 +630,6 @@ static void latents_put(LatentsOut *l, const double *x, size_t n) {
         float value = (float)x[i];
         fwrite(&value, 4, 1, l->file);
     }
-}
-
-// ----------------------------------------------------------------------------------------------------------
-// Terminals: Kitty's and iTerm2's protocols show real pixels, half blocks work everywhere else.
-
-enum Terminal { HALF_BLOCKS, KITTY, ITERM };
-static int env_has(const char *name, const char *part) {
-    const char *value = getenv(name);
-    return value && strstr(value, part);
-}
-static enum Terminal terminal_kind(void) {
-    if (!isatty(STDOUT_FILENO) || getenv("TMUX")) return HALF_BLOCKS;   // tmux passes neither on
-    if (getenv("KITTY_WINDOW_ID") || getenv("KONSOLE_VERSION") || env_has("TERM", "kitty") ||
-        env_has("TERM", "ghostty"))
-        return KITTY;
-    if (env_has("TERM_PROGRAM", "iTerm") || env_has("TERM_PROGRAM", "WezTerm") ||
-        env_has("LC_TERMINAL", "iTerm"))
-        return ITERM;
-    return HALF_BLOCKS;
-}
-static int terminal_columns(void) {
-    struct winsize w;
-    if (!ioctl(STDOUT_FILENO, TIOCGWINSZ, &w) && w.ws_col > 3) return w.ws_col;
-    return 100;
-}
-
-// The caller frees.
-static char *base64(const uint8_t *p, size_t n) {
-    static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    char *out = (char *)alloc_zero((n + 2) / 3 * 4 + 1, 1), *to = out;
-    for (size_t i = 0; i < n; i += 3) {
-        uint32_t bits =
-            (uint32_t)p[i] << 16 | (i + 1 < n ? (uint32_t)p[i + 1] << 8 : 0) | (i + 2 < n ? p[i + 2] : 0u);
-        for (int k = 0; k < 4; k++) *to++ = i + (size_t)k > n ? '=' : digits[bits >> (18 - 6 * k) & 63];
-    }
-    return out;
-}
-
-// Kitty: the raw pixels, in pieces of at most 4096 characters. iTerm2: a file, for which a Windows bitmap
-// will do.
-static void picture_send(const Picture *p, enum Terminal kind) {
-    size_t pixels = (size_t)p->width * (size_t)p->height, row = ((size_t)p->width * 3 + 3) / 4 * 4;
-    size_t bytes = kind == KITTY ? pixels * 3 : 54 + row * (size_t)p->height;
-    uint8_t *raw = (uint8_t *)alloc_zero(bytes, 1);
-    if (kind == ITERM) {
-        uint32_t head[13] = {(uint32_t)bytes,
-                             0,
-                             54,
-                             40,
-                             (uint32_t)p->width,
-                             (uint32_t)-p->height,
-                             1 | 24 << 16,
-                             0,
-                             (uint32_t)(bytes - 54),
-                             0,
-                             0,
-                             0,
-                             0};   // a negative height: rows from the top
-        raw[0] = 'B', raw[1] = 'M';
-        for (size_t i = 0; i < 52; i++) raw[2 + i] = (uint8_t)(head[i / 4] >> (8 * (i % 4)));
-    }
-    for (size_t i = 0; i < pixels; i++)
-        for (size_t k = 0; k < 3; k++) {
-            uint8_t value = p->pixels[i * (size_t)p->channels + (p->channels == 3 ? k : 0)];
-            if (kind == KITTY) raw[i * 3 + k] = value;
-            else raw[54 + i / (size_t)p->width * row + i % (size_t)p->width * 3 + 2 - k] = value;
-        }
-    char *text = base64(raw, bytes);
-    size_t n = strlen(text);
-    if (kind == ITERM) printf("\x1b]1337;File=inline=1;size=%zu:%s\a\n", bytes, text);
-    for (size_t at = 0; at < n && kind == KITTY; at += 4096) {
-        if (at) printf("\x1b_Gm=%d;", at + 4096 < n);
-        else printf("\x1b_Ga=T,f=24,s=%d,v=%d,m=%d;", p->width, p->height, n > 4096);
-        printf("%.4096s\x1b\\%s", text + at, at + 4096 < n ? "" : "\n");
-    }
-    free(text), free(raw);
-}
-
-// Pictures [n,H,W,channels] as half blocks: small ones pixel by pixel, large ones shrunk to at most 64
-// columns. As many stand in a line as fit, at most `columns`. Returns the lines printed.
-static int pictures_show(const uint8_t *pixels, int n, int H, int W, int channels, int columns) {
-    int shrink = (W + 63) / 64, w = imax(1, W / shrink), h = imax(1, H / shrink);
-    columns = imax(1, imin(columns, (terminal_columns() - 1) / (w + 1)));
-    Grid g = grid_create(n, w, h, channels, columns, 1, 1);
-    uint8_t *small = (uint8_t *)alloc_zero((size_t)w * (size_t)h, (size_t)channels);
-    for (int i = 0; i < n; i++) {
-        for (int k = 0; k < w * h * channels; k++) {
-            int sum = 0, ch = k % channels, x0 = k / channels % w * shrink, y0 = k / channels / w * shrink;
-            for (int y = y0; y < y0 + shrink; y++)
-                for (int x = x0; x < x0 + shrink; x++)
-                    sum += pixels[(((size_t)i * (size_t)H + (size_t)y) * (size_t)W + (size_t)x) *
-                                      (size_t)channels +
-                                  (size_t)ch];
-            small[k] = (uint8_t)(sum / (shrink * shrink));
-        }
-        grid_put(&g, i, small);
-    }
-    picture_show(&g.p);
-    int lines = (g.p.height + 1) / 2;
-    free(small), free(g.p.pixels);
-    return lines;
 }
 
 // ----------------------------------------------------------------------------------------------------------
@@ -1315,7 +1030,10 @@ static int sample_main(int argc, char **argv, const Backend *backend) {
     uint8_t *shown = (uint8_t *)alloc_zero((size_t)show_n, size);
     int fresh = r.out || r.separate || r.latents || r.show;
     if (r.npz) {
-        first = (int)npz_open(&npz, r.npz, (uint64_t)r.num, viewer.H, viewer.W, settings, fresh);
+        first = (int)npz_open(&npz, r.npz, (uint64_t)r.num, viewer.H, viewer.W, settings);
+        if (first && fresh)
+            die("%s.part is what an interrupted run left; it goes on without --out, --separate, --latents and "
+                "--show, which need all pictures; delete it to begin anew", r.npz);
         if (first) printf("%s.part has the first %d pictures already\n", r.npz, first);
     }
     if (r.out) grid = grid_create(r.num, viewer.W, viewer.H, viewer.channels, columns, scale, gap);
@@ -1365,7 +1083,7 @@ static int sample_main(int argc, char **argv, const Backend *backend) {
             if (snprintf(name, sizeof(name), "%s/%06d.png", r.separate, index) >= PATH_MAX)
                 die("%s: the name is too long", r.separate);
             pairs[n] = pair_number("index", index), pairs[n + 1] = pair_number("class", y[index]);
-            png_write(name, one.p.pixels, one.p.width, one.p.height, one.p.channels, pairs, n + 2);
+            png_write(name, &one.p, pairs, n + 2);
             free(one.p.pixels);
         }
     }
@@ -1381,7 +1099,7 @@ static int sample_main(int argc, char **argv, const Backend *backend) {
         printf("%s: arr_0 [%d,%d,%d,3]\n", r.npz, r.num, viewer.H, viewer.W);
     }
     if (r.out) {
-        png_write(r.out, grid.p.pixels, grid.p.width, grid.p.height, grid.p.channels, pairs, n);
+        png_write(r.out, &grid.p, pairs, n);
         printf("%s: %d x %d pixels, %d pictures in %d column%s\n", r.out, grid.p.width, grid.p.height, r.num,
                columns, columns > 1 ? "s" : "");
     }
@@ -1401,9 +1119,8 @@ static int sample_main(int argc, char **argv, const Backend *backend) {
     if (r.show && terminal == HALF_BLOCKS)
         pictures_show(shown, show_n, viewer.H, viewer.W, viewer.channels, columns);
     else if (r.show) {
-        Grid g = grid_create(show_n, viewer.W, viewer.H, viewer.channels, imin(columns, show_n),
+        Grid g = grid_of_all(shown, show_n, viewer.W, viewer.H, viewer.channels, imin(columns, show_n),
                              imax(1, scale / 2), imax(1, gap / 2));
-        for (int i = 0; i < show_n; i++) grid_put(&g, i, shown + (size_t)i * size);
         picture_send(&g.p, terminal);
         free(g.p.pixels);
     }
