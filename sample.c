@@ -24,8 +24,7 @@
 #include "train_srdit.c"
 #endif
 #endif
-#include <sys/file.h>
-#include <sys/ioctl.h>
+#include "dev/lib/npz.h"
 
 // ----------------------------------------------------------------------------------------------------------
 // The decoder (that of latent diffusion, arXiv 2112.10752). A map of C channels and H x W pixels lies
@@ -61,60 +60,70 @@ typedef struct {
     size_t weight_bytes;
 } Decoder;
 
+// Elements of a map, and the place of its pixel (y, x)
 static size_t map_elements(int H, int W, int C) { return (size_t)(H + 2) * (size_t)(W + 2) * (size_t)C; }
+static size_t map_at(int y, int x, int W, int C) {
+    return ((size_t)(y + 1) * (size_t)(W + 2) + (size_t)(x + 1)) * (size_t)C;
+}
+
+// The name of a tensor, put together; good to the end of the expression that it stands in
+typedef struct { char text[160]; } Name;
+__attribute__((format(printf, 1, 2))) static Name name_of(const char *format, ...) {
+    Name name;
+    va_list args;
+    va_start(args, format);
+    vsnprintf(name.text, sizeof(name.text), format, args);
+    va_end(args);
+    return name;
+}
 
 static real *decoder_alloc(Decoder *d, size_t n) {
     d->weight_bytes += n * sizeof(real);
     return (real *)alloc_zero(n, sizeof(real));
 }
 
-// Tensor prefix + name of the file: of this shape (c, e 0: fewer dimensions), as `real`
-static real *decoder_tensor(Decoder *d, const SafeFile *f, const char *prefix, const char *name, int a, int b,
-                            int taps) {
-    char full[160];
-    snprintf(full, sizeof(full), "%s%s", prefix, name);
-    const SafeTensor *t = safe_find(f, full);
+static const SafeTensor *decoder_find(const SafeFile *f, const char *name) {
+    const SafeTensor *t = safe_find(f, name);
     if (!t)
-        die("%s: tensor %s is missing: not a decoder of INVAE latents, or not a whole one", f->path, full);
+        die("%s: tensor %s is missing: not a decoder of INVAE latents, or not a whole one", f->path, name);
+    return t;
+}
+
+// A tensor of shape [a] (taps 0) or [a,b,taps,taps], as `real`
+static real *decoder_tensor(Decoder *d, const SafeFile *f, const char *name, int a, int b, int taps) {
+    const SafeTensor *t = decoder_find(f, name);
     uint64_t shape[4] = {(uint64_t)a, (uint64_t)b, (uint64_t)taps, (uint64_t)taps};
     int same = t->ndim == (taps ? 4 : 1);
     for (int i = 0; same && i < t->ndim; i++) same = t->shape[i] == shape[i];
-    if (!same) die("%s: tensor %s: its shape does not fit the tensors before it", f->path, full);
+    if (!same) die("%s: tensor %s: its shape does not fit the tensors before it", f->path, name);
     if (!strchr("FB", t->dtype[0]) || !strcmp(t->dtype, "BOOL"))
-        die("%s: tensor %s: dtype %s where floating point is expected", f->path, full, t->dtype);
+        die("%s: tensor %s: dtype %s where floating point is expected", f->path, name, t->dtype);
     size_t n = safe_elements(t);
     real *out = decoder_alloc(d, n);
     safe_read(out, f, t);
-    if (!all_finite(out, n)) die("%s: tensor %s holds a number that is not finite", f->path, full);
+    if (!all_finite(out, n)) die("%s: tensor %s holds a number that is not finite", f->path, name);
     return out;
 }
 
 // Size of a dimension of a tensor that decides the decoder's sizes, from 1 to 65536
-static int decoder_size(const SafeFile *f, const char *prefix, const char *name, int dim) {
-    char full[160];
-    snprintf(full, sizeof(full), "%s%s", prefix, name);
-    const SafeTensor *t = safe_find(f, full);
-    if (!t)
-        die("%s: tensor %s is missing: not a decoder of INVAE latents, or not a whole one", f->path, full);
+static int decoder_size(const SafeFile *f, const char *name, int dim) {
+    const SafeTensor *t = decoder_find(f, name);
     if (t->ndim <= dim || !t->shape[dim] || t->shape[dim] > 65536)
-        die("%s: tensor %s: its shape is not one of a convolution", f->path, full);
+        die("%s: tensor %s: its shape is not one of a convolution", f->path, name);
     return (int)t->shape[dim];
 }
 
-// of one row of the kernel
+// The taps * in inputs of one row of the kernel are cut into blocks of at most KC; block q begins at conv_cut.
 static int conv_blocks(const Conv *c) { return (c->taps * c->in + KC - 1) / KC; }
+static int conv_cut(const Conv *c, int q) { return (int)((long)c->taps * c->in * q / conv_blocks(c)); }
 
 // w [out,in,taps,taps] of the file, packed: each row of the kernel becomes [taps * in, out], cut into blocks
 // and panels
-static Conv conv_open(Decoder *d, const SafeFile *f, const char *prefix, const char *name, int in, int out,
-                      int taps) {
-    char full[128];
+static Conv conv_open(Decoder *d, const SafeFile *f, const char *name, int in, int out, int taps) {
     Conv c = {taps, in, out, NULL, NULL};
-    snprintf(full, sizeof(full), "%s.bias", name);
-    c.b = decoder_tensor(d, f, prefix, full, out, 0, 0);
-    snprintf(full, sizeof(full), "%s.weight", name);
-    real *w = decoder_tensor(d, f, prefix, full, out, in, taps);
-    int K = taps * in, panels = (out + NR - 1) / NR, blocks = conv_blocks(&c);
+    c.b = decoder_tensor(d, f, name_of("%s.bias", name).text, out, 0, 0);
+    real *w = decoder_tensor(d, f, name_of("%s.weight", name).text, out, in, taps);
+    int K = taps * in, panels = (out + NR - 1) / NR;
     real *row = (real *)alloc_zero((size_t)out * (size_t)K, sizeof(real));
     c.w = decoder_alloc(d, (size_t)taps * (size_t)K * (size_t)panels * NR);
     for (int ky = 0; ky < taps; ky++) {
@@ -123,8 +132,8 @@ static Conv conv_open(Decoder *d, const SafeFile *f, const char *prefix, const c
             for (int kx = 0; kx < taps; kx++)
                 for (int i = 0; i < in; i++)
                     row[(size_t)o * K + kx * in + i] = w[(((size_t)o * in + i) * taps + ky) * taps + kx];
-        for (int q = 0; q < blocks; q++) {
-            int k0 = (int)((long)K * q / blocks), kc = (int)((long)K * (q + 1) / blocks) - k0;
+        for (int q = 0; q < conv_blocks(&c); q++) {
+            int k0 = conv_cut(&c, q), kc = conv_cut(&c, q + 1) - k0;
             real *to = c.w + ((size_t)ky * (size_t)K + (size_t)k0) * (size_t)panels * NR;
             for (int p = 0; p < panels; p++)
                 matmul_panel(to + (size_t)p * NR * (size_t)kc, row + k0, K, 1, p * NR, imin(NR, out - p * NR),
@@ -132,61 +141,89 @@ static Conv conv_open(Decoder *d, const SafeFile *f, const char *prefix, const c
         }
     }
     d->weight_bytes -= (size_t)out * (size_t)K * (size_t)taps * sizeof(real);
-    free(row), free(w);
+    free(row);
+    free(w);
     return c;
 }
 
-static Norm norm_open(Decoder *d, const SafeFile *f, const char *prefix, const char *name, int channels) {
-    char full[128];
+static Norm norm_open(Decoder *d, const SafeFile *f, const char *name, int channels) {
     Norm n = {channels, NULL, NULL};
     if (channels % d->groups)
         die("%s: %s: %d channels are not a multiple of %d groups", f->path, name, channels, d->groups);
-    snprintf(full, sizeof(full), "%s.weight", name);
-    n.w = decoder_tensor(d, f, prefix, full, channels, 0, 0);
-    snprintf(full, sizeof(full), "%s.bias", name);
-    n.b = decoder_tensor(d, f, prefix, full, channels, 0, 0);
+    n.w = decoder_tensor(d, f, name_of("%s.weight", name).text, channels, 0, 0);
+    n.b = decoder_tensor(d, f, name_of("%s.bias", name).text, channels, 0, 0);
     return n;
 }
 
-static ResBlock res_open(Decoder *d, const SafeFile *f, const char *prefix, const char *name, int in,
-                         int out) {
-    char full[128];
+static ResBlock res_open(Decoder *d, const SafeFile *f, const char *name, int in, int out) {
     ResBlock r;
     memset(&r, 0, sizeof(r));
-    snprintf(full, sizeof(full), "%s.norm1", name);
-    r.norm1 = norm_open(d, f, prefix, full, in);
-    snprintf(full, sizeof(full), "%s.conv1", name);
-    r.conv1 = conv_open(d, f, prefix, full, in, out, 3);
-    snprintf(full, sizeof(full), "%s.norm2", name);
-    r.norm2 = norm_open(d, f, prefix, full, out);
-    snprintf(full, sizeof(full), "%s.conv2", name);
-    r.conv2 = conv_open(d, f, prefix, full, out, out, 3);
-    snprintf(full, sizeof(full), "%s.nin_shortcut", name);
-    if (in != out) r.shortcut = conv_open(d, f, prefix, full, in, out, 1);
+    r.norm1 = norm_open(d, f, name_of("%s.norm1", name).text, in);
+    r.conv1 = conv_open(d, f, name_of("%s.conv1", name).text, in, out, 3);
+    r.norm2 = norm_open(d, f, name_of("%s.norm2", name).text, out);
+    r.conv2 = conv_open(d, f, name_of("%s.conv2", name).text, out, out, 3);
+    if (in != out) r.shortcut = conv_open(d, f, name_of("%s.nin_shortcut", name).text, in, out, 1);
     return r;
 }
 
 // The 1x1 convolutions q, k and v become one matrix [3C,C], so that attention_forward can be the trainer's.
-static AttnBlock attn_open(Decoder *d, const SafeFile *f, const char *prefix, const char *name, int C) {
+static AttnBlock attn_open(Decoder *d, const SafeFile *f, const char *name, int C) {
     static const char *const parts[] = {"q", "k", "v", "proj_out"};
-    char full[128];
     AttnBlock a;
     size_t n = (size_t)C;
-    snprintf(full, sizeof(full), "%s.norm", name);
-    a.norm = norm_open(d, f, prefix, full, C);
-    a.qkv_w = decoder_alloc(d, 3 * n * n), a.qkv_b = decoder_alloc(d, 3 * n);
-    a.proj_w = decoder_alloc(d, n * n), a.proj_b = decoder_alloc(d, n);
+    a.norm = norm_open(d, f, name_of("%s.norm", name).text, C);
+    a.qkv_w = decoder_alloc(d, 3 * n * n);
+    a.qkv_b = decoder_alloc(d, 3 * n);
+    a.proj_w = decoder_alloc(d, n * n);
+    a.proj_b = decoder_alloc(d, n);
     for (size_t i = 0; i < 4; i++) {
-        snprintf(full, sizeof(full), "%s.%s.weight", name, parts[i]);
-        real *w = decoder_tensor(d, f, prefix, full, C, C, 1);
-        snprintf(full, sizeof(full), "%s.%s.bias", name, parts[i]);
-        real *b = decoder_tensor(d, f, prefix, full, C, 0, 0);
+        real *w = decoder_tensor(d, f, name_of("%s.%s.weight", name, parts[i]).text, C, C, 1);
+        real *b = decoder_tensor(d, f, name_of("%s.%s.bias", name, parts[i]).text, C, 0, 0);
         memcpy(i < 3 ? a.qkv_w + i * n * n : a.proj_w, w, n * n * sizeof(real));
         memcpy(i < 3 ? a.qkv_b + i * n : a.proj_b, b, n * sizeof(real));
         d->weight_bytes -= (n * n + n) * sizeof(real);
-        free(w), free(b);
+        free(w);
+        free(b);
     }
     return a;
+}
+
+// Sizes come from the tensors' shapes; the number of groups and the norms' epsilon, which no shape tells,
+// from the metadata (num_groups, norm_eps) or else from the specification.
+static void decoder_sizes(Decoder *d, const SafeFile *f, const char *prefix) {
+    d->groups = (int)safe_number(f, "num_groups", 32);
+    d->eps = safe_number(f, "norm_eps", 1e-6);
+    if (d->groups < 1 || !(d->eps > 0 && d->eps < 1))
+        die("%s: num_groups %d, norm_eps %g are not usable", f->path, d->groups, d->eps);
+    d->z = decoder_size(f, name_of("%spost_quant_conv.weight", prefix).text, 1);
+    if (decoder_size(f, name_of("%spost_quant_conv.weight", prefix).text, 0) != d->z)
+        die("%s: post_quant_conv changes the channels", f->path);
+    d->width = decoder_size(f, name_of("%sdecoder.conv_in.weight", prefix).text, 0);
+    d->out_ch = decoder_size(f, name_of("%sdecoder.conv_out.weight", prefix).text, 0);
+    while (d->levels <= MAX_LEVELS &&
+           safe_find(f, name_of("%sdecoder.up.%d.block.0.conv1.weight", prefix, d->levels).text))
+        d->levels++;
+    while (d->blocks <= MAX_RES &&
+           safe_find(f, name_of("%sdecoder.up.0.block.%d.conv1.weight", prefix, d->blocks).text))
+        d->blocks++;
+    if (d->levels < 1 || d->levels > MAX_LEVELS || d->blocks > MAX_RES)
+        die("%s: it has no level decoder.up.0, or more than %d levels or %d blocks a level: not a decoder",
+            f->path, MAX_LEVELS, MAX_RES);
+}
+
+// Level l, whose input has `in` channels; returns those of its output.
+static int level_open(Decoder *d, const SafeFile *f, const char *prefix, int l, int in) {
+    Level *level = &d->level[l];
+    Name name = name_of("%sdecoder.up.%d", prefix, l);
+    int out = decoder_size(f, name_of("%s.block.0.conv1.weight", name.text).text, 0);
+    for (int i = 0; i < d->blocks; i++) {
+        Name attn = name_of("%s.attn.%d", name.text, i);
+        level->block[i] = res_open(d, f, name_of("%s.block.%d", name.text, i).text, i ? out : in, out);
+        if (safe_find(f, name_of("%s.norm.weight", attn.text).text))
+            level->attn[i] = attn_open(d, f, attn.text, out);
+    }
+    if (l > 0) level->up = conv_open(d, f, name_of("%s.upsample.conv", name.text).text, out, out, 3);
+    return out;
 }
 
 // Where the file's metadata names a size, it must be the one that the tensors have.
@@ -194,77 +231,48 @@ static void decoder_agrees(const SafeFile *f, const char *key, double have) {
     double want = safe_number(f, key, have);
     if (want != have) die("%s: its metadata say %s = %g, but its tensors %g", f->path, key, want, have);
 }
+static void metadata_agree(const Decoder *d, const SafeFile *f) {
+    decoder_agrees(f, "z_channels", d->z);
+    decoder_agrees(f, "num_res_blocks", d->blocks - 1);
+    decoder_agrees(f, "out_ch", d->out_ch);
+    // attn_levels is a list of levels, such as "4"; ch_mult of multiples of ch, such as "1,1,2,2,4"
+    const char *attn_levels = safe_metadata(f, "attn_levels"), *mult = safe_metadata(f, "ch_mult");
+    for (int l = 0; l < d->levels; l++) {
+        if (attn_levels && !strchr(attn_levels, '0' + l) != !d->level[l].attn[0].qkv_w)
+            die("%s: its metadata say attn_levels = %s, but its tensors differ", f->path, attn_levels);
+        if (!mult) continue;
+        int have = d->level[l].block[0].conv1.out;
+        double want = safe_number(f, "ch", d->norm_out.channels) * atof(mult);
+        if (want != have)
+            die("%s: its metadata say %g channels at level %d, but its tensors %d", f->path, want, l, have);
+        mult += strcspn(mult, ",");
+        mult += *mult == ',';
+    }
+}
 
-// The decoder in a safetensors file with the public names, each after `prefix` ("" or "param."). Sizes come
-// from the tensors' shapes; the number of groups and the norms' epsilon, which no shape tells, from the
-// metadata (num_groups, norm_eps) or else from the specification. The file can be closed afterwards.
+// The decoder in a safetensors file with the public names, each after `prefix` ("" or "param."). The file can
+// be closed afterwards.
 static Decoder *decoder_open(const SafeFile *f, const char *prefix) {
     Decoder *d = (Decoder *)alloc_zero(1, sizeof(Decoder));
-    char name[96], full[160];
-    d->groups = (int)safe_number(f, "num_groups", 32), d->eps = safe_number(f, "norm_eps", 1e-6);
-    if (d->groups < 1 || !(d->eps > 0 && d->eps < 1))
-        die("%s: num_groups %d, norm_eps %g are not usable", f->path, d->groups, d->eps);
-    d->z = decoder_size(f, prefix, "post_quant_conv.weight", 1);
-    if (decoder_size(f, prefix, "post_quant_conv.weight", 0) != d->z)
-        die("%s: post_quant_conv changes the channels", f->path);
-    d->width = decoder_size(f, prefix, "decoder.conv_in.weight", 0);
-    for (d->levels = 0; d->levels <= MAX_LEVELS; d->levels++) {
-        snprintf(full, sizeof(full), "%sdecoder.up.%d.block.0.conv1.weight", prefix, d->levels);
-        if (!safe_find(f, full)) break;
-    }
-    for (d->blocks = 0; d->blocks <= MAX_RES; d->blocks++) {
-        snprintf(full, sizeof(full), "%sdecoder.up.0.block.%d.conv1.weight", prefix, d->blocks);
-        if (!safe_find(f, full)) break;
-    }
-    if (d->levels < 1 || d->levels > MAX_LEVELS || d->blocks > MAX_RES)
-        die("%s: it has no level decoder.up.0, or more than %d levels or %d blocks a level: not a decoder",
-            f->path, MAX_LEVELS, MAX_RES);
-    decoder_agrees(f, "z_channels", d->z), decoder_agrees(f, "num_res_blocks", d->blocks - 1);
-    const char *mult = safe_metadata(f, "ch_mult"), *attn_levels = safe_metadata(f, "attn_levels");
-
-    d->post_quant = conv_open(d, f, prefix, "post_quant_conv", d->z, d->z, 1);
-    d->conv_in = conv_open(d, f, prefix, "decoder.conv_in", d->z, d->width, 3);
-    d->mid1 = res_open(d, f, prefix, "decoder.mid.block_1", d->width, d->width);
-    d->mid_attn = attn_open(d, f, prefix, "decoder.mid.attn_1", d->width);
-    d->mid2 = res_open(d, f, prefix, "decoder.mid.block_2", d->width, d->width);
-    int in = d->width;
-    for (int l = d->levels - 1; l >= 0; l--) {
-        Level *level = &d->level[l];
-        snprintf(name, sizeof(name), "decoder.up.%d.block.0.conv1.weight", l);
-        int out = decoder_size(f, prefix, name, 0);
-        for (int i = 0; i < d->blocks; i++, in = out) {
-            snprintf(name, sizeof(name), "decoder.up.%d.block.%d", l, i);
-            level->block[i] = res_open(d, f, prefix, name, in, out);
-            snprintf(name, sizeof(name), "decoder.up.%d.attn.%d", l, i);
-            snprintf(full, sizeof(full), "%s%s.norm.weight", prefix, name);
-            if (safe_find(f, full)) level->attn[i] = attn_open(d, f, prefix, name, out);
-        }
-        snprintf(name, sizeof(name), "decoder.up.%d.upsample.conv", l);
-        if (l > 0) level->up = conv_open(d, f, prefix, name, out, out, 3);
-        // a list of levels, such as "4"
-        if (attn_levels && !strchr(attn_levels, '0' + l) != !level->attn[0].qkv_w)
-            die("%s: its metadata say attn_levels = %s, but its tensors differ", f->path, attn_levels);
-    }
-    d->norm_out = norm_open(d, f, prefix, "decoder.norm_out", in);
-    d->out_ch = decoder_size(f, prefix, "decoder.conv_out.weight", 0);
-    d->conv_out = conv_open(d, f, prefix, "decoder.conv_out", in, d->out_ch, 3);
-    decoder_agrees(f, "out_ch", d->out_ch);
-    // ch_mult is a list, such as "1,1,2,2,4", of multiples of ch
-    for (int l = 0; mult && l < d->levels; l++) {
-        double want = safe_number(f, "ch", in) * atof(mult);
-        if (want != d->level[l].block[0].conv1.out)
-            die("%s: its metadata say %g channels at level %d, but its tensors %d", f->path, want, l,
-                d->level[l].block[0].conv1.out);
-        mult = strchr(mult, ',') ? strchr(mult, ',') + 1 : l + 1 < d->levels ? "0" : NULL;
-    }
+    decoder_sizes(d, f, prefix);
+    int C = d->width;
+    d->post_quant = conv_open(d, f, name_of("%spost_quant_conv", prefix).text, d->z, d->z, 1);
+    d->conv_in = conv_open(d, f, name_of("%sdecoder.conv_in", prefix).text, d->z, C, 3);
+    d->mid1 = res_open(d, f, name_of("%sdecoder.mid.block_1", prefix).text, C, C);
+    d->mid_attn = attn_open(d, f, name_of("%sdecoder.mid.attn_1", prefix).text, C);
+    d->mid2 = res_open(d, f, name_of("%sdecoder.mid.block_2", prefix).text, C, C);
+    for (int l = d->levels - 1; l >= 0; l--) C = level_open(d, f, prefix, l, C);
+    d->norm_out = norm_open(d, f, name_of("%sdecoder.norm_out", prefix).text, C);
+    d->conv_out = conv_open(d, f, name_of("%sdecoder.conv_out", prefix).text, C, d->out_ch, 3);
+    metadata_agree(d, f);
     return d;
 }
 
 static void conv_close(Conv *c) { free(c->w), free(c->b); }
 static void norm_close(Norm *n) { free(n->w), free(n->b); }
 static void res_close(ResBlock *r) {
-    norm_close(&r->norm1), norm_close(&r->norm2), conv_close(&r->conv1), conv_close(&r->conv2),
-        conv_close(&r->shortcut);
+    norm_close(&r->norm1), norm_close(&r->norm2);
+    conv_close(&r->conv1), conv_close(&r->conv2), conv_close(&r->shortcut);
 }
 static void attn_close(AttnBlock *a) {
     norm_close(&a->norm), free(a->qkv_w), free(a->qkv_b), free(a->proj_w), free(a->proj_b);
@@ -285,15 +293,14 @@ static void decoder_close(Decoder *d) {
 static void conv_forward(real *out, const real *in, const Conv *c, int H, int W) {
     // a multiple of MR, and short enough that a strip's inputs and outputs stay in cache
     enum { STRIP = 48 };
-    int row = W + 2, first = row + 1, pixels = H * row - 2, K = c->taps * c->in, blocks = conv_blocks(c);
+    int row = W + 2, first = row + 1, pixels = H * row - 2, K = c->taps * c->in;
     int reach = c->taps / 2, strips = (pixels + STRIP - 1) / STRIP;
     size_t packed = (size_t)((c->out + NR - 1) / NR * NR);
 #pragma omp parallel for schedule(dynamic)
     for (int s = 0; s < strips; s++)
         for (int ky = 0; ky < c->taps; ky++)
-            for (int q = 0; q < blocks; q++) {
-                int k0 = (int)((long)K * q / blocks), kc = (int)((long)K * (q + 1) / blocks) - k0,
-                    begin = ky || q;
+            for (int q = 0; q < conv_blocks(c); q++) {
+                int k0 = conv_cut(c, q), kc = conv_cut(c, q + 1) - k0, begin = ky || q;
                 size_t to = (size_t)first + (size_t)s * STRIP;
                 const real *a =
                     in + (to + (size_t)(ky * row) - (size_t)(reach * row) - (size_t)reach) * (size_t)c->in;
@@ -314,7 +321,7 @@ static void group_norm_forward(real *out, const real *x, const Norm *norm, const
 #pragma omp parallel for
     for (int y = 0; y < H; y++) {
         double *s = sums + (size_t)y * (size_t)C * 2, *s2 = s + C;
-        const real *in = x + ((size_t)(y + 1) * (size_t)(W + 2) + 1) * (size_t)C;
+        const real *in = x + map_at(y, 0, W, C);
         for (int z = 0; z < W; z++, in += C)
             for (int i = 0; i < C; i++) s[i] += in[i], s2[i] += (double)in[i] * in[i];
     }
@@ -370,8 +377,7 @@ static void res_forward(real *x, real *n, real *h, const ResBlock *r, const Deco
 // Rows of pixels between a map with borders and a matrix [H W, C] without; to_map: into the map
 static void map_rows(real *map, real *matrix, int to_map, int H, int W, int C) {
     for (int y = 0; y < H; y++) {
-        real *a = map + ((size_t)(y + 1) * (size_t)(W + 2) + 1) * (size_t)C,
-             *b = matrix + (size_t)y * (size_t)W * (size_t)C;
+        real *a = map + map_at(y, 0, W, C), *b = matrix + (size_t)y * (size_t)W * (size_t)C;
         memcpy(to_map ? a : b, to_map ? b : a, (size_t)W * (size_t)C * sizeof(real));
     }
 }
@@ -396,18 +402,28 @@ static void attn_forward(real *x, real *n, real *h, const AttnBlock *a, const De
 
 // n [2H+2,2W+2,C] = x [H+2,W+2,C], each pixel four times, with a border of zeros
 static void upsample_forward(real *n, const real *x, int H, int W, int C) {
-    size_t c = (size_t)C;
-    memset(n, 0, (size_t)(2 * W + 2) * c * sizeof(real));
-    memset(n + (size_t)(2 * H + 1) * (size_t)(2 * W + 2) * c, 0, (size_t)(2 * W + 2) * c * sizeof(real));
+    size_t pixel = (size_t)C * sizeof(real), row = (size_t)(2 * W + 2) * pixel;
+    memset(n, 0, row);
+    memset(n + map_at(2 * H, -1, 2 * W, C), 0, row);
 #pragma omp parallel for
     for (int y = 0; y < 2 * H; y++) {
-        real *o = n + (size_t)(y + 1) * (size_t)(2 * W + 2) * c;
-        const real *in = x + ((size_t)(y / 2 + 1) * (size_t)(W + 2) + 1) * c;
-        memset(o, 0, c * sizeof(real));
+        memset(n + map_at(y, -1, 2 * W, C), 0, pixel);
         for (int z = 0; z < 2 * W; z++)
-            memcpy(o + (size_t)(z + 1) * c, in + (size_t)(z / 2) * c, c * sizeof(real));
-        memset(o + (size_t)(2 * W + 1) * c, 0, c * sizeof(real));
+            memcpy(n + map_at(y, z, 2 * W, C), x + map_at(y / 2, z / 2, W, C), pixel);
+        memset(n + map_at(y, 2 * W, 2 * W, C), 0, pixel);
     }
+}
+
+// Between planes [C,H,W] and a map
+static void planes_to_map(real *map, const real *planes, int H, int W, int C) {
+    for (int ch = 0; ch < C; ch++)
+        for (int y = 0; y < H; y++)
+            for (int z = 0; z < W; z++) map[map_at(y, z, W, C) + (size_t)ch] = *planes++;
+}
+static void map_to_planes(real *planes, const real *map, int H, int W, int C) {
+    for (int ch = 0; ch < C; ch++)
+        for (int y = 0; y < H; y++)
+            for (int z = 0; z < W; z++) *planes++ = map[map_at(y, z, W, C) + (size_t)ch];
 }
 
 // pixels a side for one of the latent's
@@ -423,7 +439,7 @@ static size_t decoder_map_elements(const Decoder *d, int h, int w) {
         most = in > most ? in : most;
         most = up > most ? up : most;
     }
-    size_t last = map_elements(h << (d->levels - 1), w << (d->levels - 1), d->out_ch);
+    size_t last = map_elements(h * decoder_factor(d), w * decoder_factor(d), d->out_ch);
     return last > most ? last : most;
 }
 
@@ -435,10 +451,7 @@ static void decoder_decode(real *image, const Decoder *d, const real *z, int B, 
     for (int b = 0; b < B; b++) {
         int H = h, W = w;
         memset(x, 0, map_elements(H, W, d->z) * sizeof(real));
-        for (size_t i = 0; i < in; i++) {
-            size_t ch = i / (size_t)(h * w), row = i / (size_t)w % (size_t)h, column = i % (size_t)w;
-            x[((row + 1) * (size_t)(w + 2) + column + 1) * (size_t)d->z + ch] = z[(size_t)b * in + i];
-        }
+        planes_to_map(x, z + (size_t)b * in, H, W, d->z);
         conv_forward(t, x, &d->post_quant, H, W);
         memset(n, 0, map_elements(H, W, d->z) * sizeof(real));
         map_rows(t, x, 0, H, W, d->z), map_rows(n, x, 1, H, W, d->z);   // its border must be zero again
@@ -459,12 +472,7 @@ static void decoder_decode(real *image, const Decoder *d, const real *z, int B, 
         }
         group_norm_forward(n, x, &d->norm_out, d, 1, H, W);
         conv_forward(t, n, &d->conv_out, H, W);
-        size_t out = (size_t)d->out_ch * (size_t)H * (size_t)W;
-        for (size_t i = 0; i < out; i++) {
-            size_t ch = i / ((size_t)H * (size_t)W), row = i / (size_t)W % (size_t)H, column = i % (size_t)W;
-            image[(size_t)b * out + i] =
-                t[((row + 1) * (size_t)(W + 2) + column + 1) * (size_t)d->out_ch + ch];
-        }
+        map_to_planes(image + (size_t)b * (size_t)d->out_ch * (size_t)H * (size_t)W, t, H, W, d->out_ch);
     }
     free(x);
 }
@@ -590,189 +598,6 @@ static void check_output(const char *path, const char *flag) {
         die("%s %s: the folder %s cannot be written to: %s", flag, path, folder, strerror(errno));
 }
 
-// A grid to put pictures of this size into: a rim of `gap` around each, each pixel scale x scale
-typedef struct { Picture p; int width, height, columns, scale, gap; } Grid;
-static Grid grid_create(int n, int width, int height, int channels, int columns, int scale, int gap) {
-    int rows = (n + columns - 1) / columns;
-    Grid g = {{NULL, columns * (width * scale + gap) + gap, rows * (height * scale + gap) + gap, channels},
-              width, height, columns, scale, gap};
-    size_t bytes = (size_t)g.p.width * (size_t)g.p.height * (size_t)channels;
-    g.p.pixels = (uint8_t *)alloc_zero(bytes, 1);
-    memset(g.p.pixels, 40, bytes);
-    return g;
-}
-static void grid_put(Grid *g, int i, const uint8_t *pixels) {
-    size_t c = (size_t)g->p.channels;
-    int top = i / g->columns * (g->height * g->scale + g->gap) + g->gap,
-        left = i % g->columns * (g->width * g->scale + g->gap) + g->gap;
-    for (int y = 0; y < g->height * g->scale; y++)
-        for (int x = 0; x < g->width * g->scale; x++)
-            memcpy(g->p.pixels + ((size_t)(top + y) * (size_t)g->p.width + (size_t)(left + x)) * c,
-                   pixels + ((size_t)(y / g->scale) * (size_t)g->width + (size_t)(x / g->scale)) * c, c);
-}
-
-// .npz as the ADM evaluator reads it (guided-diffusion, evaluations/): a zip archive with one stored member,
-// arr_0.npy, uint8 [N,H,W,3]. It is written as a stream to PATH.part: a zip header with the member's size,
-// which is known in advance, and in an extra field (id "SR") the settings, then the pictures as they come; at
-// the end the directory, and the member's checksum back in the first header. So an interrupted PATH.part
-// tells by itself whether a run may go on in it, and where.
-typedef struct {
-    FILE *file;
-    char temporary[PATH_MAX];
-    const char *path;
-    uint8_t *head;                     // the zip header, with a zero checksum, and the npy header
-    size_t head_bytes, zip_bytes;      // of both; of the zip header alone
-    uint64_t image_bytes, images, done, member_bytes;
-    int wide;                          // zip64: 4 GiB or more
-    uint32_t crc;
-} Npz;
-static uint64_t npz_wide_from = 0xFFFFFFFFu;   // bytes; the tests make it small
-
-static void put_le(FILE *out, int bytes, uint64_t value) {
-    for (int i = 0; i < bytes; i++) fputc((int)(value >> (8 * i) & 255), out);
-}
-
-// The fields that a member's header and its entry in the directory share
-static void zip_common(FILE *out, const Npz *z, uint32_t crc, size_t extra) {
-    uint32_t size = z->wide ? 0xFFFFFFFFu : (uint32_t)z->member_bytes;
-    // version needed, flags, stored
-    put_le(out, 2, z->wide ? 45 : 20), put_le(out, 2, 0), put_le(out, 2, 0);
-    // 1 January 1980: the same bits each time
-    put_le(out, 2, 0), put_le(out, 2, 0x21);
-    put_le(out, 4, crc), put_le(out, 4, size), put_le(out, 4, size);
-    put_le(out, 2, 9), put_le(out, 2, extra);
-}
-static void zip_extra64(FILE *out, const Npz *z) {
-    if (z->wide)
-        put_le(out, 2, 1), put_le(out, 2, 16), put_le(out, 8, z->member_bytes),
-            put_le(out, 8, z->member_bytes);
-}
-
-__attribute__((noreturn)) static void npz_die(const Npz *z) {
-    die("%s: cannot be written: %s; it holds the pictures so far, and the same command goes on with them",
-        z->temporary, strerror(errno));
-}
-
-// Shows the first line that differs between two settings texts, and ends.
-__attribute__((noreturn)) static void npz_differs(const Npz *z, const char *there, const char *here) {
-    while (*there && *here) {
-        size_t a = strcspn(there, "\n"), b = strcspn(here, "\n");
-        if (a != b || memcmp(there, here, a))
-            die("%s was begun with other settings: %.*s there, %.*s now; delete it to begin anew",
-                z->temporary, (int)a, there, (int)b, here);
-        there += a + (there[a] == '\n'), here += b + (here[b] == '\n');
-    }
-    die("%s was begun with other settings; delete it to begin anew", z->temporary);
-}
-
-// Opens PATH.part and returns how many pictures it has already; `fresh`: it may have none.
-static uint64_t npz_open(Npz *z, const char *path, uint64_t n, int H, int W, const char *settings,
-                         int fresh) {
-    memset(z, 0, sizeof(*z));
-    z->path = path, z->images = n, z->image_bytes = (uint64_t)H * (uint64_t)W * 3;
-    if (snprintf(z->temporary, sizeof(z->temporary), "%s.part", path) >= PATH_MAX)
-        die("%s: the name is too long", path);
-    char npy[256];
-    int used =
-        snprintf(npy, sizeof(npy), "{'descr': '|u1', 'fortran_order': False, 'shape': (%llu, %d, %d, 3), }",
-                 (unsigned long long)n, H, W);
-    int padded = (10 + used + 1 + 63) / 64 * 64 - 10;
-    memset(npy + used, ' ', (size_t)(padded - used)), npy[padded - 1] = '\n';
-    z->member_bytes = 10 + (uint64_t)padded + n * z->image_bytes, z->wide = z->member_bytes >= npz_wide_from;
-    size_t text = strlen(settings);
-    FILE *head = open_memstream((char **)&z->head, &z->head_bytes);
-    if (!head || text > 30000) die("%s: no room for its header", path);
-    put_le(head, 4, 0x04034b50), zip_common(head, z, 0, (z->wide ? 20 : 0) + 4 + text);
-    fputs("arr_0.npy", head), zip_extra64(head, z);
-    put_le(head, 2, 'S' | 'R' << 8), put_le(head, 2, text), fputs(settings, head);
-    fflush(head), z->zip_bytes = z->head_bytes;
-    fwrite("\x93NUMPY\x01\x00", 1, 8, head), put_le(head, 2, (uint64_t)padded),
-        fwrite(npy, 1, (size_t)padded, head);
-    fclose(head);
-    z->crc = crc32_of(0, z->head + z->zip_bytes, z->head_bytes - z->zip_bytes);
-
-    int fd = open(z->temporary, O_RDWR | O_CREAT, 0666);
-    if (fd < 0) die("%s: cannot be written: %s", z->temporary, strerror(errno));
-    if (flock(fd, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK)
-        die("%s: another run is writing it", z->temporary);
-    z->file = fdopen(fd, "r+b");
-    if (!z->file) die("%s: cannot be written: %s", z->temporary, strerror(errno));
-    struct stat st;
-    if (fstat(fd, &st)) die("%s: %s", z->temporary, strerror(errno));
-    if (fresh && S_ISREG(st.st_mode) && st.st_size > 0)
-        die("%s is what an interrupted run left; it goes on without --out, --separate, --latents and --show, "
-            "which need all pictures; delete it to begin anew", z->temporary);
-    if (!fresh && st.st_size >= (off_t)z->zip_bytes - (off_t)text) {   // something is there
-        enum { PIECE = 1 << 20 };
-        uint8_t *there = (uint8_t *)alloc_zero(imax(PIECE, 65536), 1);
-        size_t have = fread(there, 1, 65535, z->file);
-        int ours = have > 43 && there[0] == 'P' && there[1] == 'K' && !memcmp(there + 30, "arr_0.npy", 9);
-        if (ours && have >= z->head_bytes && !memcmp(there, z->head, z->head_bytes)) {
-            z->done = ((uint64_t)st.st_size - z->head_bytes) / z->image_bytes;
-            if (z->done > n) z->done = n;
-            fseeko(z->file, (off_t)z->head_bytes, SEEK_SET);
-            for (uint64_t left = z->done * z->image_bytes; left;) {
-                size_t k = left < (uint64_t)PIECE ? (size_t)left : (size_t)PIECE;
-                if (fread(there, 1, k, z->file) != k)
-                    die("%s: cannot be read: %s", z->temporary, strerror(errno));
-                z->crc = crc32_of(z->crc, there, k), left -= k;
-            }
-        } else {
-            size_t extra = have > 30 ? there[28] | (size_t)there[29] << 8 : 0, at = 39;
-            // zip64's sizes
-            if (ours && extra && at + extra <= have && there[at] == 1) extra -= 20, at += 20;
-            if (!ours || extra < 4 || at + extra > have || there[at] != 'S')
-                die("%s: is not a part of an .npz of this program; delete it to begin anew", z->temporary);
-            there[at + extra] = 0;
-            npz_differs(z, (const char *)there + at + 4, settings);
-        }
-        free(there);
-    }
-    // whatever follows the last whole picture goes
-    if (!z->done && (fseeko(z->file, 0, SEEK_SET) ||
-                     fwrite(z->head, 1, z->head_bytes, z->file) != z->head_bytes || fflush(z->file)))
-        npz_die(z);
-    off_t end = (off_t)(z->head_bytes + z->done * z->image_bytes);
-    if (S_ISREG(st.st_mode) && ftruncate(fd, end)) npz_die(z);
-    if (fseeko(z->file, end, SEEK_SET)) npz_die(z);
-    return z->done;
-}
-
-// n more pictures, [n,H,W,channels]; grey becomes RGB
-static void npz_put(Npz *z, const uint8_t *pixels, size_t n, int channels) {
-    uint8_t *rgb = (uint8_t *)alloc_zero(n, (size_t)z->image_bytes);
-    size_t count = n * (size_t)z->image_bytes;
-    for (size_t i = 0; i < count; i++) rgb[i] = channels == 3 ? pixels[i] : pixels[i / 3];
-    if (fwrite(rgb, 1, count, z->file) != count || fflush(z->file)) npz_die(z);
-    z->crc = crc32_of(z->crc, rgb, count), z->done += n;
-    free(rgb);
-}
-
-static void npz_close(Npz *z) {
-    uint64_t directory = z->zip_bytes + z->member_bytes, entry = 46 + 9 + (z->wide ? 20 : 0);
-    put_le(z->file, 4, 0x02014b50), put_le(z->file, 2, z->wide ? 45 : 20),
-        zip_common(z->file, z, z->crc, z->wide ? 20 : 0);
-    // comment, disk, attributes
-    put_le(z->file, 2, 0), put_le(z->file, 2, 0), put_le(z->file, 2, 0), put_le(z->file, 4, 0);
-    // where the member begins
-    put_le(z->file, 4, 0);
-    fputs("arr_0.npy", z->file), zip_extra64(z->file, z);
-    if (z->wide) {
-        put_le(z->file, 4, 0x06064b50), put_le(z->file, 8, 44), put_le(z->file, 2, 45),
-            put_le(z->file, 2, 45);
-        put_le(z->file, 4, 0), put_le(z->file, 4, 0), put_le(z->file, 8, 1), put_le(z->file, 8, 1);
-        put_le(z->file, 8, entry), put_le(z->file, 8, directory);
-        put_le(z->file, 4, 0x07064b50), put_le(z->file, 4, 0), put_le(z->file, 8, directory + entry),
-            put_le(z->file, 4, 1);
-    }
-    put_le(z->file, 4, 0x06054b50), put_le(z->file, 4, 0), put_le(z->file, 2, 1), put_le(z->file, 2, 1);
-    put_le(z->file, 4, entry), put_le(z->file, 4, z->wide ? 0xFFFFFFFFu : directory), put_le(z->file, 2, 0);
-    if (fflush(z->file) || fseeko(z->file, 14, SEEK_SET)) npz_die(z);
-    put_le(z->file, 4, z->crc);
-    file_end(z->file, z->temporary, z->path);
-    free(z->head);
-}
-
 // Latents as a safetensors file, written as a stream: `latents` F32 [N,C,S,S] in the model's units, then
 // `labels` I32 [N]
 typedef struct { FILE *file; char temporary[PATH_MAX]; const char *path; } LatentsOut;
@@ -802,107 +627,6 @@ static void latents_put(LatentsOut *l, const double *x, size_t n) {
         float value = (float)x[i];
         fwrite(&value, 4, 1, l->file);
     }
-}
-
-// ----------------------------------------------------------------------------------------------------------
-// Terminals: Kitty's and iTerm2's protocols show real pixels, half blocks work everywhere else.
-
-enum Terminal { HALF_BLOCKS, KITTY, ITERM };
-static int env_has(const char *name, const char *part) {
-    const char *value = getenv(name);
-    return value && strstr(value, part);
-}
-static enum Terminal terminal_kind(void) {
-    if (!isatty(STDOUT_FILENO) || getenv("TMUX")) return HALF_BLOCKS;   // tmux passes neither on
-    if (getenv("KITTY_WINDOW_ID") || getenv("KONSOLE_VERSION") || env_has("TERM", "kitty") ||
-        env_has("TERM", "ghostty"))
-        return KITTY;
-    if (env_has("TERM_PROGRAM", "iTerm") || env_has("TERM_PROGRAM", "WezTerm") ||
-        env_has("LC_TERMINAL", "iTerm"))
-        return ITERM;
-    return HALF_BLOCKS;
-}
-static int terminal_columns(void) {
-    struct winsize w;
-    if (!ioctl(STDOUT_FILENO, TIOCGWINSZ, &w) && w.ws_col > 3) return w.ws_col;
-    return 100;
-}
-
-// The caller frees.
-static char *base64(const uint8_t *p, size_t n) {
-    static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    char *out = (char *)alloc_zero((n + 2) / 3 * 4 + 1, 1), *to = out;
-    for (size_t i = 0; i < n; i += 3) {
-        uint32_t bits =
-            (uint32_t)p[i] << 16 | (i + 1 < n ? (uint32_t)p[i + 1] << 8 : 0) | (i + 2 < n ? p[i + 2] : 0u);
-        for (int k = 0; k < 4; k++) *to++ = i + (size_t)k > n ? '=' : digits[bits >> (18 - 6 * k) & 63];
-    }
-    return out;
-}
-
-// Kitty: the raw pixels, in pieces of at most 4096 characters. iTerm2: a file, for which a Windows bitmap
-// will do.
-static void picture_send(const Picture *p, enum Terminal kind) {
-    size_t pixels = (size_t)p->width * (size_t)p->height, row = ((size_t)p->width * 3 + 3) / 4 * 4;
-    size_t bytes = kind == KITTY ? pixels * 3 : 54 + row * (size_t)p->height;
-    uint8_t *raw = (uint8_t *)alloc_zero(bytes, 1);
-    if (kind == ITERM) {
-        uint32_t head[13] = {(uint32_t)bytes,
-                             0,
-                             54,
-                             40,
-                             (uint32_t)p->width,
-                             (uint32_t)-p->height,
-                             1 | 24 << 16,
-                             0,
-                             (uint32_t)(bytes - 54),
-                             0,
-                             0,
-                             0,
-                             0};   // a negative height: rows from the top
-        raw[0] = 'B', raw[1] = 'M';
-        for (size_t i = 0; i < 52; i++) raw[2 + i] = (uint8_t)(head[i / 4] >> (8 * (i % 4)));
-    }
-    for (size_t i = 0; i < pixels; i++)
-        for (size_t k = 0; k < 3; k++) {
-            uint8_t value = p->pixels[i * (size_t)p->channels + (p->channels == 3 ? k : 0)];
-            if (kind == KITTY) raw[i * 3 + k] = value;
-            else raw[54 + i / (size_t)p->width * row + i % (size_t)p->width * 3 + 2 - k] = value;
-        }
-    char *text = base64(raw, bytes);
-    size_t n = strlen(text);
-    if (kind == ITERM) printf("\x1b]1337;File=inline=1;size=%zu:%s\a\n", bytes, text);
-    for (size_t at = 0; at < n && kind == KITTY; at += 4096) {
-        if (at) printf("\x1b_Gm=%d;", at + 4096 < n);
-        else printf("\x1b_Ga=T,f=24,s=%d,v=%d,m=%d;", p->width, p->height, n > 4096);
-        printf("%.4096s\x1b\\%s", text + at, at + 4096 < n ? "" : "\n");
-    }
-    free(text), free(raw);
-}
-
-// Pictures [n,H,W,channels] as half blocks: small ones pixel by pixel, large ones shrunk to at most 64
-// columns. As many stand in a line as fit, at most `columns`. Returns the lines printed.
-static int pictures_show(const uint8_t *pixels, int n, int H, int W, int channels, int columns) {
-    int shrink = (W + 63) / 64, w = imax(1, W / shrink), h = imax(1, H / shrink);
-    columns = imax(1, imin(columns, (terminal_columns() - 1) / (w + 1)));
-    Grid g = grid_create(n, w, h, channels, columns, 1, 1);
-    uint8_t *small = (uint8_t *)alloc_zero((size_t)w * (size_t)h, (size_t)channels);
-    for (int i = 0; i < n; i++) {
-        for (int k = 0; k < w * h * channels; k++) {
-            int sum = 0, ch = k % channels, x0 = k / channels % w * shrink, y0 = k / channels / w * shrink;
-            for (int y = y0; y < y0 + shrink; y++)
-                for (int x = x0; x < x0 + shrink; x++)
-                    sum += pixels[(((size_t)i * (size_t)H + (size_t)y) * (size_t)W + (size_t)x) *
-                                      (size_t)channels +
-                                  (size_t)ch];
-            small[k] = (uint8_t)(sum / (shrink * shrink));
-        }
-        grid_put(&g, i, small);
-    }
-    picture_show(&g.p);
-    int lines = (g.p.height + 1) / 2;
-    free(small), free(g.p.pixels);
-    return lines;
 }
 
 // ----------------------------------------------------------------------------------------------------------
@@ -1303,7 +1027,10 @@ static int sample_main(int argc, char **argv, const Backend *backend) {
     uint8_t *shown = (uint8_t *)alloc_zero((size_t)show_n, size);
     int fresh = r.out || r.separate || r.latents || r.show;
     if (r.npz) {
-        first = (int)npz_open(&npz, r.npz, (uint64_t)r.num, viewer.H, viewer.W, settings, fresh);
+        first = (int)npz_open(&npz, r.npz, (uint64_t)r.num, viewer.H, viewer.W, settings);
+        if (first && fresh)
+            die("%s.part is what an interrupted run left; it goes on without --out, --separate, --latents and "
+                "--show, which need all pictures; delete it to begin anew", r.npz);
         if (first) printf("%s.part has the first %d pictures already\n", r.npz, first);
     }
     if (r.out) grid = grid_create(r.num, viewer.W, viewer.H, viewer.channels, columns, scale, gap);
@@ -1353,7 +1080,7 @@ static int sample_main(int argc, char **argv, const Backend *backend) {
             if (snprintf(name, sizeof(name), "%s/%06d.png", r.separate, index) >= PATH_MAX)
                 die("%s: the name is too long", r.separate);
             pairs[n] = pair_number("index", index), pairs[n + 1] = pair_number("class", y[index]);
-            png_write(name, one.p.pixels, one.p.width, one.p.height, one.p.channels, pairs, n + 2);
+            png_write(name, &one.p, pairs, n + 2);
             free(one.p.pixels);
         }
     }
@@ -1369,7 +1096,7 @@ static int sample_main(int argc, char **argv, const Backend *backend) {
         printf("%s: arr_0 [%d,%d,%d,3]\n", r.npz, r.num, viewer.H, viewer.W);
     }
     if (r.out) {
-        png_write(r.out, grid.p.pixels, grid.p.width, grid.p.height, grid.p.channels, pairs, n);
+        png_write(r.out, &grid.p, pairs, n);
         printf("%s: %d x %d pixels, %d pictures in %d column%s\n", r.out, grid.p.width, grid.p.height, r.num,
                columns, columns > 1 ? "s" : "");
     }
@@ -1389,9 +1116,8 @@ static int sample_main(int argc, char **argv, const Backend *backend) {
     if (r.show && terminal == HALF_BLOCKS)
         pictures_show(shown, show_n, viewer.H, viewer.W, viewer.channels, columns);
     else if (r.show) {
-        Grid g = grid_create(show_n, viewer.W, viewer.H, viewer.channels, imin(columns, show_n),
+        Grid g = grid_of_all(shown, show_n, viewer.W, viewer.H, viewer.channels, imin(columns, show_n),
                              imax(1, scale / 2), imax(1, gap / 2));
-        for (int i = 0; i < show_n; i++) grid_put(&g, i, shown + (size_t)i * size);
         picture_send(&g.p, terminal);
         free(g.p.pixels);
     }

@@ -1966,20 +1966,18 @@ static void write_samples(const char *path, const Backend *backend, Model *m, co
     for (int i = 0; i < n; i++) y[i] = i % columns;
     sampler_noise(x, cls, c, &s, 0, n);
     sample_euler_maruyama(x, cls, backend, m, &s, y, n, NULL, NULL);
-    int S = c->input_size;
-    Picture p = picture_grid(x, n, c->in_channels, S, columns, imax(1, 48 / S), 2);
+    int S = c->input_size, C = c->in_channels;
+    uint8_t *pixels = (uint8_t *)alloc_zero(latent, 1);
+    pixels_of(pixels, x, n, C, S, S);
+    Grid grid = grid_of_all(pixels, n, S, S, C, columns, imax(1, 48 / S), 2);
     SafePair text[4] = {pair_text("Software", "SR-DiT in C"), pair_text("model", run->model),
                         pair_number("step", step), pair_number("seed", (double)run->seed)};
-    png_write(path, p.pixels, p.width, p.height, p.channels, text, 4);
+    png_write(path, &grid.p, text, 4);
     printf("%s: %d samples, one column a class, %d sampling steps, %.1f s\n", path, n, s.steps,
            now_seconds() - start);
-    if (isatty(STDOUT_FILENO)) {
-        Picture small = picture_grid(x, n, c->in_channels, S, columns, 1, 1);
-        picture_show(&small);
-        free(small.pixels);
-    }
+    if (isatty(STDOUT_FILENO)) pictures_show(pixels, n, S, S, C, columns);
     fflush(stdout);
-    free(p.pixels), free(x), free(cls), free(y);
+    free(grid.p.pixels), free(pixels), free(x), free(cls), free(y);
 }
 
 // log.csv: a fresh one, or on resume the rows up to `step` of the one that is there

@@ -6,9 +6,11 @@
 //   options_parse            argv into those fields; a mistake is one sentence with "did you mean"
 //   options_print            the lines of --help
 //   option_get, option_set   one field as a number, by its table line, range checked
+//   newest_run               the checkpoint that a command means that names none
 #ifndef SRDIT_CLI_H
 #define SRDIT_CLI_H
 #include "base.h"
+#include <glob.h>
 #include <signal.h>
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wunused-function"   // a program takes what it needs
@@ -179,6 +181,27 @@ static void make_folder(const char *path) {   // and those above it
                 die("%s: the folder cannot be made: %s", part, strerror(errno));
         }
     if (stat(path, &st) || !S_ISDIR(st.st_mode)) die("%s: is not a folder", path);
+}
+
+// The checkpoint that was written last of those in out, out-2, out-3, ..., where runs go that are given no
+// folder; 0: there is none.
+static int newest_run(char path[PATH_MAX]) {
+    glob_t found;
+    struct stat st;
+    struct timespec latest = {0, 0};
+    path[0] = 0;
+    memset(&found, 0, sizeof(found));
+    glob("out/checkpoint.safetensors", 0, NULL, &found);
+    glob("out-[0-9]*/checkpoint.safetensors", GLOB_APPEND, NULL, &found);
+    for (size_t i = 0; i < found.gl_pathc; i++) {
+        if (stat(found.gl_pathv[i], &st) || !S_ISREG(st.st_mode)) continue;
+        struct timespec t = st.st_mtim;
+        int older = t.tv_sec != latest.tv_sec ? t.tv_sec < latest.tv_sec : t.tv_nsec < latest.tv_nsec;
+        if (*path && older) continue;
+        if (snprintf(path, PATH_MAX, "%s", found.gl_pathv[i]) < PATH_MAX) latest = t;
+    }
+    globfree(&found);
+    return *path != 0;
 }
 
 static volatile sig_atomic_t interrupted;   // 1 after the first Ctrl-C or SIGTERM; the second ends the program
