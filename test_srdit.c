@@ -6,13 +6,13 @@
 //
 // This file is compiled twice into one program: over a trainer in float, and over the CPU trainer in double
 // (-DUSE_DOUBLE), whose copy of the code is reached by the functions that end in _double.
-#ifdef TEST_CUDA       // over train_srdit.cu: compared with the CPU, see the end
+#ifdef TEST_CUDA   // over train_srdit.cu: compared with the CPU, see the end
 #define SAMPLE_CUDA
 #define TRAIN_SRDIT_CU_NO_MAIN
 #endif
 #define SAMPLE_NO_MAIN
 #pragma GCC diagnostic ignored "-Wunused-function"   // a test program does not call everything it includes
-#include "sample.c"   // and with it the trainer
+#include "sample.c"                                  // and with it the trainer
 #include <glob.h>
 #include <sys/wait.h>
 #ifdef TEST_CUDA
@@ -29,8 +29,8 @@ static const char *const precision = "float";
 static int passed, failed;
 
 // One test: prints its line and counts it
-__attribute__((format(printf, 3, 4)))
-static void result(int good, const char *name, const char *format, ...) {
+__attribute__((format(printf, 3, 4))) static void result(int good, const char *name, const char *format,
+                                                         ...) {
     va_list args;
     va_start(args, format);
     printf("%-4s %-28s ", good ? "ok" : "FAIL", name);
@@ -50,8 +50,15 @@ static int worsens(double *worst, double x) {
 }
 
 // One comparison: the largest |got - want| over the tensor, as a share of what is allowed
-typedef struct { char name[96]; double error, tolerance, share; } Check;
-typedef struct { Check *checks; int count, room, failed; double override_tolerance; } Report;
+typedef struct {
+    char name[96];
+    double error, tolerance, share;
+} Check;
+typedef struct {
+    Check *checks;
+    int count, room, failed;
+    double override_tolerance;
+} Report;
 
 static void report_add(Report *r, const char *name, double error, double tolerance) {
     if (r->count == r->room) {
@@ -511,8 +518,7 @@ static void smooth_velocity(Model *m, real *v, real *v_cls, const real *x, const
     size_t latent = (size_t)latent_of(&m->c), Z = (size_t)m->c.z_dim;
     for (size_t i = 0; i < (size_t)B * latent; i++)
         v[i] = x[i] * (real)cos(3 * (double)t[i / latent]) + t[i / latent];
-    for (size_t i = 0; i < (size_t)B * Z; i++)
-        v_cls[i] = cls[i] * (real)cos(3 * (double)t[i / Z]) + t[i / Z];
+    for (size_t i = 0; i < (size_t)B * Z; i++) v_cls[i] = cls[i] * (real)cos(3 * (double)t[i / Z]) + t[i / Z];
 }
 static void test_solvers(void) {
     Model stub;
@@ -578,8 +584,8 @@ static void test_matmul(void) {
     }
     omp_set_num_threads(threads);
     result(worst <= 1 && same, "matrix product",
-           "%s: %d random cases, error %.2f of 4 eps (K + 4) against three loops; 1 and 3 threads %s", precision, cases, worst,
-           same ? "the same bits" : "DIFFER");
+           "%s: %d random cases, error %.2f of 4 eps (K + 4) against three loops; 1 and 3 threads %s",
+           precision, cases, worst, same ? "the same bits" : "DIFFER");
 }
 
 #ifdef USE_DOUBLE
@@ -695,11 +701,13 @@ static void test_batches(void) {
         t += (double)one->t[0] / (2 * steps);
         dropped += one->y[0] == c.num_classes, paths += one->path_drop;
         int label;
-        size_t at = permuted((uint32_t)(step % steps), (uint32_t)steps, 7, STREAM_ORDER, (uint32_t)(step / steps));
+        size_t at =
+            permuted((uint32_t)(step % steps), (uint32_t)steps, 7, STREAM_ORDER, (uint32_t)(step / steps));
         data_sample(d, at, x, &label, NULL, NULL, 0);
         wrong +=
             memcmp(x, one->x, latent * sizeof(real)) || (one->y[0] != c.num_classes && one->y[0] != label);
-        apart += at != permuted((uint32_t)(step % steps), (uint32_t)steps, 7, STREAM_ORDER, 0) && step >= steps;
+        apart +=
+            at != permuted((uint32_t)(step % steps), (uint32_t)steps, 7, STREAM_ORDER, 0) && step >= steps;
         wrong += one->noise[0] == one->noise_cls[0];
     }
     // 2874 steps: standard deviations 16 of 287, 12 of 144, and 0.005 of the mean of t, 2 (1 - ln 2) at s = 2
@@ -772,8 +780,7 @@ static char folder[] = "/tmp/srdit-test-XXXXXX";
 
 // Runs this program with the arguments (split at blanks); its output goes to `folder`/out and /err. Returns
 // the status.
-__attribute__((format(printf, 2, 3)))
-static int run_self(int interrupt_after_ms, const char *format, ...) {
+__attribute__((format(printf, 2, 3))) static int run_self(int interrupt_after_ms, const char *format, ...) {
     char line[2048], *argv[64], out[64], err[64];
     va_list args;
     va_start(args, format);
@@ -829,7 +836,7 @@ static int complained(const char *words) {
     return good;
 }
 
-#define NANO \
+#define NANO                                                                                                 \
     "--as-trainer --depth 3 --num-f 1 --num-h 1 --hidden-size 16 --num-heads 2 --projector-dim 8 --batch 6 "
 static void test_runs(void) {
     char *a = in_folder("a"), *b = in_folder("b"), path[PATH_MAX];
@@ -842,7 +849,8 @@ static void test_runs(void) {
     snprintf(a_path, sizeof(a_path), "%s/checkpoint.safetensors", a);
     result(!first && !half && !rest && same_files(a_path, path), "resume",
            "8 steps = 4 + resume + 4, bit for bit");
-    int one = run_self(0, NANO "--steps 8 --sample-steps 2 --threads 1 --path-drop-prob 0.3 --out %s", b);
+    int one = run_self(
+        0, NANO "--steps 8 --sample-steps 2 --threads 1 --path-drop-prob 0.3 --overwrite --out %s", b);
     result(!one && same_files(a_path, path) &&
                same_files(in_folder("a/samples.png"), in_folder("b/samples.png")),
            "threads", "1 and 2 threads, the same checkpoint and pictures bit for bit");
@@ -898,11 +906,67 @@ static void test_mistakes(void) {
     // a full disk, played by /dev/full under the temporary name
     if (symlink("/dev/full", in_folder("n/checkpoint.safetensors.part")))
         die("cannot link: %s", strerror(errno));
-    expect("full disk", run_self(0, "--as-trainer --resume %s --steps 3 --sample-steps 1 --out %s",
-                                 in_folder("n/checkpoint.safetensors"), in_folder("n")), "No space left");
+    expect("full disk",
+           run_self(0, "--as-trainer --resume %s --steps 3 --sample-steps 1 --out %s",
+                    in_folder("n/checkpoint.safetensors"), in_folder("n")),
+           "No space left");
     after = file_text(in_folder("n/checkpoint.safetensors"), &m);
     result(n == m && !memcmp(before, after, n), "full disk, checkpoint", "the last good one is untouched");
     free(before), free(after);
+}
+
+// A command typed twice loses nothing: a new run goes to a free folder, and one that holds a run is replaced only
+// where the command says so and a step has succeeded
+static void test_folders(void) {
+    char *made[3], *now[3], here[PATH_MAX];
+    static const char *const names[] = {"free/out/checkpoint.safetensors",
+                                        "free/out-2/checkpoint.safetensors",
+                                        "free/out-3/checkpoint.safetensors"};
+    size_t size[3], n;
+    int status = 0, same = 1;
+    if (!getcwd(here, sizeof(here)) || mkdir(in_folder("free"), 0777)) die("cannot make a folder");
+    for (int i = 0; i < 3; i++) {   // the same command three times, without --out
+        if (chdir(in_folder("free"))) die("no folder");
+        status |=
+            run_self(0, NANO "--steps %d --sample-steps 1 --data %s/data/digits.safetensors", i + 1, here);
+        if (chdir(here)) die("no folder");
+    }
+    for (int i = 0; i < 3; i++) made[i] = file_text(in_folder(names[i]), &size[i]);
+    result(!status && size[0] && size[1] && size[2], "a run typed three times", "out, out-2 and out-3");
+    char out[PATH_MAX], checkpoint[PATH_MAX], other[PATH_MAX], log[PATH_MAX];
+    snprintf(out, sizeof(out), "%s", in_folder("free/out"));
+    snprintf(checkpoint, sizeof(checkpoint), "%s", in_folder(names[0]));
+    snprintf(other, sizeof(other), "%s", in_folder(names[1]));
+    snprintf(log, sizeof(log), "%s", in_folder("free/out/log.csv"));
+    char *rows = file_text(log, &n);
+    expect("--out that holds a run", run_self(0, NANO "--steps 1 --out %s", out), "--overwrite");
+    expect("resumed into another's", run_self(0, "--as-trainer --resume %s --steps 9 --out %s", other, out),
+           "holds another run");
+    expect("a start that dies", run_self(0, NANO "--steps 1 --overwrite --data %s --out %s", other, out),
+           "latents");
+    status = run_self(0, NANO "--steps 0 --overwrite --out %s", out);
+    for (int i = 0; i < 3; i++) {
+        now[i] = file_text(in_folder(names[i]), &n);
+        same &= n == size[i] && !memcmp(now[i], made[i], n);
+        free(now[i]);
+    }
+    char *still = file_text(log, &n);
+    result(!status && same && !strcmp(rows, still), "what was refused",
+           "and --steps 0 left checkpoints and log alone");
+    status = run_self(0, "--as-trainer --resume %s --steps 4 --sample-steps 1", other);   // without --out
+    SafeFile *f = safe_open(other);
+    double step = safe_number(f, "step", 0);
+    safe_close(f);
+    now[0] = file_text(checkpoint, &n);
+    result(!status && step == 4 && n == size[0] && !memcmp(now[0], made[0], n), "resume without --out",
+           "goes on beside its checkpoint");
+    status = run_self(0, NANO "--steps 2 --sample-steps 1 --overwrite --out %s", out);
+    f = safe_open(checkpoint);
+    step = safe_number(f, "step", 0);
+    safe_close(f);
+    result(!status && step == 2, "--overwrite", "replaces the run");
+    for (int i = 0; i < 3; i++) free(made[i]);
+    free(now[0]), free(rows), free(still);
 }
 
 // safetensors files with one thing wrong each: a header and so many bytes of data
@@ -915,9 +979,12 @@ static void write_raw(const char *path, uint64_t length, const char *header, siz
     fclose(f);
 }
 static void test_damaged(void) {
-#define T(name, dtype, shape, from, to) \
+#define T(name, dtype, shape, from, to)                                                                      \
     "\"" name "\":{\"dtype\":\"" dtype "\",\"shape\":[" shape "],\"data_offsets\":[" from "," to "]}"
-    static const struct { const char *name, *header; size_t bytes; const char *words;
+    static const struct {
+        const char *name, *header;
+        size_t bytes;
+        const char *words;
     } cases[] = {
         {"truncated", "{" T("a", "F32", "4", "0", "16") "}", 12, "outside the file"},
         {"overlap", "{" T("a", "F32", "4", "0", "16") "," T("b", "F32", "4", "12", "28") "}", 28, "overlaps"},
@@ -987,7 +1054,8 @@ static void test_damaged(void) {
     }
     size_t n;
     char *text = file_text(in_folder("a/checkpoint.safetensors"), &n);
-    static const struct { const char *name, *from, *to, *words;
+    static const struct {
+        const char *name, *from, *to, *words;
     } edits[] = {
         {"checkpoint: wrong shape", "\"shape\":[16,32],", "\"shape\":[32,16],", "its shape is not that"},
         {"checkpoint: no tensor", "\"model.mask_token\"", "\"model.mask_tokem\"",
@@ -1024,8 +1092,16 @@ static void test_damaged(void) {
 // rounded to bf16, and the GPU may be off by twice as much as that run is.
 
 enum { MOST_ITEMS = 4096 };
-typedef struct { char name[96]; size_t n; real *x; } Item;       // a tensor of a run
-typedef struct { Item items[MOST_ITEMS]; int count; Losses losses; } Outcome;
+typedef struct {
+    char name[96];
+    size_t n;
+    real *x;
+} Item;   // a tensor of a run
+typedef struct {
+    Item items[MOST_ITEMS];
+    int count;
+    Losses losses;
+} Outcome;
 
 static void keep(Outcome *o, const char *name, const real *x, size_t n) {
     if (o->count == MOST_ITEMS) die("more than %d tensors in one run", MOST_ITEMS);
@@ -1135,8 +1211,7 @@ static void compare_step(const char *what, const Config *c, int B, int path_drop
             *got = run_step(&gpu_backend, c, B, path_drop, parts);
     Outcome *round = NULL;
     int in_float = sizeof(gpu::floatX) == 4, bad = 0;
-    if (!in_float)
-        rounding = 1, round = run_step(&cpu_backend, c, B, path_drop, parts), rounding = 0;
+    if (!in_float) rounding = 1, round = run_step(&cpu_backend, c, B, path_drop, parts), rounding = 0;
     double worst = 0;
     char worst_name[96] = "";
     for (int i = 0; i < want->count; i++) {
@@ -1187,8 +1262,12 @@ static Config long_config(int side, int width, int heads) {
 
 // `only`: the tests whose names contain it
 static void compare_all(const char *only) {
-    struct { const char *name; Config c; int B, path_drop, parts; } list[40], *at = list;
-#define CASE(text, config, batch, drop, micro) \
+    struct {
+        const char *name;
+        Config c;
+        int B, path_drop, parts;
+    } list[40], *at = list;
+#define CASE(text, config, batch, drop, micro)                                                               \
     at->name = text, at->c = config, at->B = batch, at->path_drop = drop, at++->parts = micro
     CASE("small", small_config(), 2, 0, 1);
     CASE("path drop", small_config(), 3, 1, 1);
@@ -1216,8 +1295,9 @@ static void compare_all(const char *only) {
     at[-1].c.num_h = 0;
     CASE("one block", small_config(), 2, 0, 1);
     at[-1].c.depth = at[-1].c.num_f = 1, at[-1].c.num_h = 0;
-    static const char *const techniques[] = {"routing", "path_drop", "align", "cls", "cfm", "qk_norm", "rope",
-                                             "value_residual", "time_shift", "label_dropout", "ema"};
+    static const char *const techniques[] = {"routing",    "path_drop",     "align", "cls",
+                                             "cfm",        "qk_norm",       "rope",  "value_residual",
+                                             "time_shift", "label_dropout", "ema"};
     static char names[22][64];
     for (int i = 0; i < 22; i++) {
         snprintf(names[i], sizeof(names[i]), "%sno %s", i % 2 ? "65 tokens, " : "", techniques[i / 2]);
@@ -1351,8 +1431,8 @@ static void test_not_finite(void) {
     gpu_backend.forward_backward(m, bad);
     find_bad(name, &gpu_backend, m, bad);
     result(first == 2 && again == 2 && same && strstr(name, "latents"), "not finite",
-           "first at step %d of 3, weights %s, first bad: %s", first, same ? "as step 1 left them" : "CHANGED",
-           name);
+           "first at step %d of 3, weights %s, first bad: %s", first,
+           same ? "as step 1 left them" : "CHANGED", name);
     free(before), free(after), batch_free(good), batch_free(bad), gpu_backend.destroy(m);
 }
 
@@ -1451,6 +1531,7 @@ int main(int argc, char **argv) {
         tests_double(double_counts);
         test_runs();
         test_mistakes();
+        test_folders();
         test_damaged();
         char command[64];
         snprintf(command, sizeof(command), "rm -rf %s", folder);

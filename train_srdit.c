@@ -25,12 +25,11 @@
 //   I, O inputs and outputs of a linear layer        W = 256 features of the time
 // In signatures outputs come first, then inputs, then sizes; dX is the gradient of the loss by X.
 #include "dev/lib/cli.h"
+#include "dev/lib/folder.h"
 #include "dev/lib/matmul.h"
 #include "dev/lib/picture.h"
 #include "dev/lib/random.h"
 #include "dev/lib/shards.h"
-#include <ctype.h>
-#include <sys/file.h>
 #include <sys/mman.h>
 
 // ----------------------------------------------------------------------------------------------------------
@@ -364,8 +363,9 @@ static void qk_norm_forward(real *out, real *r, const real *qkv, const real *wq,
         }
 }
 
-// As rmsnorm's: dw += dout x^,  dx^ = dout w,  dx = r (dx^ - x^ mean(dx^ x^)).  Each sample's sums for dwq and
-// dwk go to its part of parts [B,2Dh]; these are added in the order of the samples, for any number of threads.
+// As rmsnorm's: dw += dout x^,  dx^ = dout w,  dx = r (dx^ - x^ mean(dx^ x^)).  Each sample's sums for dwq
+// and dwk go to its part of parts [B,2Dh]; these are added in the order of the samples, so that the bits do
+// not depend on the number of threads.
 static void qk_norm_backward(real *dqkv, real *dwq, real *dwk, real *parts, const real *dout, const real *qkv,
                              const real *r, const real *wq, const real *wk, size_t B, size_t T, size_t H,
                              size_t Dh) {
@@ -1443,6 +1443,7 @@ typedef struct {
     void (*velocity)(Model *, real *v, real *v_cls, const real *x, const real *cls, const real *t,
                      const int *y, int use_ema, int path_drop, int B);
     void (*get_block)(real *, Model *, enum Block);
+    const real *(*host_block)(Model *, enum Block, real *room);   // the block itself, or copied to room
     void (*put_block)(Model *, const real *, enum Block);
     const real *(*activation)(Model *, const char *name);
 } Backend;
@@ -1453,6 +1454,10 @@ static real *model_block(Model *m, enum Block which) {
 }
 static void get_block(real *host, Model *m, enum Block which) {
     memcpy(host, model_block(m, which), m->table.total * sizeof(real));
+}
+static const real *host_block(Model *m, enum Block which, real *room) {
+    (void)room;
+    return model_block(m, which);
 }
 static void put_block(Model *m, const real *host, enum Block which) {
     memcpy(model_block(m, which), host, m->table.total * sizeof(real));
@@ -1503,8 +1508,8 @@ static const real *activation(Model *m, const char *name) {   // of the last for
 }
 
 static const Backend cpu_backend = {"CPU",     model_create, model_destroy, zero_gradients, forward_backward,
-                                    update,    read_losses,  velocity,      get_block,      put_block,
-                                    activation};
+                                    update,    read_losses,  velocity,      get_block,      host_block,
+                                    put_block, activation};
 
 static int all_finite(const real *x, size_t n) {
     for (size_t i = 0; i < n; i++)
@@ -1738,7 +1743,7 @@ static void sample_euler_maruyama(double *x, double *cls, const Backend *backend
 }
 
 // ----------------------------------------------------------------------------------------------------------
-// A run: its options, its checkpoints
+// A run: its data, its options, what it works on
 
 // The model must fit the data.
 static void data_check(const Data *d, const Config *c) {
@@ -1762,75 +1767,129 @@ static void data_check(const Data *d, const Config *c) {
 typedef struct {
     TextList data;
     const char *model, *out, *resume, *export_to;
-    int batch, accum, steps, log_every, save_every, sample_every, sample_steps, threads;
+    int batch, accum, steps, log_every, save_every, sample_every, sample_steps, threads, overwrite;
     uint64_t seed;
 } Run;
+#define OPTION(name, field, kind, initial, low, high, help)                                                  \
+    { name, kind, offsetof(Run, field), low, high, FREE, help, initial }
+static const Option run_options[] = {
+    OPTION("model", model, TEXT, 0, 0, 0, "nano, or S, B, L, XL with a patch size, such as B/1 [nano]"),
+    OPTION("data", data, LIST, 0, 0, 0, "one or more data shards [data/digits.safetensors]"),
+    OPTION(
+        "out", out, TEXT, 0, 0, 0,
+        "folder for checkpoint.safetensors, samples.png, log.csv [out, or the next free of out-2, ...; with "
+        "--resume the checkpoint's]"),
+    OPTION("overwrite", overwrite, SWITCH, 0, 0, 1,
+           "replace the run that --out holds, once a step has succeeded"),
+    OPTION("steps", steps, WHOLE, 0, 0, 1e9, "training steps in all"),
+    OPTION("batch", batch, WHOLE, 64, 1, 1e6, "samples a step"),
+    OPTION("accum", accum, WHOLE, 0, 0, 1e6, "parts that a batch is computed in, to save memory; 0: chosen"),
+    OPTION("seed", seed, SEED, 1, 0, 9e15, "of everything random"),
+    OPTION("resume", resume, TEXT, 0, 0, 0, "go on from this checkpoint, bit for bit"),
+    OPTION("export", export_to, TEXT, 0, 0, 0,
+           "at the end write the EMA under the reference implementation's names"),
+    OPTION("log_every", log_every, WHOLE, 50, 1, 1e9,
+           "steps between lines; a line shows the mean since the last"),
+    OPTION("save_every", save_every, WHOLE, 500, 1, 1e9, "steps between checkpoints"),
+    OPTION("sample_every", sample_every, WHOLE, 0, 0, 1e9, "steps between pictures; 0: one at the end"),
+    OPTION("sample_steps", sample_steps, WHOLE, 50, 1, 1e6, "network evaluations a picture"),
+    OPTION("threads", threads, WHOLE, 0, 0, 4096, "CPU threads; 0: what OpenMP chooses"),
+};
+enum { RUN_OPTIONS = sizeof(run_options) / sizeof(run_options[0]) };
+
+// What the table of log.csv is summed up in between two lines, and the clocks that the step line shows
+typedef struct {
+    Losses sum;
+    int steps, lines;              // since the last line; lines printed
+    double begin, since, paused;   // seconds: the loop began, the last line ended, all pauses for files
+    FILE *file;   // NULL until the first line, so that nothing is touched before a step succeeded
+} Log;
+
+// A run: all that the training loop works on
+typedef struct {
+    Config c;
+    Run run;
+    const Backend *backend;
+    Data *data;
+    Folder folder;
+    Model *model;
+    Batch *batch;
+    int first, step, saved;   // steps done at the start, now, and in the last checkpoint (-1: none)
+    SafeItem *items;          // memory for writing checkpoints,
+    real *room[4];            // with that for the blocks of a GPU
+    Log log;
+} Training;
+
+// ----------------------------------------------------------------------------------------------------------
+// Checkpoints
 
 enum { MAX_PAIRS = CONFIG_OPTIONS + 24 };
 // The metadata of checkpoints and exports; returns how many pairs
-static int run_pairs(SafePair pairs[MAX_PAIRS], const char *format, const Config *c, const Run *run,
-                     const Data *d, int step) {
+static int run_pairs(SafePair pairs[MAX_PAIRS], const char *format, Training *t) {
+    const Run *run = &t->run;
+    const Data *d = t->data;
+    OptionTable config = config_table(&t->c);
     int n = 0;
-    pairs[n++] = pair_text("format", format), pairs[n++] = pair_text("model", run->model);
-    OptionTable t = config_table((Config *)c);
-    for (int i = 0; i < t.count; i++) pairs[n++] = pair_number(t.options[i].name, option_get(&t, i));
-    pairs[n++] = pair_number("step", step), pairs[n++] = pair_number("steps", run->steps);
-    pairs[n++] = pair_number("batch", run->batch), pairs[n++] = pair_number("accum", run->accum);
-    pairs[n] = pair_text("seed", "");
-    snprintf(pairs[n++].value, sizeof(pairs[0].value), "%llu", (unsigned long long)run->seed);
-    pairs[n++] = pair_text("data", d->name), pairs[n++] = pair_text("decoder", d->decoder);
-    pairs[n++] = pair_number("latent_scale", d->scale), pairs[n++] = pair_number("latent_offset", d->offset);
+    pairs[n++] = pair_text("format", format);
+    pairs[n++] = pair_text("model", run->model);
+    for (int i = 0; i < config.count; i++)
+        pairs[n++] = pair_number(config.options[i].name, option_get(&config, i));
+    pairs[n++] = pair_number("step", t->step);
+    pairs[n++] = pair_number("steps", run->steps);
+    pairs[n++] = pair_number("batch", run->batch);
+    pairs[n++] = pair_number("accum", run->accum);
+    pairs[n++] = pair_number("seed", (double)run->seed);
+    pairs[n++] = pair_text("data", d->name);
+    pairs[n++] = pair_text("decoder", d->decoder);
+    pairs[n++] = pair_number("latent_scale", d->scale);
+    pairs[n++] = pair_number("latent_offset", d->offset);
     pairs[n++] = pair_number("data_samples", (double)d->count);
     return n;
 }
 
+static const enum Block saved_blocks[] = {PARAMS, EMA, ADAM_M, ADAM_V};
 static const char *const block_prefix[] = {"model.", "", "adam.m.", "adam.v.", "ema."};   // by enum Block
 
-static void checkpoint_write(const char *path, const Backend *backend, Model *m, const Run *run,
-                             const Data *d, int step) {
-    static const enum Block blocks[] = {PARAMS, EMA, ADAM_M, ADAM_V};
+// Adds a block's tensors to a list of things to write; returns the new count
+static int items_add(SafeItem *items, int count, const Table *table, const real *block, const char *prefix,
+                     int with_fixed) {
+    for (int i = 0; i < table->count; i++) {
+        const Tensor *t = &table->tensors[i];
+        if (!t->trained && !with_fixed) continue;
+        SafeItem *item = &items[count++];
+        snprintf(item->name, sizeof(item->name), "%s%s", prefix, t->name);
+        item->dtype = real_dtype();
+        item->ndim = t->ndim;
+        item->data = block + t->offset;
+        memcpy(item->shape, t->shape, sizeof(item->shape));
+    }
+    return count;
+}
+
+static void checkpoint_write(Training *t) {
     SafePair pairs[MAX_PAIRS];
-    int pair_count = run_pairs(pairs, "srdit-checkpoint-1", &m->c, run, d, step), n = 0;
-    SafeItem *items = (SafeItem *)alloc_zero(4 * (size_t)m->table.count, sizeof(SafeItem));
-    real *host[4];
+    Model *m = t->model;
+    int count = 0;
     for (int k = 0; k < 4; k++) {
-        host[k] = (real *)alloc_zero(m->table.total, sizeof(real));
-        backend->get_block(host[k], m, blocks[k]);
-        if (!all_finite(host[k], m->table.total))
+        const real *block = t->backend->host_block(m, saved_blocks[k], t->room[k]);
+        if (!all_finite(block, m->table.total))
             die("step %d: the weights are no longer finite numbers, so %s was not written; try a smaller "
                 "--lr",
-                step, path);
-        for (int i = 0; i < m->table.count; i++) {
-            const Tensor *t = &m->table.tensors[i];
-            if (!t->trained) continue;
-            SafeItem *item = &items[n++];
-            snprintf(item->name, sizeof(item->name), "%s%s", block_prefix[blocks[k]], t->name);
-            item->dtype = real_dtype(), item->ndim = t->ndim, item->data = host[k] + t->offset;
-            memcpy(item->shape, t->shape, sizeof(item->shape));
-        }
+                t->step, t->folder.checkpoint);
+        count = items_add(t->items, count, &m->table, block, block_prefix[saved_blocks[k]], 0);
     }
-    safe_write(path, pairs, pair_count, items, n);
-    for (int k = 0; k < 4; k++) free(host[k]);
-    free(items);
+    safe_write(t->folder.checkpoint, pairs, run_pairs(pairs, "srdit-checkpoint-1", t), t->items, count);
+    t->saved = t->step;
 }
 
 // The EMA under the reference implementation's names, with its fixed tables: what its load_state_dict(strict)
 // takes
-static void export_write(const char *path, const Backend *backend, Model *m, const Run *run, const Data *d,
-                         int step) {
+static void export_write(Training *t) {
     SafePair pairs[MAX_PAIRS];
-    int pair_count = run_pairs(pairs, "srdit-export-1", &m->c, run, d, step);
-    SafeItem *items = (SafeItem *)alloc_zero((size_t)m->table.count, sizeof(SafeItem));
-    real *host = (real *)alloc_zero(m->table.total, sizeof(real));
-    backend->get_block(host, m, EMA);
-    for (int i = 0; i < m->table.count; i++) {
-        const Tensor *t = &m->table.tensors[i];
-        snprintf(items[i].name, sizeof(items[i].name), "%s", t->name);
-        items[i].dtype = real_dtype(), items[i].ndim = t->ndim, items[i].data = host + t->offset;
-        memcpy(items[i].shape, t->shape, sizeof(items[i].shape));
-    }
-    safe_write(path, pairs, pair_count, items, m->table.count);
-    free(items), free(host);
+    const real *block = t->backend->host_block(t->model, EMA, t->room[0]);
+    int count = items_add(t->items, 0, &t->model->table, block, "", 1);
+    safe_write(t->run.export_to, pairs, run_pairs(pairs, "srdit-export-1", t), t->items, count);
+    printf("%s: the EMA of step %d\n", t->run.export_to, t->step);
 }
 
 static SafeFile *checkpoint_open(const char *path, Config *c) {
@@ -1864,47 +1923,25 @@ static void checkpoint_block(real *host, const Table *table, const SafeFile *f, 
 }
 
 static void checkpoint_load(const Backend *backend, Model *m, const SafeFile *f) {
-    static const enum Block blocks[] = {PARAMS, EMA, ADAM_M, ADAM_V};
     real *host = (real *)alloc_zero(m->table.total, sizeof(real));
     backend->get_block(host, m, PARAMS);   // for the fixed tables
     for (int k = 0; k < 4; k++) {
-        checkpoint_block(host, &m->table, f, block_prefix[blocks[k]]);
-        backend->put_block(m, host, blocks[k]);
+        checkpoint_block(host, &m->table, f, block_prefix[saved_blocks[k]]);
+        backend->put_block(m, host, saved_blocks[k]);
     }
     free(host);
 }
 
 // ----------------------------------------------------------------------------------------------------------
-// Command line
-
-#define OPTION(name, field, kind, low, high, help) {name, kind, offsetof(Run, field), low, high, 0, help, 0}
-static const Option run_options[] = {
-    OPTION("model", model, TEXT, 0, 0, "nano, or S, B, L, XL with a patch size, such as B/1 [nano]"),
-    OPTION("data", data, LIST, 0, 0, "one or more data shards [data/digits.safetensors]"),
-    OPTION("out", out, TEXT, 0, 0, "folder for checkpoint.safetensors, samples.png, log.csv [out]"),
-    OPTION("steps", steps, WHOLE, 0, 1e9, "training steps in all"),
-    OPTION("batch", batch, WHOLE, 1, 1e6, "samples a step"),
-    OPTION("accum", accum, WHOLE, 0, 1e6, "parts that a batch is computed in, to save memory; 0: chosen"),
-    OPTION("seed", seed, SEED, 0, 9e15, "of everything random"),
-    OPTION("resume", resume, TEXT, 0, 0, "go on from this checkpoint, bit for bit"),
-    OPTION("export", export_to, TEXT, 0, 0,
-           "at the end write the EMA under the reference implementation's names"),
-    OPTION("log_every", log_every, WHOLE, 1, 1e9,
-           "steps between lines; a line shows the mean since the last"),
-    OPTION("save_every", save_every, WHOLE, 1, 1e9, "steps between checkpoints"),
-    OPTION("sample_every", sample_every, WHOLE, 0, 1e9, "steps between pictures; 0: one at the end"),
-    OPTION("sample_steps", sample_steps, WHOLE, 1, 1e6, "network evaluations a picture"),
-    OPTION("threads", threads, WHOLE, 0, 4096, "CPU threads; 0: what OpenMP chooses"),
-};
-enum { RUN_OPTIONS = sizeof(run_options) / sizeof(run_options[0]) };
+// Training
 
 static void print_help(const char *program, const OptionTable *run_table, const OptionTable *config) {
     printf("Trains SR-DiT, the Speedrun Diffusion Transformer (arXiv 2512.12386).\n\n"
            "  %s                                          nano on the bundled digits\n"
            "  %s --resume out/checkpoint.safetensors --steps 3000\n"
            "  %s --no-align --no-cls --steps 500 --out out/plain    two of the paper's techniques off\n\n"
-           "Options, with their defaults for --model %s:\n", program, program, program,
-           ((const Run *)run_table->fields)->model);
+           "Options, with their defaults for --model %s:\n",
+           program, program, program, ((const Run *)run_table->fields)->model);
     options_print(run_table, 0, 22);
     printf("\nSizes, loss and optimizer:\n");
     options_print(config, 0, 22);
@@ -1913,16 +1950,82 @@ static void print_help(const char *program, const OptionTable *run_table, const 
     printf("\nCtrl-C ends the step, writes the checkpoint and says how to go on.\n");
 }
 
-// ----------------------------------------------------------------------------------------------------------
-// Training
+// A new run's defaults: those of the tables, then what --model says
+static void start_new(Config *c, Run *run) {
+    if (!model_preset(c, run->model))
+        die("--model %s: there is no such model; there are nano and S/1 S/2 S/4 B/1 ... XL/4", run->model);
+    int nano = !strcmp(run->model, "nano");
+    run->steps = nano ? 900 : 400000;
+    if (!nano) run->batch = 256;
+}
 
-static void print_start(const Config *c, const Run *run, const Data *d, const Model *m,
-                        const Backend *backend, int step) {
+// A resumed run's defaults: those that its checkpoint was written with
+static SafeFile *start_resumed(Config *c, Run *run, int *step) {
+    SafeFile *f = checkpoint_open(run->resume, c);
+    if (strcmp(safe_metadata(f, "format"), "srdit-checkpoint-1"))
+        die("%s: an export holds only weights; resume from a checkpoint", run->resume);
+    const char *name = safe_metadata(f, "model");
+    run->model = name ? name : "custom";
+    *step = (int)safe_whole(f, "step", 0, 1e9, 0);
+    run->steps = (int)safe_whole(f, "steps", 0, 1e9, 0);
+    run->batch = (int)safe_whole(f, "batch", 1, 1e6, 64);
+    run->accum = (int)safe_whole(f, "accum", 1, 1e6, 1);
+    run->seed = (uint64_t)safe_whole(f, "seed", 0, 9e15, 1);
+    return f;
+}
+
+// What fixes a tensor's shape, and the data, must be what the run was begun with. before: the settings by
+// table line
+static void check_resumed(const SafeFile *f, const OptionTable *config, const double *before, const Data *d,
+                          const char *data_path) {
+    for (int i = 0; i < config->count; i++)
+        if (config->options[i].fixed && option_get(config, i) != before[i])
+            die("%s: its %s is %g; it cannot be changed to %g", f->path, config->options[i].name, before[i],
+                option_get(config, i));
+    const char *name = safe_metadata(f, "data"), *decoder = safe_metadata(f, "decoder");
+    double samples = safe_number(f, "data_samples", (double)d->count);
+    double scale = safe_number(f, "latent_scale", d->scale),
+           offset = safe_number(f, "latent_offset", d->offset);
+    if (name && strcmp(name, d->name))
+        die("%s: it was trained on %s, and %s is %s", f->path, name, data_path, d->name);
+    if (samples != (double)d->count)
+        die("%s: it was trained on %.0f samples, and %s has %zu (are all shards given to --data?)", f->path,
+            samples, data_path, d->count);
+    if (decoder && strcmp(decoder, d->decoder))
+        die("%s: its decoder is %s, that of %s is %s", f->path, decoder, data_path, d->decoder);
+    if (scale != d->scale || offset != d->offset)
+        die("%s: its latent scale and offset are %g, %g; those of %s are %g, %g", f->path, scale, offset,
+            data_path, d->scale, d->offset);
+}
+
+// What the data dictates, where no flag says otherwise
+static void take_sizes(const OptionTable *config, const Data *d) {
+    static const char *const names[] = {"in_channels", "input_size", "num_classes", "z_dim"};
+    int sizes[] = {d->C, d->S, d->K, d->Z};
+    for (int k = 0; k < 4; k++) {
+        int i = option_find(config, names[k]);
+        if (sizes[k] && !config->given[i]) option_set(config, i, sizes[k], d->shards[0].file->path, names[k]);
+    }
+}
+
+// Parts that suit a CPU's cache: of no more than some 3000 tokens, if the batch can be halved so often
+static int parts_of(const Config *c, int batch) {
+    int parts = 1;
+    while (batch % (2 * parts) == 0 && batch / parts > 3000 / tokens_of(c)) parts *= 2;
+    return parts;
+}
+
+// Everything a run needs, printed once
+static void print_start(const Training *t) {
+    const Config *c = &t->c;
+    const Run *run = &t->run;
+    const Data *d = t->data;
+    const Model *m = t->model;
     int sparse = c->depth - c->num_f - c->num_h, off = 0;
-    printf("SR-DiT %s on the %s\n", run->model, backend->name);
+    printf("SR-DiT %s on the %s\n", run->model, t->backend->name);
     printf("  model      %d blocks (%d dense, %d sparse, %d dense), width %d, %d heads, patch %d; %d tokens, "
-           "%d kept in "
-           "the sparse blocks\n",
+           "%d kept "
+           "in the sparse blocks\n",
            c->depth, c->num_f, sparse, c->num_h, c->hidden_size, c->num_heads, c->patch_size, tokens_of(c),
            kept_of(c));
     printf("  parameters %zu trained\n  techniques ", count_trained(&m->table));
@@ -1934,8 +2037,9 @@ static void print_start(const Config *c, const Run *run, const Data *d, const Mo
     printf("  data       %s: %zu samples in %d file%s, %d classes, latents %d x %d x %d, features %d x %d\n",
            d->name, d->count, d->shard_count, d->shard_count > 1 ? "s" : "", d->K, d->C, d->S, d->S,
            d->tokens, d->Z);
-    printf("  run        steps %d to %d, batch %d in %d part%s, lr %g, seed %llu\n", step, run->steps,
-           run->batch, run->accum, run->accum > 1 ? "s" : "", c->lr, (unsigned long long)run->seed);
+    printf("  run        steps %d to %d, batch %d in %d part%s, lr %g, seed %llu, folder %s\n", t->step,
+           run->steps, run->batch, run->accum, run->accum > 1 ? "s" : "", c->lr,
+           (unsigned long long)run->seed, t->folder.name);
     printf("  memory     %.1f MB of parameters, gradients, moments and EMA, %.1f MB of activations\n",
            (double)m->parameter_bytes / 1e6, (double)m->activation_bytes / 1e6);
     printf("  build      %s, vectors of %d bytes, ", sizeof(real) == 4 ? "float" : "double", VBYTES);
@@ -1948,101 +2052,194 @@ static void print_start(const Config *c, const Run *run, const Data *d, const Mo
 }
 
 // 10 rows of samples, a column a class, as a PNG and in the terminal
-static void write_samples(const char *path, const Backend *backend, Model *m, const Run *run, const Data *d,
-                          int step) {
-    const Config *c = &m->c;
-    int columns = imin(d->K, 10), n = 10 * columns;
-    if (strcmp(d->decoder, "pixels") || (c->in_channels != 1 && c->in_channels != 3)) {
-        printf("pictures of this data need its decoder: ./sample CHECKPOINT --decoder FILE\n");
+static void write_samples(const Training *t) {
+    const Config *c = &t->c;
+    const Data *d = t->data;
+    int columns = imin(d->K, 10), n = 10 * columns, S = c->input_size, C = c->in_channels;
+    if (strcmp(d->decoder, "pixels") || (C != 1 && C != 3)) {
+        printf("pictures of this data need its decoder: ./sample %s --decoder FILE\n", t->folder.checkpoint);
         return;
     }
     double start = now_seconds();
     Sampling s = sampling_default();
-    s.steps = run->sample_steps, s.seed = run->seed;
+    s.steps = t->run.sample_steps;
+    s.seed = t->run.seed;
     size_t latent = (size_t)n * (size_t)latent_of(c);
     double *x = (double *)alloc_zero(latent, sizeof(double));
     double *cls = (double *)alloc_zero((size_t)n * (size_t)c->z_dim, sizeof(double));
     int *y = (int *)alloc_zero((size_t)n, sizeof(int));
     for (int i = 0; i < n; i++) y[i] = i % columns;
     sampler_noise(x, cls, c, &s, 0, n);
-    sample_euler_maruyama(x, cls, backend, m, &s, y, n, NULL, NULL);
-    int S = c->input_size, C = c->in_channels;
+    sample_euler_maruyama(x, cls, t->backend, t->model, &s, y, n, NULL, NULL);
     uint8_t *pixels = (uint8_t *)alloc_zero(latent, 1);
     pixels_of(pixels, x, n, C, S, S);
     Grid grid = grid_of_all(pixels, n, S, S, C, columns, imax(1, 48 / S), 2);
-    SafePair text[4] = {pair_text("Software", "SR-DiT in C"), pair_text("model", run->model),
-                        pair_number("step", step), pair_number("seed", (double)run->seed)};
-    png_write(path, &grid.p, text, 4);
-    printf("%s: %d samples, one column a class, %d sampling steps, %.1f s\n", path, n, s.steps,
+    SafePair text[4] = {pair_text("Software", "SR-DiT in C"), pair_text("model", t->run.model),
+                        pair_number("step", t->step), pair_number("seed", (double)t->run.seed)};
+    png_write(t->folder.picture, &grid.p, text, 4);
+    printf("%s: %d samples, one column a class, %d sampling steps, %.1f s\n", t->folder.picture, n, s.steps,
            now_seconds() - start);
     if (isatty(STDOUT_FILENO)) pictures_show(pixels, n, S, S, C, columns);
     fflush(stdout);
     free(grid.p.pixels), free(pixels), free(x), free(cls), free(y);
 }
 
-// log.csv: a fresh one, or on resume the rows up to `step` of the one that is there
-static FILE *log_open(const char *path, int step) {
-    char line[1024], *kept = NULL;
-    size_t length = 0;
-    FILE *memory = open_memstream(&kept, &length), *old = step ? fopen(path, "r") : NULL;
-    if (!memory) die("%s: out of memory", path);
-    fprintf(memory, "step,loss,denoise,cls,align,cfm,grad_norm,lr,ms_per_step,images_per_s\n");
-    while (old && fgets(line, sizeof(line), old))
-        if (isdigit((unsigned char)line[0]) && atoi(line) <= step && strchr(line, '\n')) fputs(line, memory);
-    if (old) fclose(old);
-    fclose(memory);
-    FILE *log = fopen(path, "w");
-    if (!log || fwrite(kept, 1, length, log) != length || fflush(log))
-        die("%s: cannot be written: %s", path, strerror(errno));
-    free(kept);
-    return log;
+// The dashboard: a line in the terminal and in log.csv, of means over the steps since the last one
+static void log_line(Training *t) {
+    Log *log = &t->log;
+    const Run *run = &t->run;
+    const Losses *sum = &log->sum;
+    char total[16];
+    int digits = snprintf(total, sizeof(total), "%d", run->steps);
+    double now = now_seconds(), ms = 1000 * (now - log->since) / log->steps, k = 1.0 / log->steps;
+    double left = (now - log->begin - log->paused) / (t->step - t->first) * (run->steps - t->step);
+    if (!log->file)
+        log->file = log_open(
+            t->folder.log, "step,loss,denoise,cls,align,cfm,grad_norm,lr,ms_per_step,images_per_s", t->first);
+    if (log->lines++ % 20 == 0)
+        printf("%*s      loss  denoise     cls    align      cfm     norm       lr      ms   img/s    left\n",
+               2 * digits + 1, "step");
+    printf("%*d/%d %9.5f %8.5f %7.4f %8.4f %8.4f %8.4f %8.1e %7.1f %7.0f %4d:%02d\n", digits, t->step,
+           run->steps, sum->total * k, sum->denoise * k, sum->cls * k, sum->align * k, sum->cfm * k,
+           sum->grad_norm, t->c.lr, ms, 1000 * run->batch / ms, (int)left / 60, (int)left % 60);
+    fprintf(log->file, "%d,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%g,%.4g,%.5g\n", t->step, sum->total * k,
+            sum->denoise * k, sum->cls * k, sum->align * k, sum->cfm * k, sum->grad_norm, t->c.lr, ms,
+            1000 * run->batch / ms);
+    fflush(stdout);
+    if (fflush(log->file)) die("%s: cannot be written: %s", t->folder.log, strerror(errno));
+    memset(&log->sum, 0, sizeof(log->sum));
+    log->steps = 0;
+    log->since = now_seconds();
+}
+static void log_add(Log *log, const Losses *one) {
+    log->sum.total += one->total;
+    log->sum.denoise += one->denoise;
+    log->sum.cls += one->cls;
+    log->sum.align += one->align;
+    log->sum.cfm += one->cfm;
+    log->sum.grad_norm = one->grad_norm;
 }
 
-// Parts that suit a CPU's cache: of no more than some 3000 tokens, if the batch can be halved so often
-static int parts_of(const Config *c, int batch) {
-    int parts = 1;
-    while (batch % (2 * parts) == 0 && batch / parts > 3000 / tokens_of(c)) parts *= 2;
-    return parts;
+// Forward and backward of step `step` (from 0), part by part. bad: where it is not NULL, what is not finite
+static void forward_backward_step(Training *t, int step, char bad[96]) {
+    t->backend->zero_gradients(t->model);
+    for (int k = 0; k < t->run.accum && !(bad && *bad); k++) {
+        batch_load(t->batch, t->data, &t->c, t->run.seed, step, k * t->batch->B, t->run.batch);
+        t->backend->forward_backward(t->model, t->batch);
+        if (bad) find_bad(bad, t->backend, t->model, t->batch);
+    }
+}
+
+// The end of a run whose step `step` (from 1) was not finite: the state is still that of the step before, so
+// that the step can be made once more to see where it began.
+__attribute__((noreturn)) static void report_not_finite(Training *t, int step) {
+    char bad[96] = "";
+    forward_backward_step(t, step - 1, bad);
+    die("step %d: the loss or its gradient is not a finite number; first bad: %s. %s%s; try a smaller --lr",
+        step, *bad ? bad : "unknown",
+        t->saved >= 0 ? "The last checkpoint is " : "No checkpoint was written yet",
+        t->saved >= 0 ? t->folder.checkpoint : "");
+}
+
+static void train(Training *t) {
+    const Run *run = &t->run;
+    Log *log = &t->log;
+    log->begin = log->since = now_seconds();
+    while (t->step < run->steps && !interrupted) {
+        forward_backward_step(t, t->step, NULL);
+        t->backend->update(t->model, ++t->step);
+        log->steps++;
+        int last = t->step == run->steps || interrupted, save = last || t->step % run->save_every == 0;
+        int line = save || t->step % run->log_every == 0 || t->step == 1;
+        if (t->backend != &cpu_backend && !line) continue;   // reading waits for a GPU
+        Losses now = t->backend->read_losses(t->model);
+        if (now.bad_step) report_not_finite(t, now.bad_step);
+        log_add(log, &now);
+        if (line) log_line(t);
+        if (save) checkpoint_write(t);
+        if (!last && run->sample_every && t->step % run->sample_every == 0) write_samples(t);
+        if (!line) continue;
+        log->paused += now_seconds() - log->since;   // checkpoints and pictures
+        log->since = now_seconds();
+    }
+    if (t->step > t->first && t->saved != t->step) checkpoint_write(t);
+}
+
+// What was made, or how to go on
+static void report_end(Training *t, const char *program) {
+    if (interrupted && t->step == t->first)
+        printf("\ninterrupted before the first step; nothing was written to %s\n", t->folder.name);
+    else if (interrupted) {
+        printf("\ninterrupted after step %d; to go on:  %s --resume %s", t->step, program,
+               t->folder.checkpoint);
+        for (int i = 0; i < t->run.data.count; i++) printf("%s %s", i ? "" : " --data", t->run.data.items[i]);
+        printf("\n");
+    } else if (t->step > t->first) {
+        printf("\n%s: written after step %d, %.1f s\n", t->folder.checkpoint, t->step,
+               now_seconds() - t->log.begin);
+        write_samples(t);
+    } else printf("no step was asked for, and nothing was written to %s\n", t->folder.name);
+}
+
+// All that a run works on, from the settings; whatever is wrong is said here, before the first step.
+static Training training_open(const Config *c, const Run *run, const Backend *backend, Data *d,
+                              SafeFile *resume, int step) {
+    Training t;
+    memset(&t, 0, sizeof(t));
+    t.c = *c;
+    t.run = *run;
+    t.backend = backend;
+    t.data = d;
+    t.first = t.step = step;
+    t.saved = -1;
+    t.folder = folder_open(run->out, run->resume, run->overwrite);
+    if (run->steps > step) file_probe(t.folder.checkpoint);   // better to know now than after the training
+    if (run->export_to) file_probe(run->export_to);
+    if (!t.run.accum) t.run.accum = backend == &cpu_backend ? parts_of(c, run->batch) : 1;
+    t.model = backend->create(c, run->batch / t.run.accum, run->seed);
+    if (resume) checkpoint_load(backend, t.model, resume);
+    t.batch = batch_create(c, run->batch / t.run.accum);
+    t.batch->on_device = backend != &cpu_backend;
+    t.items = (SafeItem *)alloc_zero(4 * (size_t)t.model->table.count, sizeof(SafeItem));
+    for (int k = 0; k < 4 && backend != &cpu_backend; k++)
+        t.room[k] = (real *)alloc_zero(t.model->table.total, sizeof(real));
+    return t;
+}
+static void training_close(Training *t) {
+    if (t->log.file && fclose(t->log.file)) die("%s: cannot be written: %s", t->folder.log, strerror(errno));
+    for (int k = 0; k < 4; k++) free(t->room[k]);
+    free(t->items);
+    batch_free(t->batch);
+    t->backend->destroy(t->model);
+    data_close(t->data);
+    close(t->folder.lock);
 }
 
 static int train_main(int argc, char **argv, const Backend *backend) {
-    char *default_data[] = {(char *)"data/digits.safetensors"};
+    static char *default_data[] = {(char *)"data/digits.safetensors"};
     Config c = config_default();
     Run run;
-    memset(&run, 0, sizeof(run));   // 0 steps, batch, accum, threads: chosen below
-    run.data.items = default_data, run.data.count = 1, run.model = "nano", run.out = "out";
-    run.log_every = 50, run.save_every = 500, run.sample_steps = 50, run.seed = 1;
+    memset(&run, 0, sizeof(run));
     int given[CONFIG_OPTIONS] = {0}, step = 0, help = wants_help(argc, argv);
-    OptionTable tables[2] = {{run_options, RUN_OPTIONS, &run, NULL}, config_table(&c)};
-    tables[1].given = given;
-    SafeFile *resume = NULL;
-    const char *model_flag = text_after("--model", argc, argv);   // these two come first, whatever their place
-    if (model_flag) run.model = model_flag;
-    run.resume = text_after("--resume", argc, argv);
-    if (run.resume && !help) {
-        resume = checkpoint_open(run.resume, &c);
-        if (strcmp(safe_metadata(resume, "format"), "srdit-checkpoint-1"))
-            die("%s: an export holds only weights; resume from a checkpoint", run.resume);
-        const char *name = safe_metadata(resume, "model");
-        run.model = name ? name : "custom";
-        step = (int)safe_whole(resume, "step", 0, 1e9, 0),
-        run.steps = (int)safe_whole(resume, "steps", 0, 1e9, 0);
-        run.batch = (int)safe_whole(resume, "batch", 1, 1e6, 64);
-        run.accum = (int)safe_whole(resume, "accum", 1, 1e6, 1);
-        run.seed = (uint64_t)safe_whole(resume, "seed", 0, 9e15, 1);
-    } else {
-        if (!model_preset(&c, run.model))
-            die("--model %s: there is no such model; there are nano and S/1 S/2 S/4 B/1 ... XL/4", run.model);
-        run.batch = strcmp(run.model, "nano") ? 256 : 64,
-        run.steps = strcmp(run.model, "nano") ? 400000 : 900;
-    }
+    double before[CONFIG_OPTIONS];
+    OptionTable run_table = {run_options, RUN_OPTIONS, &run, NULL}, config = config_table(&c);
+    options_reset(&run_table);
+    config.given = given;
+    run.data.items = default_data;
+    run.data.count = 1;
+
+    const char *model_flag = text_after("--model", argc, argv);   // these two come first, wherever they stand
+    run.model = model_flag ? model_flag : "nano";
+    run.resume = help ? NULL : text_after("--resume", argc, argv);
+    SafeFile *resume = run.resume ? start_resumed(&c, &run, &step) : NULL;
+    if (!resume) start_new(&c, &run);
     if (help) {
-        print_help(argv[0], &tables[0], &tables[1]);
+        print_help(argv[0], &run_table, &config);
         return 0;
     }
-    double before[CONFIG_OPTIONS];
-    for (int i = 0; i < CONFIG_OPTIONS; i++) before[i] = option_get(&tables[1], i);
+    for (int i = 0; i < config.count; i++) before[i] = option_get(&config, i);
     const char *model_name = run.model;
+    OptionTable tables[2] = {run_table, config};
     options_parse(tables, 2, NULL, argc, argv);
     if (resume && strcmp(model_name, run.model))
         die("--model %s: the checkpoint's model is %s", run.model, model_name);
@@ -2053,148 +2250,18 @@ static int train_main(int argc, char **argv, const Backend *backend) {
     if (run.threads) omp_set_num_threads(run.threads);
 
     Data *d = data_open(run.data.items, run.data.count);
-    if (resume) {   // the run must go on with what it was begun with
-        for (int i = 0; i < CONFIG_OPTIONS; i++)
-            if (config_options[i].fixed && option_get(&tables[1], i) != before[i])
-                die("%s: its %s is %g; it cannot be changed to %g", run.resume, config_options[i].name, before[i],
-                    option_get(&tables[1], i));
-        const char *name = safe_metadata(resume, "data"), *decoder = safe_metadata(resume, "decoder");
-        if (name && strcmp(name, d->name))
-            die("%s: it was trained on %s, and %s is %s", run.resume, name, run.data.items[0], d->name);
-        if (safe_number(resume, "data_samples", (double)d->count) != (double)d->count)
-            die("%s: it was trained on %.0f samples, and %s has %zu (are all shards given to --data?)",
-                run.resume, safe_number(resume, "data_samples", 0), run.data.items[0], d->count);
-        if (decoder && strcmp(decoder, d->decoder))
-            die("%s: its decoder is %s, that of %s is %s", run.resume, decoder, run.data.items[0], d->decoder);
-        if (safe_number(resume, "latent_scale", d->scale) != d->scale ||
-            safe_number(resume, "latent_offset", d->offset) != d->offset)
-            die("%s: its latent scale and offset are %g, %g; those of %s are %g, %g", run.resume,
-                safe_number(resume, "latent_scale", 0), safe_number(resume, "latent_offset", 0), run.data.items[0],
-                d->scale, d->offset);
-    } else {        // what the data dictates, where no flag says otherwise
-        int *sizes[] = {&c.in_channels, &c.input_size, &c.num_classes, &c.z_dim},
-            from_data[] = {d->C, d->S, d->K, d->Z};
-        for (int i = 0; i < 4; i++) {
-            int flagged = 0;
-            for (int k = 0; k < CONFIG_OPTIONS; k++)
-                flagged |= given[k] && option_field(&tables[1], k) == sizes[i];
-            if (!flagged && from_data[i]) *sizes[i] = from_data[i];
-        }
-    }
+    if (resume) check_resumed(resume, &config, before, d, run.data.items[0]);
+    else take_sizes(&config, d);
     config_check(&c, "the model");
     data_check(d, &c);
-
-    char path[PATH_MAX], picture[PATH_MAX], log_path[PATH_MAX];
-    make_folder(run.out);
-    int folder = open(run.out, O_RDONLY | O_DIRECTORY);   // locked until the program ends
-    if (folder < 0 || (flock(folder, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK))
-        die("%s: another run is writing there; give this one another --out", run.out);
-    if (run.export_to) {   // better to know now than after the training
-        char temporary[PATH_MAX];
-        fclose(file_begin(temporary, run.export_to));
-        unlink(temporary);
-    }
-    snprintf(path, sizeof(path), "%s/checkpoint.safetensors", run.out);
-    snprintf(picture, sizeof(picture), "%s/samples.png", run.out);
-    snprintf(log_path, sizeof(log_path), "%s/log.csv", run.out);
-    if (!resume && !access(path, F_OK)) {   // a new run does not destroy an old one's work
-        char old[PATH_MAX];
-        if (snprintf(old, sizeof(old), "%s/checkpoint.old.safetensors", run.out) < PATH_MAX &&
-            !rename(path, old))
-            printf("%s: kept as %s\n", path, old);
-    }
-    if (!run.accum) run.accum = backend == &cpu_backend ? parts_of(&c, run.batch) : 1;
-    Model *m = backend->create(&c, run.batch / run.accum, run.seed);
-    if (resume) checkpoint_load(backend, m, resume);
-    print_start(&c, &run, d, m, backend, step);
-    Batch *batch = batch_create(&c, run.batch / run.accum);
-    batch->on_device = backend != &cpu_backend;
-    FILE *log = log_open(log_path, step);
+    Training t = training_open(&c, &run, backend, d, resume, step);
+    print_start(&t);
     catch_interrupts();
-
-    Losses sum;
-    memset(&sum, 0, sizeof(sum));
-    int first = step, counted = 0, saved = -1, lines = 0, width;
-    char total[16];
-    snprintf(total, sizeof(total), "%d", run.steps);
-    width = 2 * (int)strlen(total) + 1;
-    double begin = now_seconds(), since = begin, logged = begin,
-           paused = 0;   // pauses: pictures and checkpoints
-    while (step < run.steps && !interrupted) {
-        backend->zero_gradients(m);
-        for (int k = 0; k < run.accum; k++) {
-            batch_load(batch, d, &c, run.seed, step, k * batch->B, run.batch);
-            backend->forward_backward(m, batch);
-        }
-        backend->update(m, ++step);
-        counted++;
-        int last = step == run.steps || interrupted, save = last || step % run.save_every == 0;
-        int log_now = last || save || step % run.log_every == 0 || step == 1;
-        if (backend == &cpu_backend ||
-            log_now) {   // reading waits for a GPU, so there only where a line is due
-            Losses now = backend->read_losses(m);
-            if (!(fabs(now.total) < INFINITY && now.grad_norm < INFINITY)) {
-                char bad[96] = "";
-                backend->zero_gradients(m);
-                for (int k = 0; k < run.accum && !bad[0]; k++) {   // once more, to see where it began
-                    batch_load(batch, d, &c, run.seed, step - 1, k * batch->B, run.batch);
-                    backend->forward_backward(m, batch);
-                    find_bad(bad, backend, m, batch);
-                }
-                die("step %d: the loss or its gradient is not a finite number; first bad: %s. %s%s; try a "
-                    "smaller --lr",
-                    step, bad[0] ? bad : "unknown",
-                    saved >= 0 ? "The last checkpoint is " : "No checkpoint was written yet",
-                    saved >= 0 ? path : "");
-            }
-            sum.total += now.total, sum.denoise += now.denoise, sum.cls += now.cls, sum.align += now.align,
-                sum.cfm += now.cfm;
-            sum.grad_norm = now.grad_norm;
-        }
-        if (log_now) {
-            double ms = 1000 * (now_seconds() - since) / counted, k = 1.0 / counted;
-            double left = (now_seconds() - begin - paused) / (step - first) * (run.steps - step);
-            if (lines++ % 20 == 0)
-                printf("%*s      loss  denoise     cls    align      cfm     norm       lr      ms   img/s   "
-                       " left\n",
-                       width, "step");
-            printf("%*d/%d %9.5f %8.5f %7.4f %8.4f %8.4f %8.4f %8.1e %7.1f %7.0f %4d:%02d\n",
-                   width - 1 - (int)strlen(total), step, run.steps, sum.total * k, sum.denoise * k,
-                   sum.cls * k, sum.align * k, sum.cfm * k, sum.grad_norm, c.lr, ms, 1000 * run.batch / ms,
-                   (int)left / 60, (int)left % 60);
-            fprintf(log, "%d,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%g,%.4g,%.5g\n", step, sum.total * k,
-                    sum.denoise * k, sum.cls * k, sum.align * k, sum.cfm * k, sum.grad_norm, c.lr, ms,
-                    1000 * run.batch / ms);
-            fflush(stdout);
-            if (fflush(log)) die("%s: cannot be written: %s", log_path, strerror(errno));
-            memset(&sum, 0, sizeof(sum)), counted = 0, logged = now_seconds();
-        }
-        if (save) checkpoint_write(path, backend, m, &run, d, step), saved = step;
-        if (!last && run.sample_every && step % run.sample_every == 0)
-            write_samples(picture, backend, m, &run, d, step);
-        if (log_now) paused += now_seconds() - logged, since = now_seconds();
-    }
-    if (step > first && saved != step) checkpoint_write(path, backend, m, &run, d, step), saved = step;
-    if (fclose(log)) die("%s: cannot be written: %s", log_path, strerror(errno));
-    if (interrupted && step == first)
-        printf("\ninterrupted before the first step; nothing was written to %s\n", path);
-    else if (interrupted) {
-        printf("\ninterrupted after step %d; to go on:  %s --resume %s", step, argv[0], path);
-        for (int i = 0; i < run.data.count; i++) printf("%s %s", i ? "" : " --data", run.data.items[i]);
-        printf(" --out %s\n", run.out);
-    } else {
-        if (step > first) printf("\n%s: written after step %d, %.1f s\n", path, step, now_seconds() - begin);
-        write_samples(picture, backend, m, &run, d, step);
-    }
-    if (run.export_to) {
-        export_write(run.export_to, backend, m, &run, d, step);
-        printf("%s: the EMA of step %d\n", run.export_to, step);
-    }
-    batch_free(batch);
-    backend->destroy(m);
+    train(&t);
+    report_end(&t, argv[0]);
+    if (run.export_to) export_write(&t);
+    training_close(&t);
     if (resume) safe_close(resume);
-    data_close(d);
-    close(folder);
     if (fflush(stdout) || ferror(stdout)) die("standard output: %s", strerror(errno));
     return interrupted ? 130 : 0;
 }

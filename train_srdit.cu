@@ -2622,6 +2622,10 @@ static void get_block(real *host, Model *m, enum Block which) {
                           cudaMemcpyDeviceToHost, stream));
     CHECK(cudaStreamSynchronize(stream));
 }
+static const real *host_block(Model *m, enum Block which, real *room) {
+    gpu::get_block(room, m, which);
+    return room;
+}
 static void put_block(Model *m, const real *host, enum Block which) {
     GpuModel *g = gpu_of(m);
     CHECK(cudaMemcpyAsync(device_block(g, which), host, m->table.total * sizeof(real), cudaMemcpyHostToDevice,
@@ -2807,9 +2811,8 @@ static void model_destroy(Model *m) {
 }   // namespace gpu
 
 static const Backend gpu_backend = {
-    "GPU",           gpu::model_create, gpu::model_destroy, gpu::zero_gradients, gpu::forward_backward,
-    gpu::update,     gpu::read_losses,  gpu::velocity,      gpu::get_block,      gpu::put_block,
-    gpu::activation};
+    "GPU", gpu::model_create, gpu::model_destroy, gpu::zero_gradients, gpu::forward_backward, gpu::update,
+    gpu::read_losses, gpu::velocity, gpu::get_block, gpu::host_block, gpu::put_block, gpu::activation};
 
 #ifndef TRAIN_SRDIT_CU_NO_MAIN
 int main(int argc, char **argv) {

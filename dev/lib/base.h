@@ -43,13 +43,12 @@ typedef double real;
 typedef float real;
 #define REAL_EPS 1.1920928955078125e-07
 #endif
-#ifndef HOST_DEVICE    // train_srdit.cu defines it, so that its kernels draw the same random numbers
+#ifndef HOST_DEVICE   // train_srdit.cu defines it, so that its kernels draw the same random numbers
 #define HOST_DEVICE
 #endif
 
 // One sentence on stderr and the end: for mistakes of the user's, and for a machine that cannot go on.
-__attribute__((noreturn, format(printf, 1, 2)))
-static void die(const char *format, ...) {
+__attribute__((noreturn, format(printf, 1, 2))) static void die(const char *format, ...) {
     va_list args;
     va_start(args, format);
     fflush(stdout);
@@ -103,6 +102,18 @@ static void file_end(FILE *out, const char *temporary, const char *path) {
         unlink(temporary);
         die("%s: cannot be written: %s; a file that had this name is untouched", path, strerror(error));
     }
+}
+// Ends the program early where file_begin(path) would fail later; nothing is changed.
+static void file_probe(const char *path) {
+    char temporary[PATH_MAX];
+    struct stat st;
+    if (!stat(path, &st) && !S_ISREG(st.st_mode))
+        die("%s: there is something of that name that is not a file", path);
+    if (snprintf(temporary, PATH_MAX, "%s.part", path) >= PATH_MAX) die("%s: the name is too long", path);
+    int fresh = lstat(temporary, &st), file = open(temporary, O_WRONLY | O_CREAT, 0666);
+    if (file < 0) die("%s: cannot be written: %s", temporary, strerror(errno));
+    close(file);
+    if (fresh) unlink(temporary);
 }
 #pragma GCC diagnostic pop
 #endif

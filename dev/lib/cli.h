@@ -1,16 +1,14 @@
 // The command line of the programs: one table describes each setting (its name in files, its flag, its range,
-// its help), and drives parsing, the help text and what a checkpoint says. Also the folder of a run, Ctrl-C, and
-// how threads wait for each other.
+// its help), and drives parsing, the help text and what a checkpoint says. Also Ctrl-C, and how
+// threads wait for each other.
 //
 //   Option, OptionTable      a line of such a table; a table and the struct whose fields it fills
 //   options_parse            argv into those fields; a mistake is one sentence with "did you mean"
 //   options_print            the lines of --help
 //   option_get, option_set   one field as a number, by its table line, range checked
-//   newest_run               the checkpoint that a command means that names none
 #ifndef SRDIT_CLI_H
 #define SRDIT_CLI_H
 #include "base.h"
-#include <glob.h>
 #include <signal.h>
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wunused-function"   // a program takes what it needs
@@ -19,25 +17,33 @@
 // Options
 
 enum Kind {
-    TEXT,         // const char *
-    LIST,         // TextList: all words up to the next flag
-    WHOLE,        // int
-    SEED,         // uint64_t, a whole number
-    NUMBER,       // double
-    SWITCH,       // int, set to 1 by --name
-    TECHNIQUE     // int, set to 0 by --no-name
+    TEXT,       // const char *
+    LIST,       // TextList: all words up to the next flag
+    WHOLE,      // int
+    SEED,       // uint64_t, a whole number
+    NUMBER,     // double
+    SWITCH,     // int, set to 1 by --name
+    TECHNIQUE   // int, set to 0 by --no-name
 };
-typedef struct { char **items; int count; } TextList;
 typedef struct {
-    const char *name;              // drop_ratio: its flag is --drop-ratio (a technique's --no-drop-ratio)
+    char **items;
+    int count;
+} TextList;
+typedef struct {
+    const char *name;   // drop_ratio: its flag is --drop-ratio (a technique's --no-drop-ratio)
     enum Kind kind;
-    size_t offset;                 // of the field in its struct
-    double low, high;              // range of a number
-    int fixed;                     // 1: decides the shape of a tensor, so it cannot change when a run goes on
+    size_t offset;      // of the field in its struct
+    double low, high;   // range of a number
+    int fixed;          // 1: decides the shape of a tensor, so it cannot change when a run goes on
     const char *help;
-    double initial;                // what options_reset sets a number to
+    double initial;   // what options_reset sets a number to
 } Option;
-typedef struct { const Option *options; int count; void *fields; int *given; } OptionTable;   // given may be NULL
+typedef struct {
+    const Option *options;
+    int count;
+    void *fields;
+    int *given;
+} OptionTable;   // given may be NULL
 
 static void *option_field(const OptionTable *t, int i) { return (char *)t->fields + t->options[i].offset; }
 
@@ -45,7 +51,8 @@ static double option_get(const OptionTable *t, int i) {
     const void *field = option_field(t, i);
     enum Kind kind = t->options[i].kind;
     return kind == NUMBER ? *(const double *)field
-           : kind == SEED ? (double)*(const uint64_t *)field : (double)*(const int *)field;
+           : kind == SEED ? (double)*(const uint64_t *)field
+                          : (double)*(const int *)field;
 }
 // name: what a message calls the setting, a flag or a key of `where`'s metadata
 static void option_set(const OptionTable *t, int i, double value, const char *where, const char *name) {
@@ -168,43 +175,10 @@ static const char *text_after(const char *flag, int argc, char **argv) {
 }
 
 // ----------------------------------------------------------------------------------------------------------
-// Folders, Ctrl-C, threads
+// Ctrl-C, threads
 
-static void make_folder(const char *path) {   // and those above it
-    char part[PATH_MAX];
-    struct stat st;
-    if (!*path || strlen(path) >= PATH_MAX - 64) die("\"%s\": the folder's name is empty or too long", path);
-    for (size_t i = 1; i <= strlen(path) && i < sizeof(part); i++)
-        if (path[i] == '/' || !path[i]) {
-            memcpy(part, path, i), part[i] = 0;
-            if (mkdir(part, 0777) && errno != EEXIST)
-                die("%s: the folder cannot be made: %s", part, strerror(errno));
-        }
-    if (stat(path, &st) || !S_ISDIR(st.st_mode)) die("%s: is not a folder", path);
-}
-
-// The checkpoint that was written last of those in out, out-2, out-3, ..., where runs go that are given no
-// folder; 0: there is none.
-static int newest_run(char path[PATH_MAX]) {
-    glob_t found;
-    struct stat st;
-    struct timespec latest = {0, 0};
-    path[0] = 0;
-    memset(&found, 0, sizeof(found));
-    glob("out/checkpoint.safetensors", 0, NULL, &found);
-    glob("out-[0-9]*/checkpoint.safetensors", GLOB_APPEND, NULL, &found);
-    for (size_t i = 0; i < found.gl_pathc; i++) {
-        if (stat(found.gl_pathv[i], &st) || !S_ISREG(st.st_mode)) continue;
-        struct timespec t = st.st_mtim;
-        int older = t.tv_sec != latest.tv_sec ? t.tv_sec < latest.tv_sec : t.tv_nsec < latest.tv_nsec;
-        if (*path && older) continue;
-        if (snprintf(path, PATH_MAX, "%s", found.gl_pathv[i]) < PATH_MAX) latest = t;
-    }
-    globfree(&found);
-    return *path != 0;
-}
-
-static volatile sig_atomic_t interrupted;   // 1 after the first Ctrl-C or SIGTERM; the second ends the program
+static volatile sig_atomic_t
+    interrupted;   // 1 after the first Ctrl-C or SIGTERM; the second ends the program
 static void on_interrupt(int signal) { (void)signal, interrupted = 1; }
 static void catch_interrupts(void) {
     struct sigaction action;

@@ -10,7 +10,7 @@
 // itself whether a run may go on in it, and where. The checksum goes back into the header at the end.
 #ifndef SRDIT_NPZ_H
 #define SRDIT_NPZ_H
-#include "picture.h"     // for crc32_of
+#include "picture.h"   // for crc32_of
 #include <sys/file.h>
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wunused-function"   // a program takes what it needs
@@ -19,11 +19,11 @@ typedef struct {
     FILE *file;
     char temporary[PATH_MAX];
     const char *path;
-    uint8_t *head;                     // the zip header, with a zero checksum, and the npy header
-    size_t head_bytes, zip_bytes;      // of both; of the zip header alone
+    uint8_t *head;                  // the zip header, with a zero checksum, and the npy header
+    size_t head_bytes, zip_bytes;   // of both; of the zip header alone
     uint64_t image_bytes, images, done, member_bytes;
-    int wide;                          // zip64: 4 GiB or more
-    uint32_t crc;                      // of the member so far
+    int wide;       // zip64: 4 GiB or more
+    uint32_t crc;   // of the member so far
 } Npz;
 static uint64_t npz_wide_from = 0xFFFFFFFFu;   // bytes; the tests make it small
 
@@ -43,8 +43,8 @@ static void zip_common(FILE *out, const Npz *z, uint32_t crc, size_t extra) {
     put_le(out, 2, 0);                   // time and date, 1 January 1980: the same bits each time
     put_le(out, 2, 0x21);
     put_le(out, 4, crc);
-    put_le(out, 4, size);                // in the file
-    put_le(out, 4, size);                // uncompressed
+    put_le(out, 4, size);   // in the file
+    put_le(out, 4, size);   // uncompressed
     put_le(out, 2, ZIP_NAME);
     put_le(out, 2, extra);
 }
@@ -52,7 +52,7 @@ static void zip_common(FILE *out, const Npz *z, uint32_t crc, size_t extra) {
 // The extra field with the sizes that do not fit into 32 bits
 static void zip_wide_sizes(FILE *out, const Npz *z) {
     if (!z->wide) return;
-    put_le(out, 2, 1);                   // its id
+    put_le(out, 2, 1);   // its id
     put_le(out, 2, ZIP_WIDE - 4);
     put_le(out, 8, z->member_bytes);
     put_le(out, 8, z->member_bytes);
@@ -108,8 +108,8 @@ static void npz_head(Npz *z, int H, int W, const char *settings) {
 }
 
 // Ends with the reason why there[have], a file's first bytes, is not what this run could go on in.
-__attribute__((noreturn))
-static void npz_refuse(const Npz *z, char *there, size_t have, const char *settings) {
+__attribute__((noreturn)) static void npz_refuse(const Npz *z, char *there, size_t have,
+                                                 const char *settings) {
     const uint8_t *byte = (const uint8_t *)there;
     size_t at = ZIP_HEAD + ZIP_NAME, extra = have > at ? byte[28] | (size_t)byte[29] << 8 : 0;
     int ours = have > at + 4 && !memcmp(there, "PK", 2) && !memcmp(there + ZIP_HEAD, npz_member, ZIP_NAME);
@@ -134,8 +134,7 @@ static void npz_resume(Npz *z, uint64_t size, const char *settings) {
     fseeko(z->file, (off_t)z->head_bytes, SEEK_SET);
     for (uint64_t left = z->done * z->image_bytes; left;) {
         size_t k = left < (uint64_t)PIECE ? (size_t)left : (size_t)PIECE;
-        if (fread(there, 1, k, z->file) != k)
-            die("%s: cannot be read: %s", z->temporary, strerror(errno));
+        if (fread(there, 1, k, z->file) != k) die("%s: cannot be read: %s", z->temporary, strerror(errno));
         z->crc = crc32_of(z->crc, (const uint8_t *)there, k);
         left -= k;
     }
@@ -165,8 +164,8 @@ static uint64_t npz_open(Npz *z, const char *path, uint64_t n, int H, int W, con
 
     int good = 1;
     if (!z->done)
-        good = !fseeko(z->file, 0, SEEK_SET) &&
-               fwrite(z->head, 1, z->head_bytes, z->file) == z->head_bytes && !fflush(z->file);
+        good = !fseeko(z->file, 0, SEEK_SET) && fwrite(z->head, 1, z->head_bytes, z->file) == z->head_bytes &&
+               !fflush(z->file);
     off_t end = (off_t)(z->head_bytes + z->done * z->image_bytes);
     if (good && S_ISREG(st.st_mode)) good = !ftruncate(fd, end);   // what follows the last whole picture goes
     if (!good || fseeko(z->file, end, SEEK_SET)) npz_die(z);
@@ -187,16 +186,16 @@ static void npz_put(Npz *z, const uint8_t *pixels, size_t n, int channels) {
 // What zip64 puts between the directory, of `bytes` at `at`, and the archive's end
 static void zip_wide_end(FILE *out, uint64_t bytes, uint64_t at) {
     put_le(out, 4, 0x06064b50);
-    put_le(out, 8, 44);          // bytes of this record that follow
-    put_le(out, 2, 45);          // version that made it, version needed
+    put_le(out, 8, 44);   // bytes of this record that follow
+    put_le(out, 2, 45);   // version that made it, version needed
     put_le(out, 2, 45);
-    put_le(out, 4, 0);           // two numbers of disks
+    put_le(out, 4, 0);   // two numbers of disks
     put_le(out, 4, 0);
-    put_le(out, 8, 1);           // members on this disk, and in all
+    put_le(out, 8, 1);   // members on this disk, and in all
     put_le(out, 8, 1);
     put_le(out, 8, bytes);
     put_le(out, 8, at);
-    put_le(out, 4, 0x07064b50);  // and where this record lies
+    put_le(out, 4, 0x07064b50);   // and where this record lies
     put_le(out, 4, 0);
     put_le(out, 8, at + bytes);
     put_le(out, 4, 1);
@@ -205,24 +204,24 @@ static void zip_wide_end(FILE *out, uint64_t bytes, uint64_t at) {
 static void npz_close(Npz *z) {
     FILE *out = z->file;
     uint64_t at = z->zip_bytes + z->member_bytes, bytes = ZIP_ENTRY + ZIP_NAME + (z->wide ? ZIP_WIDE : 0);
-    put_le(out, 4, 0x02014b50);            // the directory's only entry
-    put_le(out, 2, z->wide ? 45 : 20);     // version that made it
+    put_le(out, 4, 0x02014b50);          // the directory's only entry
+    put_le(out, 2, z->wide ? 45 : 20);   // version that made it
     zip_common(out, z, z->crc, z->wide ? ZIP_WIDE : 0);
-    put_le(out, 2, 0);                     // bytes of a comment
-    put_le(out, 2, 0);                     // disk
-    put_le(out, 2, 0);                     // attributes, internal and external
+    put_le(out, 2, 0);   // bytes of a comment
+    put_le(out, 2, 0);   // disk
+    put_le(out, 2, 0);   // attributes, internal and external
     put_le(out, 4, 0);
-    put_le(out, 4, 0);                     // where the member begins
+    put_le(out, 4, 0);   // where the member begins
     fputs(npz_member, out);
     zip_wide_sizes(out, z);
     if (z->wide) zip_wide_end(out, bytes, at);
-    put_le(out, 4, 0x06054b50);            // the archive's end
-    put_le(out, 4, 0);                     // two numbers of disks
-    put_le(out, 2, 1);                     // members on this disk, and in all
+    put_le(out, 4, 0x06054b50);   // the archive's end
+    put_le(out, 4, 0);            // two numbers of disks
+    put_le(out, 2, 1);            // members on this disk, and in all
     put_le(out, 2, 1);
     put_le(out, 4, bytes);
     put_le(out, 4, z->wide ? 0xFFFFFFFFu : at);
-    put_le(out, 2, 0);                     // bytes of a comment
+    put_le(out, 2, 0);   // bytes of a comment
     if (fflush(out) || fseeko(out, 14, SEEK_SET)) npz_die(z);
     put_le(out, 4, z->crc);
     file_end(out, z->temporary, z->path);

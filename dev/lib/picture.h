@@ -14,7 +14,10 @@
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wunused-function"   // a program takes what it needs
 
-typedef struct { uint8_t *pixels; int width, height, channels; } Picture;
+typedef struct {
+    uint8_t *pixels;
+    int width, height, channels;
+} Picture;
 
 // [-1, 1] to a byte, truncated and not rounded, as the reference's scores are made
 static uint8_t pixel_of(double x) {
@@ -35,7 +38,10 @@ static void pixels_of(uint8_t *pixels, const double *planes, int n, int C, int H
 
 // Cells for n pictures of width x height: a rim of `gap` dark pixels around each, each pixel scale x scale.
 // The caller frees p.pixels.
-typedef struct { Picture p; int width, height, columns, scale, gap; } Grid;
+typedef struct {
+    Picture p;
+    int width, height, columns, scale, gap;
+} Grid;
 static Grid grid_create(int n, int width, int height, int channels, int columns, int scale, int gap) {
     Grid g;
     int rows = (n + columns - 1) / columns;
@@ -101,15 +107,22 @@ static void png_chunk(FILE *out, const char *type, const uint8_t *data, size_t n
 }
 
 // Bits of a deflate stream (RFC 1951), lowest first
-typedef struct { uint8_t *at; uint32_t bits; int count; } BitWriter;
+typedef struct {
+    uint8_t *at;
+    uint32_t bits;
+    int count;
+} BitWriter;
 static void put_bits(BitWriter *w, uint32_t value, int count) {
     w->bits |= value << w->count, w->count += count;
     for (; w->count >= 8; w->bits >>= 8, w->count -= 8) *w->at++ = (uint8_t)w->bits;
 }
 static void put_huffman(BitWriter *w, int symbol) {   // the fixed code, whose bits go highest first
     int n = symbol < 144 ? 8 : symbol < 256 ? 9 : symbol < 280 ? 7 : 8;
-    uint32_t code = (uint32_t)(symbol < 144 ? 0x30 + symbol : symbol < 256 ? 0x190 + symbol - 144
-                               : symbol < 280 ? symbol - 256 : 0xC0 + symbol - 280), turned = 0;
+    uint32_t code = (uint32_t)(symbol < 144   ? 0x30 + symbol
+                               : symbol < 256 ? 0x190 + symbol - 144
+                               : symbol < 280 ? symbol - 256
+                                              : 0xC0 + symbol - 280),
+             turned = 0;
     for (int i = 0; i < n; i++) turned |= (code >> i & 1) << (n - 1 - i);
     put_bits(w, turned, n);
 }
@@ -126,11 +139,14 @@ static size_t zlib_pack(uint8_t *packed, const uint8_t *raw, size_t n) {
     BitWriter w = {packed + 2, 0, 0};
     packed[0] = 0x78;
     packed[1] = 0x01;
-    put_bits(&w, 3, 3);      // one last block with the fixed code
+    put_bits(&w, 3, 3);   // one last block with the fixed code
     for (size_t i = 0; i < n;) {
         size_t run = 0;
         while (i && run < 258 && i + run < n && raw[i + run] == raw[i - 1]) run++;
-        if (run < 3) { put_huffman(&w, raw[i++]); continue; }
+        if (run < 3) {
+            put_huffman(&w, raw[i++]);
+            continue;
+        }
         int extra = 0, length = (int)run - 3;   // groups of four codes with 0, 0, 1, 2, ... extra bits
         while (length >> (extra + 3)) extra++;
         if (run == 258) put_huffman(&w, 285);
@@ -138,7 +154,7 @@ static size_t zlib_pack(uint8_t *packed, const uint8_t *raw, size_t n) {
             put_huffman(&w, 257 + 4 * extra + (length >> extra));
             put_bits(&w, (uint32_t)length & ((1u << extra) - 1), extra);
         }
-        put_bits(&w, 0, 5);                             // distance 1
+        put_bits(&w, 0, 5);   // distance 1
         i += run;
     }
     put_huffman(&w, 256);
@@ -154,7 +170,7 @@ static void png_write(const char *path, const Picture *p, const SafePair *pairs,
     for (int y = 0; y < p->height; y++) {
         const uint8_t *from = p->pixels + (size_t)y * row;
         uint8_t *to = raw + (row + 1) * (size_t)y;
-        *to++ = 2;           // filter "up"
+        *to++ = 2;   // filter "up"
         for (size_t i = 0; i < row; i++) to[i] = (uint8_t)(from[i] - (y ? (from - row)[i] : 0));
     }
     size_t bytes = zlib_pack(packed, raw, n);
@@ -246,11 +262,11 @@ static void iterm_send(const Picture *p) {
     uint8_t *file = (uint8_t *)alloc_zero(bytes, 1);
     memcpy(file, "BM", 2);
     little_endian(file + 2, (uint32_t)bytes);
-    little_endian(file + 10, HEAD);                     // where the pixels begin
-    little_endian(file + 14, HEAD - 14);                // the second header's size
+    little_endian(file + 10, HEAD);        // where the pixels begin
+    little_endian(file + 14, HEAD - 14);   // the second header's size
     little_endian(file + 18, (uint32_t)p->width);
-    little_endian(file + 22, (uint32_t)-p->height);     // negative: rows from the top
-    little_endian(file + 26, 1 | 24 << 16);             // planes, bits of a pixel
+    little_endian(file + 22, (uint32_t)-p->height);   // negative: rows from the top
+    little_endian(file + 26, 1 | 24 << 16);           // planes, bits of a pixel
     little_endian(file + 34, (uint32_t)(bytes - HEAD));
     for (size_t i = 0; i < width * (size_t)p->height; i++)
         for (int k = 0; k < 3; k++)

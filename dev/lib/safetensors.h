@@ -19,16 +19,16 @@ typedef struct {
     char dtype[8];
     int ndim;
     uint64_t shape[MAX_DIMS];
-    uint64_t begin, end;        // bytes, from the start of the data
+    uint64_t begin, end;   // bytes, from the start of the data
 } SafeTensor;
 
 typedef struct {
     char *path;
-    const uint8_t *map, *data;  // the whole file, and its data
+    const uint8_t *map, *data;   // the whole file, and its data
     size_t size;
-    SafeTensor *tensors;        // in order of their names
+    SafeTensor *tensors;   // in order of their names
     int count;
-    char **keys, **values;      // __metadata__
+    char **keys, **values;   // __metadata__
     int metadata_count;
 } SafeFile;
 
@@ -45,8 +45,16 @@ static int dtype_bytes(const char *dtype) {
 static double element(const void *data, const char *dtype, size_t i) {
     const uint8_t *p = (const uint8_t *)data + i * (size_t)dtype_bytes(dtype);
     int b = dtype_bytes(dtype), is_signed = dtype[0] == 'I';
-    if (!strcmp(dtype, "F64")) { double x; memcpy(&x, p, 8); return x; }
-    if (!strcmp(dtype, "F32")) { float x; memcpy(&x, p, 4); return x; }
+    if (!strcmp(dtype, "F64")) {
+        double x;
+        memcpy(&x, p, 8);
+        return x;
+    }
+    if (!strcmp(dtype, "F32")) {
+        float x;
+        memcpy(&x, p, 4);
+        return x;
+    }
     if (!strcmp(dtype, "BF16")) {   // the upper half of a float
         uint32_t bits = (uint32_t)p[0] << 16 | (uint32_t)p[1] << 24;
         float x;
@@ -65,7 +73,9 @@ static double element(const void *data, const char *dtype, size_t i) {
 }
 
 // The JSON of a header is a small part of JSON: objects, strings, lists of whole numbers.
-typedef struct { const char *p, *end, *path; } Json;
+typedef struct {
+    const char *p, *end, *path;
+} Json;
 
 __attribute__((noreturn)) static void json_die(const Json *j, const char *what) {
     die("%s: the header is not valid: %s", j->path, what);
@@ -89,10 +99,16 @@ static char *json_string(Json *j) {
     char *out = (char *)alloc_zero((size_t)(j->p - start) + 1, 1), *to = out;
     for (const char *s = start; s < j->p; s++) {
         if ((unsigned char)*s < 32) json_die(j, "a control character stands in a string");
-        if (*s != '\\') { *to++ = *s; continue; }
+        if (*s != '\\') {
+            *to++ = *s;
+            continue;
+        }
         static const char from[] = "\"\\/bfnrt", into[] = "\"\\/\b\f\n\r\t";
         const char *at = strchr(from, *++s);
-        if (at && *at) { *to++ = into[at - from]; continue; }
+        if (at && *at) {
+            *to++ = into[at - from];
+            continue;
+        }
         unsigned code = 0;
         if (*s != 'u' || s + 4 >= j->p) json_die(j, "unknown escape in a string");
         for (int k = 0; k < 4; k++) {
@@ -101,7 +117,7 @@ static char *json_string(Json *j) {
             code = code * 16 + (unsigned)(ch <= '9' ? ch - '0' : ch - 'a' + 10);
         }
         if (!code) json_die(j, "a string holds a zero character");
-        if (code < 0x80) *to++ = (char)code;                           // UTF-8, one to three bytes
+        if (code < 0x80) *to++ = (char)code;   // UTF-8, one to three bytes
         else {
             if (code < 0x800) *to++ = (char)(0xC0 | code >> 6);
             else *to++ = (char)(0xE0 | code >> 12), *to++ = (char)(0x80 | (code >> 6 & 63));
@@ -307,8 +323,17 @@ static void safe_read(real *out, const SafeFile *f, const SafeTensor *t) {
 }
 
 // A list of things to write
-typedef struct { char name[96]; const char *dtype; int ndim; int shape[4]; const void *data; } SafeItem;
-typedef struct { char key[64]; char value[512]; } SafePair;
+typedef struct {
+    char name[96];
+    const char *dtype;
+    int ndim;
+    int shape[4];
+    const void *data;
+} SafeItem;
+typedef struct {
+    char key[64];
+    char value[512];
+} SafePair;
 
 static void json_print(FILE *out, const char *s) {
     fputc('"', out);

@@ -1,5 +1,5 @@
-// Data shards in safetensors, memory-mapped (data/README.md describes them): opened and checked together, read
-// by sample.
+// Data shards in safetensors, memory-mapped (data/README.md describes them): opened and checked together,
+// read by sample.
 //
 //   data_open       one or more shards that belong together, every label and size checked
 //   data_sample     sample i: latent in the model's units, label, alignment features, CLS
@@ -12,15 +12,15 @@
 typedef struct {
     SafeFile *file;
     const SafeTensor *latents, *labels, *feats, *cls;
-    size_t count;                      // samples to train on
+    size_t count;   // samples to train on
 } Shard;
 typedef struct {
     Shard *shards;
     int shard_count;
     size_t count;
     char name[128], decoder[32];
-    double scale, offset;              // model input = stored * scale + offset
-    int C, S, K, tokens, Z;            // tokens is 0 where there are no feats
+    double scale, offset;     // model input = stored * scale + offset
+    int C, S, K, tokens, Z;   // tokens is 0 where there are no feats
 } Data;
 
 static const SafeTensor *shard_tensor(const SafeFile *f, const char *name, int ndim, int required) {
@@ -44,8 +44,9 @@ static Data *data_open(char **paths, int count) {
         if (S != s->latents->shape[3]) die("%s: tensor latents: height and width differ", f->path);
         if (!n || !C || !S || n > INT_MAX || C > 65536 || S > 4096)
             die("%s: tensor latents: no usable size", f->path);
-        if (s->labels->shape[0] != n) die("%s: tensor labels: %.0f labels for %.0f latents", f->path,
-                                          (double)s->labels->shape[0], (double)n);
+        if (s->labels->shape[0] != n)
+            die("%s: tensor labels: %.0f labels for %.0f latents", f->path, (double)s->labels->shape[0],
+                (double)n);
         if (strchr("FB", s->labels->dtype[0]))
             die("%s: tensor labels: dtype %s is no integer type", f->path, s->labels->dtype);
         if (s->feats && s->feats->shape[0] != n)
@@ -108,7 +109,6 @@ static void data_close(Data *d) {
     for (int i = 0; i < d->shard_count; i++) safe_close(d->shards[i].file);
     free(d->shards), free(d);
 }
-
 
 static void read_elements(real *out, const SafeFile *f, const SafeTensor *t, size_t first, size_t n,
                           double scale, double offset) {
