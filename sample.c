@@ -96,7 +96,7 @@ static real *decoder_tensor(Decoder *d, const SafeFile *f, const char *name, int
     int same = t->ndim == (taps ? 4 : 1);
     for (int i = 0; same && i < t->ndim; i++) same = t->shape[i] == shape[i];
     if (!same) die("%s: tensor %s: its shape does not fit the tensors before it", f->path, name);
-    if (!strchr("FB", t->dtype[0]) || !strcmp(t->dtype, "BOOL"))
+    if (!is_floating(t->type))
         die("%s: tensor %s: dtype %s where floating point is expected", f->path, name, t->dtype);
     size_t n = safe_elements(t);
     real *out = decoder_alloc(d, n);
@@ -990,7 +990,7 @@ static int sample_main(int argc, char **argv, const Backend *backend) {
     pairs[n++] = pair_format("guidance_high", "%.17g", r.high);
     pairs[n++] = pair_format("path_drop", "%d", s.path_drop);
     pairs[n++] =
-        pair_format("build", "%s, %s, vectors of %d bytes", backend->name, real_dtype(), (int)VBYTES);
+        pair_format("build", "%s, %s, vectors of %d bytes", backend->name, dtypes[real_dtype()].name, (int)VBYTES);
     int settings_count = n;
     pairs[n++] = pair_text("space", "model"), pairs[n++] = pair_number("latent_scale", viewer.scale);
     pairs[n++] = pair_number("latent_offset", viewer.offset);

@@ -90,7 +90,7 @@ static double *want_read(const SafeFile *f, const char *name, size_t n) {
     if (safe_elements(t) != n)
         die("%s: tensor %s: %zu elements where %zu are expected", f->path, name, safe_elements(t), n);
     double *out = (double *)alloc_zero(n, sizeof(double));
-    for (size_t i = 0; i < n; i++) out[i] = element(safe_data(f, t), t->dtype, i);
+    for (size_t i = 0; i < n; i++) out[i] = element(safe_data(f, t), t->type, i);
     return out;
 }
 
@@ -978,6 +978,67 @@ static void write_raw(const char *path, uint64_t length, const char *header, siz
     for (size_t i = 0; i < data_bytes; i++) fputc(0, f);
     fclose(f);
 }
+// A data set's name reaches the checkpoint as it was, and is cut between two characters
+static void test_names(void) {
+    static const char *const shard = "{\"__metadata__\":{\"classes\":\"10\",\"name\":\"%s\"},\"latents\":{"
+                                     "\"dtype\":\"U8\",\"shape\":[6,1,8,8],\"data_offsets\":[0,384]},"
+                                     "\"labels\":{\"dtype\":\"U8\",\"shape\":[6],"
+                                     "\"data_offsets\":[384,390]}}";
+    char header[1024], long_name[160], cut[160];
+    memset(long_name, 'a', 126);
+    snprintf(cut, sizeof(cut), "%.126s", long_name);
+    snprintf(long_name + 126, sizeof(long_name) - 126, "\xc3\xa9");   // bytes 127 and 128 of a name of 127
+    const char *names[2][2] = {{"dogs \\ud83d\\udc36", "dogs \xf0\x9f\x90\xb6"}, {long_name, cut}};
+    for (int i = 0; i < 2; i++) {
+        char out[32];
+        snprintf(out, sizeof(out), "name%d", i);
+        snprintf(header, sizeof(header), shard, names[i][0]);
+        write_raw(in_folder("named"), strlen(header), header, 390);
+        int status = run_self(0, NANO "--no-align --no-cls --steps 1 --sample-steps 1 --data %s --out %s",
+                              in_folder("named"), in_folder(out));
+        snprintf(out, sizeof(out), "name%d/checkpoint.safetensors", i);
+        SafeFile *f = status ? NULL : safe_open(in_folder(out));
+        const char *data = f ? safe_metadata(f, "data") : "";
+        result(!strcmp(data, names[i][1]), i ? "a name cut" : "a name beyond the basic plane", "%.20s%s",
+               data, i ? "..." : "");
+        if (f) safe_close(f);
+    }
+}
+
+// Every half and every brain float against their definition; every type read in pieces as one by one
+static void test_types(void) {
+    static uint16_t all[65536];
+    static real got[65536];
+    int wrong = 0, cases = 0;
+    for (int i = 0; i < 65536; i++) all[i] = (uint16_t)i;
+    elements_read(got, all, F16, 0, 65536, 1, 0);
+    for (int i = 0; i < 65536; i++) {
+        int e = i >> 10 & 31, m = i & 1023;
+        double x = e == 31 ? (m ? NAN : INFINITY) : e ? ldexp(1024 + m, e - 25) : ldexp(m, -24);
+        if (i >> 15) x = -x;
+        wrong += isnan(x) ? !isnan(got[i]) : got[i] != (real)x || !signbit(got[i]) != !signbit(x);
+    }
+    elements_read(got, all, BF16, 0, 65536, 1, 0);
+    for (int i = 0; i < 65536; i++) {
+        int e = i >> 7 & 255, m = i & 127;
+        double x = e == 255 ? (m ? NAN : INFINITY) : e ? ldexp(128 + m, e - 134) : ldexp(m, -133);
+        if (i >> 15) x = -x;
+        wrong += isnan(x) ? !isnan(got[i]) : got[i] != (real)x || !signbit(got[i]) != !signbit(x);
+    }
+    const uint8_t *bytes = (const uint8_t *)all + 3;   // not aligned
+    for (int type = 0; type < DTYPES; type++, cases++)
+        for (size_t first = 0; first < 7000; first += 100) {
+            elements_read(got, bytes, (enum Dtype)type, first, 100, 0.5, -1);
+            for (size_t i = 0; i < 100; i++) {
+                real one = (real)element(bytes, (enum Dtype)type, first + i),
+                     x = (real)((double)one * 0.5 - 1);
+                wrong += isnan(x) ? !isnan(got[i]) : got[i] != x;
+            }
+        }
+    result(!wrong, "number types", "%s: all F16 and BF16; %d types in pieces; %d wrong", precision, cases,
+           wrong);
+}
+
 static void test_damaged(void) {
 #define T(name, dtype, shape, from, to)                                                                      \
     "\"" name "\":{\"dtype\":\"" dtype "\",\"shape\":[" shape "],\"data_offsets\":[" from "," to "]}"
@@ -1007,6 +1068,9 @@ static void test_damaged(void) {
         {"unfinished string", "{\"a", 0, "does not end"},
         {"metadata not text", "{\"__metadata__\":{\"a\":3}}", 0, "expected"},
         {"metadata twice", "{\"__metadata__\":{},\"__metadata__\":{}}", 0, "twice"},
+        {"lone surrogate", "{\"__metadata__\":{\"a\":\"\\ud83d!\"}}", 0, "lone surrogate"},
+        {"not UTF-8", "{\"__metadata__\":{\"a\":\"\xc3(\"}}", 0, "not UTF-8"},
+        {"UTF-8, not shortest", "{\"__metadata__\":{\"a\":\"\xc0\xaf\"}}", 0, "not UTF-8"},
         {"after the end", "{} {}", 0, "something follows"}};
     for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
         char name[64];
@@ -1533,6 +1597,8 @@ int main(int argc, char **argv) {
         test_mistakes();
         test_folders();
         test_damaged();
+        test_names();
+        test_types();
         char command[64];
         snprintf(command, sizeof(command), "rm -rf %s", folder);
         if (system(command)) printf("     %s could not be removed\n", folder);

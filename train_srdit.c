@@ -1858,7 +1858,7 @@ static int items_add(SafeItem *items, int count, const Table *table, const real 
         if (!t->trained && !with_fixed) continue;
         SafeItem *item = &items[count++];
         snprintf(item->name, sizeof(item->name), "%s%s", prefix, t->name);
-        item->dtype = real_dtype();
+        item->type = real_dtype();
         item->ndim = t->ndim;
         item->data = block + t->offset;
         memcpy(item->shape, t->shape, sizeof(item->shape));
@@ -1914,7 +1914,7 @@ static void checkpoint_block(real *host, const Table *table, const SafeFile *f, 
         int same = s->ndim == t->ndim;
         for (int d = 0; same && d < t->ndim; d++) same = s->shape[d] == (uint64_t)t->shape[d];
         if (!same) die("%s: tensor %s: its shape is not that of the model in the metadata", f->path, name);
-        if (!strchr("FB", s->dtype[0]) || !strcmp(s->dtype, "BOOL"))
+        if (!is_floating(s->type))
             die("%s: tensor %s: dtype %s where floating point is expected", f->path, name, s->dtype);
         safe_read(host + t->offset, f, s);
         if (!all_finite(host + t->offset, t->size))

@@ -1,6 +1,6 @@
 // The folder of a run. It holds a checkpoint, pictures and a log, and belongs to one program at a time. A
-// command that is typed twice loses nothing: a new run never writes to a folder that holds another one, unless
-// it is told to.
+// command that is typed twice loses nothing: a new run never writes to a folder that holds another one,
+// unless it is told to.
 //
 //   folder_open     finds or makes the folder that a command means, and locks it until the program ends
 //   log_open        log.csv: fresh, or on resume the rows up to a step of the one that is there
@@ -54,8 +54,8 @@ static int same_file(const char *a, const char *b) {
 }
 
 // out: as the command line has it, NULL where it has none: then a resumed run goes on beside its checkpoint,
-// and a new one takes the first of out, out-2, out-3 ... that holds no run. A folder that holds another run is
-// refused, unless `overwrite`.
+// and a new one takes the first of out, out-2, out-3 ... that holds no run. A folder that holds another run
+// is refused, unless `overwrite`.
 static Folder folder_open(const char *out, const char *resume, int overwrite) {
     Folder f;
     char path[PATH_MAX];
