@@ -113,7 +113,7 @@ static int decoder_size(const SafeFile *f, const char *name, int dim) {
     return (int)t->shape[dim];
 }
 
-// The taps * in inputs of one row of the kernel are cut into blocks of at most KC; block q begins at conv_cut.
+// The taps * in inputs of one row of the kernel are cut into blocks of at most KC; where block q begins
 static int conv_blocks(const Conv *c) { return (c->taps * c->in + KC - 1) / KC; }
 static int conv_cut(const Conv *c, int q) { return (int)((long)c->taps * c->in * q / conv_blocks(c)); }
 
@@ -633,129 +633,92 @@ static void latents_put(LatentsOut *l, const double *x, size_t n) {
 // Command line
 
 typedef struct {
-    const char *sampler, *classes, *one_class, *decoder, *out, *separate, *npz, *latents;
+    const char *checkpoint, *sampler, *classes, *one_class, *decoder, *out, *separate, *npz, *latents;
     int steps, num, batch, threads, scale, columns, raw, no_path_drop, random_classes, show, show_steps;
     double cfg, cls_cfg, low, high;
     uint64_t seed;
+    char newest[PATH_MAX];   // the checkpoint's path where none was given
 } SampleRun;
 
-typedef struct {
-    const char *name;
-    char kind;   // t text, i whole number, u seed, d number, s switch
-    size_t offset;
-    double low, high;
-    const char *help;
-} SampleOption;
-#define SAMPLE_OPTION(flag, field, kind, low, high, help) \
-    {flag, kind, offsetof(SampleRun, field), low, high, help}
-static const SampleOption sample_options[] = {
-    SAMPLE_OPTION("--sampler", sampler, 't', 0, 0,
+#define SAMPLE_OPTION(name, field, kind, low, high, help) \
+    {name, kind, offsetof(SampleRun, field), low, high, 0, help}
+static const Option sample_options[] = {
+    SAMPLE_OPTION("sampler", sampler, TEXT, 0, 0,
                   "em: stochastic Euler-Maruyama, as the paper scores; or the ODE with euler or heun [em]"),
-    SAMPLE_OPTION("--steps", steps, 'i', 1, 1e6, "steps from noise to data; 250 to score [50]"),
-    SAMPLE_OPTION("--cfg", cfg, 'd', 0, 1000, "classifier-free guidance; 1: none [1]"),
-    SAMPLE_OPTION("--cls-cfg", cls_cfg, 'd', -1, 1000,
-                  "guidance of the CLS vector, where --cfg is above 1; 0: none [0]"),
-    SAMPLE_OPTION("--guidance-low", low, 'd', 0, 1, "guide only at times t from here, 0 is data ... [0]"),
-    SAMPLE_OPTION("--guidance-high", high, 'd', 0, 1, "... to here, 1 is noise [1]"),
-    SAMPLE_OPTION("--no-path-drop", no_path_drop, 's', 0, 0,
+    SAMPLE_OPTION("steps", steps, WHOLE, 1, 1e6, "steps from noise to data; 250 to score"),
+    SAMPLE_OPTION("cfg", cfg, NUMBER, 0, 1000, "classifier-free guidance; 1: none"),
+    SAMPLE_OPTION("cls_cfg", cls_cfg, NUMBER, -1, 1000,
+                  "guidance of the CLS vector, where --cfg is above 1; 0: none"),
+    SAMPLE_OPTION("guidance_low", low, NUMBER, 0, 1, "guide only at times t from here, 0 is data ..."),
+    SAMPLE_OPTION("guidance_high", high, NUMBER, 0, 1, "... to here, 1 is noise"),
+    SAMPLE_OPTION("no_path_drop", no_path_drop, SWITCH, 0, 0,
                   "guide with the whole network instead of without its sparse blocks"),
-    SAMPLE_OPTION("--class", one_class, 't', 0, 0, "all of this class, or none: without a class"),
-    SAMPLE_OPTION("--classes", classes, 't', 0, 0, "these classes in turn, such as 0-9 or 1,4,7-9 [all]"),
-    SAMPLE_OPTION("--random-classes", random_classes, 's', 0, 0, "classes drawn at random"),
-    SAMPLE_OPTION("--num", num, 'i', 1, 1e9,
-                  "pictures [8 of each class, or 8 in all where there are over 20 classes]"),
-    SAMPLE_OPTION("--seed", seed, 'u', 0, 9e15, "of everything random [1]"),
-    SAMPLE_OPTION("--raw", raw, 's', 0, 0, "the weights themselves instead of their moving average"),
-    SAMPLE_OPTION("--decoder", decoder, 't', 0, 0, "the decoder's weights, for checkpoints of INVAE latents"),
-    SAMPLE_OPTION("--out", out, 't', 0, 0,
+    SAMPLE_OPTION("class", one_class, TEXT, 0, 0, "all of this class, or none: without a class"),
+    SAMPLE_OPTION("classes", classes, TEXT, 0, 0, "these classes in turn, such as 0-9 or 1,4,7-9 [all]"),
+    SAMPLE_OPTION("random_classes", random_classes, SWITCH, 0, 0, "classes drawn at random"),
+    SAMPLE_OPTION("num", num, WHOLE, 0, 1e9,
+                  "pictures; 0: 8 of each class, or 8 in all where there are over 20 classes"),
+    SAMPLE_OPTION("seed", seed, SEED, 0, 9e15, "of everything random"),
+    SAMPLE_OPTION("raw", raw, SWITCH, 0, 0, "the weights themselves instead of their moving average"),
+    SAMPLE_OPTION("decoder", decoder, TEXT, 0, 0, "the decoder's weights, for checkpoints of INVAE latents"),
+    SAMPLE_OPTION("out", out, TEXT, 0, 0,
                   "one PNG with all pictures [samples.png, where nothing below is asked for]"),
-    SAMPLE_OPTION("--scale", scale, 'i', 0, 1000, "enlarge each pixel; 0: to 64 a side at least [0]"),
-    SAMPLE_OPTION("--columns", columns, 'i', 0, 1e6,
-                  "of the PNG; 0: one a class, up to 20, or nearly square [0]"),
-    SAMPLE_OPTION("--separate", separate, 't', 0, 0, "folder for one PNG each"),
-    SAMPLE_OPTION("--npz", npz, 't', 0, 0,
+    SAMPLE_OPTION("scale", scale, WHOLE, 0, 1000, "enlarge each pixel; 0: to 64 a side at least"),
+    SAMPLE_OPTION("columns", columns, WHOLE, 0, 1e6,
+                  "of the PNG; 0: one a class, up to 20, or nearly square"),
+    SAMPLE_OPTION("separate", separate, TEXT, 0, 0, "folder for one PNG each"),
+    SAMPLE_OPTION("npz", npz, TEXT, 0, 0,
                   "for the ADM evaluator; the same command goes on with what an interrupted one left"),
-    SAMPLE_OPTION("--latents", latents, 't', 0, 0, "safetensors with what the network made, undecoded"),
-    SAMPLE_OPTION("--show", show, 's', 0, 0, "show the pictures in the terminal"),
-    SAMPLE_OPTION("--show-steps", show_steps, 's', 0, 0, "and how they come out of the noise"),
-    SAMPLE_OPTION("--batch", batch, 'i', 0, 1e5,
-                  "pictures at a time; 0: what fits into 1 GB, at most 64 [0]"),
-    SAMPLE_OPTION("--threads", threads, 'i', 0, 4096, "CPU threads; 0: what OpenMP chooses [0]"),
+    SAMPLE_OPTION("latents", latents, TEXT, 0, 0, "safetensors with what the network made, undecoded"),
+    SAMPLE_OPTION("show", show, SWITCH, 0, 0, "show the pictures in the terminal"),
+    SAMPLE_OPTION("show_steps", show_steps, SWITCH, 0, 0, "and how they come out of the noise"),
+    SAMPLE_OPTION("batch", batch, WHOLE, 0, 1e5, "pictures at a time; 0: what fits into 1 GB, at most 64"),
+    SAMPLE_OPTION("threads", threads, WHOLE, 0, 4096, "CPU threads; 0: what OpenMP chooses"),
 };
-enum { NUM_SAMPLE_OPTIONS = sizeof(sample_options) / sizeof(sample_options[0]) };
+static OptionTable sample_table(SampleRun *r) {
+    OptionTable t = {sample_options, sizeof(sample_options) / sizeof(sample_options[0]), r, NULL};
+    return t;
+}
 
 static SampleRun sample_run_default(void) {
     SampleRun r;
     memset(&r, 0, sizeof(r));
-    r.sampler = "em", r.steps = 50, r.cfg = 1, r.high = 1, r.seed = 1;
+    r.sampler = "em";
+    r.steps = 50;
+    r.cfg = 1;
+    r.high = 1;
+    r.seed = 1;
     return r;
 }
 
-static void sample_help(const char *program) {
-    printf("Makes pictures from a checkpoint of train_srdit.\n\n"
+static void sample_help(const char *program, SampleRun *r) {
+    OptionTable table = sample_table(r);
+    printf("Makes pictures from a checkpoint of train_srdit; without a path, from the newest run's.\n\n"
            "  %s out/checkpoint.safetensors --show\n"
            "  %s out/checkpoint.safetensors --classes 3,7 --cfg 2 --num 16 --out 3_and_7.png\n"
            "  %s out/checkpoint.safetensors --sampler heun --steps 10 --show-steps\n"
            "  %s out/checkpoint.safetensors --steps 250 --num 5000 --npz samples.npz\n\n"
            "Options, with their defaults in brackets:\n", program, program, program, program);
-    for (int i = 0; i < NUM_SAMPLE_OPTIONS; i++)
-        printf("  %-17s %s\n", sample_options[i].name, sample_options[i].help);
+    options_print(&table, 0, 17);
     printf("\nThe same seed makes the same pictures whatever --batch and --threads are.\n");
 }
 
-// Reads the command line; returns the checkpoint's path.
-static const char *sample_flags(SampleRun *r, int argc, char **argv) {
-    const char *path = NULL;
-    for (int i = 1; i < argc; i++) {
-        const SampleOption *o = NULL;
-        for (int k = 0; k < NUM_SAMPLE_OPTIONS && !o; k++)
-            if (!strcmp(argv[i], sample_options[k].name)) o = &sample_options[k];
-        if (!o && argv[i][0] != '-') {
-            if (path) die("two checkpoints are given, %s and %s; one is enough", path, argv[i]);
-            path = argv[i];
-            continue;
-        }
-        if (!o) {   // the flag that shares most of its letters at both ends
-            const char *best = NULL;
-            size_t most = 4;
-            for (int k = 0; k < NUM_SAMPLE_OPTIONS; k++) {
-                const char *flag = sample_options[k].name;
-                size_t same = 0, back = 0, n = strlen(flag), m = strlen(argv[i]);
-                while (same < n && flag[same] == argv[i][same]) same++;
-                while (back < n && back < m && flag[n - 1 - back] == argv[i][m - 1 - back]) back++;
-                if (same + back > most) most = same + back, best = flag;
-            }
-            die("unknown argument %s%s%s%s (--help lists all)", argv[i], best ? "; did you mean " : "",
-                best ? best : "", best ? "?" : "");
-        }
-        char *at = (char *)r + o->offset;
-        if (o->kind == 's') {
-            *(int *)at = 1;
-            continue;
-        }
-        if (i + 1 >= argc) die("%s needs a value: %s", o->name, o->help);
-        const char *value = argv[++i];
-        if (o->kind == 't') {
-            *(const char **)at = value;
-            continue;
-        }
-        double x = text_number(value, "command line", o->name);
-        if (!(x >= o->low && x <= o->high) || (o->kind != 'd' && x != floor(x)))
-            die("%s is %s, which is not a %snumber from %.0f to %.0f", o->name, value,
-                o->kind == 'd' ? "" : "whole ", o->low, o->high);
-        if (o->kind == 'd') *(double *)at = x;
-        else if (o->kind == 'u') *(uint64_t *)at = (uint64_t)x;
-        else *(int *)at = (int)x;
-    }
-    if (!path)
-        die("which checkpoint? For example: %s out/checkpoint.safetensors (--help lists everything)",
-            argv[0]);
+// Reads the command line; what contradicts itself is a mistake. Without a checkpoint it takes the newest
+// run's, and says so.
+static void sample_flags(SampleRun *r, int argc, char **argv) {
+    OptionTable table = sample_table(r);
+    options_parse(&table, 1, &r->checkpoint, argc, argv);
     if (strcmp(r->sampler, "em") && strcmp(r->sampler, "euler") && strcmp(r->sampler, "heun"))
         die("--sampler %s: there is no such sampler; there are em, euler and heun", r->sampler);
     if (r->low > r->high) die("--guidance-low %g is above --guidance-high %g", r->low, r->high);
     if (!!r->classes + !!r->one_class + r->random_classes > 1)
         die("--class, --classes and --random-classes exclude each other");
-    return path;
+    if (r->checkpoint) return;
+    if (!newest_run(r->newest))
+        die("which checkpoint? For example: %s out/checkpoint.safetensors (--help lists everything)",
+            argv[0]);
+    r->checkpoint = r->newest;
+    printf("%s is the newest run's checkpoint\n", r->checkpoint);
 }
 
 // The classes of a list such as "1,4,7-9", and `none`, which is class K: they are counted; classes NULL: only
@@ -865,12 +828,12 @@ __attribute__((format(printf, 2, 3))) static SafePair pair_format(const char *ke
 
 static int sample_main(int argc, char **argv, const Backend *backend) {
     SampleRun r = sample_run_default();
-    for (int i = 1; i < argc; i++)
-        if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h")) {
-            sample_help(argv[0]);
-            return 0;
-        }
-    const char *path = sample_flags(&r, argc, argv);
+    if (wants_help(argc, argv)) {
+        sample_help(argv[0], &r);
+        return 0;
+    }
+    sample_flags(&r, argc, argv);
+    const char *path = r.checkpoint;
     if (r.threads) omp_set_num_threads(r.threads);
 
     // the checkpoint and, where its latents are not pixels, the decoder
