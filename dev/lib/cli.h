@@ -58,9 +58,12 @@ static double option_get(const OptionTable *t, int i) {
 static void option_set(const OptionTable *t, int i, double value, const char *where, const char *name) {
     const Option *o = &t->options[i];
     void *field = option_field(t, i);
-    if (!(value >= o->low && value <= o->high) || (o->kind != NUMBER && value != floor(value)))
-        die("%s: %s is %.10g, which is not %s from %.10g to %.10g", where, name, value,
-            o->kind == NUMBER ? "a number" : "a whole number", o->low, o->high);
+    if (!(value >= o->low && value <= o->high) || (o->kind != NUMBER && value != floor(value))) {
+        if (o->kind == NUMBER)
+            die("%s: %s is %g, which is not a number from %g to %.10g", where, name, value, o->low, o->high);
+        die("%s: %s is %.10g, which is not a whole number from %.0f to %.0f", where, name, value, o->low,
+            o->high);
+    }
     if (o->kind == NUMBER) *(double *)field = value;
     else if (o->kind == SEED) *(uint64_t *)field = (uint64_t)value;
     else *(int *)field = (int)value;
