@@ -978,6 +978,36 @@ static void write_raw(const char *path, uint64_t length, const char *header, siz
     for (size_t i = 0; i < data_bytes; i++) fputc(0, f);
     fclose(f);
 }
+// A model made with one thread is used with three (its scratch is for one), and a routing of as many tokens as a
+// configuration may have is drawn
+static void test_late_threads(void) {
+    Config c = small_config();
+    int threads = omp_get_max_threads();
+    omp_set_num_threads(1);
+    Model *m = backend->create(&c, 3, 1);
+    Batch *batch = random_batch(&c, 3, 0, 3, 8, 0);
+    randomize(m, 5);
+    double with_one = loss_of(m, batch).total;
+    omp_set_num_threads(3);
+    double with_three = loss_of(m, batch).total;
+    omp_set_num_threads(threads);
+    result(with_one == with_three, "threads added later", "the same loss");
+    batch_free(batch), backend->destroy(m);
+
+    enum { T = 65536, KEPT = 16384 };
+    int *ids = (int *)alloc_zero(T, sizeof(int)), good = 1;
+    uint64_t *keys = (uint64_t *)alloc_zero(T, sizeof(uint64_t)), above = 0;
+    draw_kept(ids, KEPT, T, keys, 9, 0, 1);
+    for (int i = 0; i < KEPT; i++) good &= ids[i] >= 0 && ids[i] < T && (!i || ids[i] > ids[i - 1]);
+    uint64_t most = 0;   // the definition: no token left out has a smaller key than one kept
+    for (int i = 0; i < KEPT; i++)
+        most = route_key((size_t)ids[i], 9, 0, 1) > most ? route_key((size_t)ids[i], 9, 0, 1) : most;
+    for (size_t i = 0; i < T; i++) above += route_key(i, 9, 0, 1) > most;
+    result(good && above == T - KEPT, "routing, many tokens", "%d of %d, those with the smallest keys", KEPT,
+           T);
+    free(ids), free(keys);
+}
+
 // A data set's name reaches the checkpoint as it was, and is cut between two characters
 static void test_names(void) {
     static const char *const shard = "{\"__metadata__\":{\"classes\":\"10\",\"name\":\"%s\"},\"latents\":{"
@@ -1597,6 +1627,7 @@ int main(int argc, char **argv) {
         test_mistakes();
         test_folders();
         test_damaged();
+        test_late_threads();
         test_names();
         test_types();
         char command[64];
