@@ -2084,6 +2084,19 @@ static void write_samples(const Training *t) {
     free(grid.p.pixels), free(pixels), free(x), free(cls), free(y);
 }
 
+// The first line of a run: a step has succeeded, so that a run that is overwritten can go. Checkpoint first,
+// log last: whenever the program is ended, the folder never holds this run's log beside another's checkpoint.
+static void log_begin(Training *t) {
+    const Folder *f = &t->folder;
+    if (f->replaces) {
+        checkpoint_write(t);
+        if (unlink(f->picture) && errno != ENOENT)
+            die("%s: cannot be removed: %s", f->picture, strerror(errno));
+    }
+    t->log.file = log_open(f->log, "step,loss,denoise,cls,align,cfm,grad_norm,lr,ms_per_step,images_per_s",
+                           f->replaces ? 0 : t->first);
+}
+
 // The dashboard: a line in the terminal and in log.csv, of means over the steps since the last one
 static void log_line(Training *t) {
     Log *log = &t->log;
@@ -2093,9 +2106,7 @@ static void log_line(Training *t) {
     int digits = snprintf(total, sizeof(total), "%d", run->steps);
     double now = now_seconds(), ms = 1000 * (now - log->since) / log->steps, k = 1.0 / log->steps;
     double left = (now - log->begin - log->paused) / (t->step - t->first) * (run->steps - t->step);
-    if (!log->file)
-        log->file = log_open(
-            t->folder.log, "step,loss,denoise,cls,align,cfm,grad_norm,lr,ms_per_step,images_per_s", t->first);
+    if (!log->file) log_begin(t);
     if (log->lines++ % 20 == 0)
         printf("%*s      loss  denoise     cls    align      cfm     norm       lr      ms   img/s    left\n",
                2 * digits + 1, "step");
@@ -2156,7 +2167,7 @@ static void train(Training *t) {
         if (now.bad_step) report_not_finite(t, now.bad_step);
         log_add(log, &now);
         if (line) log_line(t);
-        if (save) checkpoint_write(t);
+        if (save && t->saved != t->step) checkpoint_write(t);
         if (!last && run->sample_every && t->step % run->sample_every == 0) write_samples(t);
         if (!line) continue;
         log->paused += now_seconds() - log->since;   // checkpoints and pictures
