@@ -965,6 +965,29 @@ static void test_folders(void) {
     step = safe_number(f, "step", 0);
     safe_close(f);
     result(!status && step == 2, "--overwrite", "replaces the run");
+    // a second run that dies after its first step leaves a folder that is its own throughout
+    expect("--overwrite, NaN in the loss",
+           run_self(0, NANO "--lr 1e6 --steps 50 --sample-steps 1 --overwrite --out %s", out),
+           "The last checkpoint is ");
+    f = safe_open(checkpoint);
+    step = safe_number(f, "step", 0);
+    safe_close(f);
+    result(step == 1 && access(in_folder("free/out/samples.png"), F_OK), "--overwrite and a death",
+           "checkpoint and log are the new run's, the old picture is gone");
+    // another run's rows do not stand in the log of one that is resumed over it
+    run_self(0, NANO "--steps 2 --sample-steps 1 --overwrite --out %s", out);
+    status = run_self(0, "--as-trainer --resume %s --steps 5 --sample-steps 1 --overwrite --out %s",
+                      in_folder(names[2]), out);
+    char *mixed = file_text(log, &n);
+    result(!status && strstr(mixed, "\n5,") && !strstr(mixed, "\n1,"), "--resume --overwrite",
+           "the log has no rows of the run that it replaces");
+    // a log that cannot be written anew stays, and so does all else
+    if (symlink("/dev/full", in_folder("free/out/log.csv.part"))) die("cannot link: %s", strerror(errno));
+    expect("full disk, log", run_self(0, "--as-trainer --resume %s --steps 6 --sample-steps 1", checkpoint),
+           "No space left");
+    char *left = file_text(log, &n);
+    result(n && !strcmp(left, mixed), "full disk and the log", "the rows are untouched");
+    free(mixed), free(left);
     for (int i = 0; i < 3; i++) free(made[i]);
     free(now[0]), free(rows), free(still);
 }
