@@ -915,8 +915,8 @@ static void test_mistakes(void) {
     free(before), free(after);
 }
 
-// A command typed twice loses nothing: a new run goes to a free folder, and one that holds a run is replaced only
-// where the command says so and a step has succeeded
+// A command typed twice loses nothing: a new run goes to a free folder, and one that holds a run is
+// replaced only where the command says so and a step has succeeded
 static void test_folders(void) {
     char *made[3], *now[3], here[PATH_MAX];
     static const char *const names[] = {"free/out/checkpoint.safetensors",
@@ -1001,8 +1001,8 @@ static void write_raw(const char *path, uint64_t length, const char *header, siz
     for (size_t i = 0; i < data_bytes; i++) fputc(0, f);
     fclose(f);
 }
-// A model made with one thread is used with three (its scratch is for one), and a routing of as many tokens as a
-// configuration may have is drawn
+// A model made with one thread is used with three (its scratch is for one), and a routing of as many tokens
+// as a configuration may have is drawn
 static void test_late_threads(void) {
     Config c = small_config();
     int threads = omp_get_max_threads();
@@ -1232,7 +1232,8 @@ static void outcome_free(Outcome *o) {
     free(o);
 }
 
-// The measure of what the GPU may be off by: the CPU's step with everything rounded to bf16 that the GPU stores so
+// The measure of what the GPU may be off by: the CPU's step with everything rounded to bf16 that the GPU
+// stores so
 static int rounding;
 static const Acts *rounded_acts;
 static int stored_in_bf16(const real *C) {
@@ -1525,8 +1526,8 @@ static void test_other_ways(void) {
     gpu::use_tensor_attention = 1;
 }
 
-// The first step that is not finite changes nothing, nor does any after it; it is told at the next reading, however
-// late that is, and the same step on the state that is left shows where it began.
+// The first step that is not finite changes nothing, nor does any after it; it is told at the next reading,
+// however late that is, and the same step on the state that is left shows where it began.
 static void test_not_finite(void) {
     Config c = small_config();
     Model *m = gpu_backend.create(&c, 2, 1);
