@@ -1,26 +1,50 @@
-// SR-DiT trained on a GPU: the same model as train_srdit.c, the same layers in the same order under the same
-// names.
+// SR-DiT trained on a GPU: the same model as train_srdit.c, to be read beside it.
 //
-// What this file is: the CUDA twin of train_srdit.c, which it includes for everything that is not a kernel:
-// configuration, parameter table, safetensors, data, random numbers, sampler, checkpoints, training loop.
-// Read the two side by side. Products of large matrices go through cuBLASLt; everything else is written out
-// here, fused so that each number makes as few trips to memory as it can. Each kernel says at its head what
-// it computes, on what shapes, how many bytes an element it moves and what bounds it.
+// What this file is: the kernels, and the order in which they run. Everything else (configuration, parameter
+// table, data, random numbers, sampler, checkpoints, training loop) is in train_srdit.c, which this file
+// includes. Products of large matrices go through cuBLASLt; the rest is written out here, fused so that each
+// number makes as few trips to memory as it can. Each kernel says at its head what it computes, on what
+// shapes, how many bytes an element it moves and what bounds it.
 //
-//   make train_srdit_cu && ./train_srdit_cu          (needs nvcc, cuBLASLt, a GPU of compute capability 8.0
-// or more)
-//   -DFP32                                           all in float instead of bf16, to be checked against the
-// CPU
+//   make train_srdit_cu && ./train_srdit_cu     (needs nvcc, cuBLASLt, a GPU of compute capability 8.0 or more)
+//   make FP32=1 test_srdit_cu                   all in float instead of bf16, to be checked against the CPU
+//   make train_srdit_emu                        this file on a CPU, to be stepped through (dev/cuda_on_cpu)
+//
+// Sections and functions come in the order of train_srdit.c and have its names. What is different here:
+//
+//   in train_srdit.c                     here
+//   gate, then norm_modulate             fused: norm_modulate_forward, _backward over a `Residual`, x + gate y
+//                                        that is not added up before its next reader
+//   qk_norm, rope, value_residual        fused: attention does them as it loads rows and undoes them on
+//                                        gradients in registers; only its plain way has a kernel for them
+//   att, the rows of softmax             not kept: log sum exp, from which the backward makes them again
+//   biases, gelu                         fused: epilogues of cuBLASLt; the slope is made again from fc1
+//   *_backward of silu, gelu, biases     fused: activation_backward_kernel, slope and column sums in one pass
+//   x_t, patchify                        fused: patchify_kernel mixes x and noise as it reads
+//   rmsnorm of CLS, put_tokens, positions    fused: embed_kernel
+//   gather_rows of the kept tokens       fused: g's first norm reads at ids (Residual.x_ids)
+//   fusion_proj of pair, scatter_rows    two products, E W1^T + G W2^T, as most rows of G are the mask token: it
+//                                        is one more row of G, and a token's row is looked up (Residual.y_rows)
+//   unpatchify                           only for the sampler: the losses read and write patches
+//   clipping, AdamW, EMA                 fused, with the rounding to bf16: adamw_kernel
+//   a block's adaLN layer                moved: all blocks' at once (adaln_forward), since B rows are few
+//   gate_backward of a block's output    moved to the norm that read it (`before` in block_backward)
+//   projector_backward                   moved: first, while wide2 still holds what the loss left there; d_E
+//                                        starts with it
+//   CLS of the final layer, of tokens    moved: last in memory, so that the patches are one matrix
+//   zero_gradients                       a flag: the next gradients overwrite
+//   noise, kept tokens of a batch        drawn on the device, from the same addresses
+//
+// The same are all formulas, Config, Table and Params, the places in the table, and every random number.
 //
 // What is stored how: weights, moments, moving average, gradients of weights, the residual stream and its
 // gradient, modulation, statistics, losses and every sum in float; what matrix products read and write in
-// floatX, which is bf16 (or float, with -DFP32). No float atomics: every sum has a fixed order, so the same
-// run gives the same bits.
+// floatX, which is bf16 (or float, with -DFP32). No float atomics: every sum has a fixed order, so that the
+// same run gives the same bits. The functions live in namespace gpu, since the CPU's have the same names.
 //
-// The functions live in namespace gpu, since the CPU's have the same names. Letters as in train_srdit.c; N or
-// rows is B T, "a row" is one token's D numbers. At batch 256 of B/1, N = 65,792 and D = 768: figures of
-// bytes are those an element of such a [N,D] tensor. An H100 gives about 3.0 TB/s of memory and 800 TFLOP/s
-// of bf16.
+// Letters as in train_srdit.c; rows is B T, n one of them or a block's tokens a sample. At batch 256 of B/1,
+// N = 65,792 and D = 768: figures of bytes are those an element of such a [N,D] tensor. An H100 gives about
+// 3.0 TB/s of memory and 800 TFLOP/s of bf16.
 #define HOST_DEVICE __host__ __device__
 #ifndef TRAIN_SRDIT_NO_MAIN
 #define TRAIN_SRDIT_NO_MAIN
@@ -87,7 +111,9 @@ static char *memory_take(DeviceArena *a, const void *owner) {
 #endif
     CHECK(cudaMalloc((void **)&base, bytes));
     CHECK(cudaMemset(base, 0, bytes));
-    a->base = base, a->used = 0, a->owner = owner;
+    a->base = base;
+    a->used = 0;
+    a->owner = owner;
     return base;
 }
 static void memory_free(char *base, const void *owner) {
@@ -354,7 +380,13 @@ static GemmPlan *plan_make(const GemmKey *k, void *C, const void *A, const void 
 static GemmKey gemm_key(int M, int N, int K, int ta, int tb) {
     GemmKey k;
     memset(&k, 0, sizeof(k));
-    k.M = M, k.N = N, k.K = K, k.ta = ta, k.tb = tb, k.batch = 1, k.epilogue = CUBLASLT_EPILOGUE_DEFAULT;
+    k.M = M;
+    k.N = N;
+    k.K = K;
+    k.ta = ta;
+    k.tb = tb;
+    k.batch = 1;
+    k.epilogue = CUBLASLT_EPILOGUE_DEFAULT;
     k.lda = ta ? M : K, k.ldb = tb ? K : N, k.ldc = N;
     return k;
 }
@@ -398,7 +430,8 @@ template <class E> static void linear_backward_input(E *din, const floatX *dout,
                                                      int I, int O, int add, int ldw = 0) {
     GemmKey k = gemm_key(N, I, O, 0, 0);
     if (ldw) k.ldb = ldw;
-    k.float_out = sizeof(E) == 4, k.add = add;
+    k.float_out = sizeof(E) == 4;
+    k.add = add;
     matmul_sure(&k, din, dout, w, NULL);
 }
 
@@ -407,7 +440,8 @@ static void linear_backward_weight(float *dw, const floatX *dout, const floatX *
                                    int add, int ldw = 0) {
     GemmKey k = gemm_key(O, I, N, 1, 0);
     if (ldw) k.ldc = ldw;
-    k.float_out = 1, k.add = add;
+    k.float_out = 1;
+    k.add = add;
     matmul_sure(&k, dw, dout, in, NULL);
 }
 
@@ -764,6 +798,126 @@ __global__ void __launch_bounds__(256)
         float g = to_float(dout[at]), n = x[at] * rn;
         dw_parts[at] = g * n;
         store(&dx[at], rn * (g * w[d] - n * mean));
+    }
+}
+
+// patches[B,P,C p p] of x_t = (1 - t) x + t noise [B,C,S,S] (noise NULL: x itself), features in the order
+// (channel, row, column) of a convolution's weight. A thread an element; 8 bytes read, 2 written; bound by
+// memory, small.
+__global__ void __launch_bounds__(256) patchify_kernel(floatX *patches, const float *x, const float *noise,
+                                                       const float *t, int C, int S, int p, size_t count) {
+    size_t e = (size_t)blockIdx.x * 256 + threadIdx.x;
+    if (e >= count) return;
+    int X = C * p * p, G = S / p, i = (int)(e % X), patch = (int)(e / X % (G * G)),
+        b = (int)(e / X / (G * G));
+    int ch = i / (p * p), y = patch / G * p + i / p % p, z = patch % G * p + i % p;
+    size_t at = (((size_t)b * C + ch) * S + y) * S + z;
+    store(&patches[e], noise ? (1 - t[b]) * x[at] + t[b] * noise[at] : x[at]);
+}
+// The same for the CLS vectors [B,Z]
+__global__ void __launch_bounds__(256)
+    cls_input_kernel(floatX *out, const float *cls, const float *noise, const float *t, int Z, int count) {
+    int e = blockIdx.x * 256 + threadIdx.x;
+    if (e < count) store(&out[e], noise ? (1 - t[e / Z]) * cls[e] + t[e / Z] * noise[e] : cls[e]);
+}
+
+// Where feature i of patch row n lies in [B,C,S,S], in the order (row, column, channel) of the final layer
+__device__ __forceinline__ size_t unpatchify_place(size_t n, int i, int C, int S, int p) {
+    int G = S / p, patch = (int)(n % (G * G)), y = patch / G * p + i / C / p, z = patch % G * p + i / C % p;
+    return ((n / (G * G) * C + i % C) * S + y) * S + z;
+}
+__global__ void __launch_bounds__(256)
+    unpatchify_kernel(float *x, const float *patches, int C, int S, int p, size_t count) {
+    size_t e = (size_t)blockIdx.x * 256 + threadIdx.x;
+    int X = C * p * p;
+    if (e < count) x[unpatchify_place(e / X, (int)(e % X), C, S, p)] = patches[e];
+}
+
+// e(t)[B,W] = [cos(t f_k), sin(t f_k)], f_k = 10000^(-k/128). A block a sample.
+__global__ void __launch_bounds__(TIME_FEATURES / 2) time_features_kernel(floatX *out, const float *t) {
+    int b = blockIdx.x, k = threadIdx.x;
+    double angle = (double)t[b] * pow(10000, -k / (TIME_FEATURES / 2.0));
+    store(&out[b * TIME_FEATURES + k], (float)cos(angle));
+    store(&out[b * TIME_FEATURES + TIME_FEATURES / 2 + k], (float)sin(angle));
+}
+
+// cond [B,D] += the label's row, and its SiLU
+__global__ void __launch_bounds__(256)
+    label_kernel(float *cond, floatX *cond_silu, const float *label, const int *y, int D, int count) {
+    int e = blockIdx.x * 256 + threadIdx.x;
+    if (e >= count) return;
+    float x = cond[e] += label[(size_t)y[e / D] * D + e % D];
+    store(&cond_silu[e], activate<SILU>(x));
+}
+// d_cond [B,D] = silu'(cond) times the sum of the `count` parts [B,D] that the blocks' and the final adaLN
+// left
+__global__ void __launch_bounds__(256)
+    condition_backward_kernel(floatX *d_cond, const float *parts, const float *cond, int count, int n) {
+    int e = blockIdx.x * 256 + threadIdx.x;
+    if (e >= n) return;
+    float sum = 0;
+    for (int i = 0; i < count; i++) sum += parts[(size_t)i * n + e];
+    store(&d_cond[e], sum * slope<SILU>(cond[e]));
+}
+// dlabel[y[b]] += d_cond[b]: the block of the first sample with a label adds up all samples that have it, in
+// order
+__global__ void __launch_bounds__(256)
+    label_backward_kernel(float *dlabel, const floatX *d_cond, const int *y, int B, int D) {
+    int b = blockIdx.x;
+    for (int i = 0; i < b; i++)
+        if (y[i] == y[b]) return;
+    for (int d = threadIdx.x; d < D; d += 256) {
+        float sum = 0;
+        for (int i = b; i < B; i++)
+            if (y[i] == y[b]) sum += to_float(d_cond[(size_t)i * D + d]);
+        dlabel[(size_t)y[b] * D + d] += sum;
+    }
+}
+
+// rows[B T]: the row of G that each token reads: its own if g kept it, else the mask token's, which is row
+// `mask`. ids [B,n] (NULL: all tokens, in order); path_drop: none. A block a sample.
+__global__ void __launch_bounds__(256)
+    rows_kernel(int *rows, const int *ids, int n, int T, int mask, int path_drop) {
+    int b = blockIdx.x;
+    for (int t = threadIdx.x; t < T; t += 256) rows[(size_t)b * T + t] = ids || path_drop ? mask : b * T + t;
+    __syncthreads();
+    for (int i = threadIdx.x; i < n && ids && !path_drop; i += 256)
+        rows[(size_t)b * T + ids[(size_t)b * n + i]] = b * n + i;
+}
+
+// After the `rows` rows of g's output [padded,D]: the mask token, once more, and zeros up to a multiple of 64
+// rows.
+__global__ void __launch_bounds__(256) mask_rows_kernel(floatX *g, const float *mask, int rows, int D) {
+    for (int d = threadIdx.x; d < D; d += 256)
+        store(&g[(size_t)(rows + blockIdx.x) * D + d], blockIdx.x < 2 ? mask[d] : 0);
+}
+// The gradient of those rows: the sum of many tokens' is too much for one rounded number, so that it is kept
+// as two, sum = row 0 + row 1 (which is why the mask token stands there twice).
+__global__ void __launch_bounds__(256)
+    mask_rows_backward_kernel(floatX *dG, const float *sum, int rows, int D) {
+    for (int d = threadIdx.x; d < D; d += 256) {
+        floatX *to = dG + (size_t)(rows + blockIdx.x) * D + d, high;
+        store(&high, sum[d]);
+        store(to, blockIdx.x == 0 ? sum[d] : blockIdx.x == 1 ? sum[d] - to_float(high) : 0);
+    }
+}
+
+// dG[rows[n]] = dY[n] for the kept tokens; the sum of dY over the others, which all read the mask token's
+// row, goes to parts [chunks,D]. A block takes `chunk` rows, a thread four columns. 2 bytes read, 2/4
+// written; bound by memory.
+__global__ void __launch_bounds__(256)
+    fusion_gather_kernel(floatX *dG, float *parts, const floatX *dY, const int *rows, int mask, int N, int D,
+                         int chunk) {
+    int n0 = blockIdx.x * chunk, n1 = min(n0 + chunk, N);
+    for (int d = threadIdx.x * 4; d < D; d += 1024) {
+        Vec4 sum = {};
+        for (int n = n0; n < n1; n++) {
+            Vec4 v = load4(dY + (size_t)n * D + d);
+            if (rows[n] < mask) store4(dG + (size_t)rows[n] * D + d, v);
+            else
+                for (int j = 0; j < 4; j++) sum.x[j] += v.x[j];
+        }
+        store4(parts + (size_t)blockIdx.x * D + d, sum);
     }
 }
 
@@ -1609,7 +1763,8 @@ static void attention_backward(const AttentionGrads *g, floatX *mix, float *delt
 #undef BY_HEAD
 
 // ----------------------------------------------------------------------------------------------------------
-// Input: what a step brings from the host, and what it draws on the device from the same addresses as the CPU
+// Input and draws: what a step brings from the host, and what it draws on the device from the same addresses
+// as the CPU
 
 // Where a micro-batch's random numbers lie
 typedef struct { uint64_t seed; uint32_t step, first, whole; } Draw;
@@ -1623,11 +1778,15 @@ typedef struct {                             // laid out alike in pinned host me
 } Input;
 static void input_layout(Input *in, DeviceArena *m, const Config *c, int B, size_t *copied) {
     size_t b = (size_t)B, latent = (size_t)latent_of(c), Z = (size_t)c->z_dim, T = (size_t)tokens_of(c);
-    take(in->draw, m, 1), take(in->x, m, b * latent), take(in->v_before, m, latent);
+    take(in->draw, m, 1);
+    take(in->x, m, b * latent);
+    take(in->v_before, m, latent);
     take(in->cls, m, b * Z), take(in->t, m, b), take(in->y, m, b),
         take(in->feats, m, c->align ? b * T * Z : 0);
     *copied = m->used;
-    take(in->noise, m, b * latent), take(in->noise_cls, m, b * Z), take(in->ids, m, b * (size_t)kept_of(c));
+    take(in->noise, m, b * latent);
+    take(in->noise_cls, m, b * Z);
+    take(in->ids, m, b * (size_t)kept_of(c));
 }
 
 // out[samples, n] (add: +=) standard normals of samples first + shift + y, as fill_normal; a thread draws
@@ -1671,124 +1830,89 @@ __global__ void __launch_bounds__(256) route_kernel(int *ids, const Draw *draw, 
     }
 }
 
-// rows[B T]: the row of G that each token reads: its own if g kept it, else the mask token's, which is row
-// `mask`. ids [B,n] (NULL: all tokens, in order); path_drop: none. A block a sample.
-__global__ void __launch_bounds__(256)
-    rows_kernel(int *rows, const int *ids, int n, int T, int mask, int path_drop) {
-    int b = blockIdx.x;
-    for (int t = threadIdx.x; t < T; t += 256) rows[(size_t)b * T + t] = ids || path_drop ? mask : b * T + t;
-    __syncthreads();
-    for (int i = threadIdx.x; i < n && ids && !path_drop; i += 256)
-        rows[(size_t)b * T + ids[(size_t)b * n + i]] = b * n + i;
+// How batches reach the device: by way of pinned memory and a stream of its own, so that the host can go on at
+// once and the copy runs under the step before. There are two of each buffer, used in turn; the host waits only
+// when it is two batches ahead.
+typedef struct {
+    char *memory[2], *pinned[2];
+    Input on_device[2], on_host[2];
+    cudaEvent_t sent[2], done[2];   // the copy is over; the step that reads it is over
+    size_t bytes, copied;
+    int turn;
+} InputQueue;
+static void queue_create(InputQueue *q, const Config *c, int B) {
+    DeviceArena size = {NULL, 0, 1, NULL};
+    input_layout(&q->on_device[0], &size, c, B, &q->copied);
+    q->bytes = size.used;
+    for (int i = 0; i < 2; i++) {
+        DeviceArena device = {NULL, q->bytes, 1, NULL};
+        q->memory[i] = memory_take(&device, NULL);
+        input_layout(&q->on_device[i], &device, c, B, &q->copied);
+        CHECK(cudaMallocHost((void **)&q->pinned[i], q->bytes));
+        DeviceArena host = {q->pinned[i], 0, 1, NULL};
+        input_layout(&q->on_host[i], &host, c, B, &q->copied);
+        CHECK(cudaEventCreate(&q->sent[i]));
+        CHECK(cudaEventCreate(&q->done[i]));
+    }
 }
-
-// patches[B,P,C p p] of x_t = (1 - t) x + t noise [B,C,S,S] (noise NULL: x itself), features in the order
-// (channel, row, column) of a convolution's weight. A thread an element; 8 bytes read, 2 written; bound by
-// memory, small.
-__global__ void __launch_bounds__(256) patchify_kernel(floatX *patches, const float *x, const float *noise,
-                                                       const float *t, int C, int S, int p, size_t count) {
-    size_t e = (size_t)blockIdx.x * 256 + threadIdx.x;
-    if (e >= count) return;
-    int X = C * p * p, G = S / p, i = (int)(e % X), patch = (int)(e / X % (G * G)),
-        b = (int)(e / X / (G * G));
-    int ch = i / (p * p), y = patch / G * p + i / p % p, z = patch % G * p + i % p;
-    size_t at = (((size_t)b * C + ch) * S + y) * S + z;
-    store(&patches[e], noise ? (1 - t[b]) * x[at] + t[b] * noise[at] : x[at]);
-}
-// The same for the CLS vectors [B,Z]
-__global__ void __launch_bounds__(256)
-    cls_input_kernel(floatX *out, const float *cls, const float *noise, const float *t, int Z, int count) {
-    int e = blockIdx.x * 256 + threadIdx.x;
-    if (e < count) store(&out[e], noise ? (1 - t[e / Z]) * cls[e] + t[e / Z] * noise[e] : cls[e]);
-}
-
-// Where feature i of patch row n lies in [B,C,S,S], in the order (row, column, channel) of the final layer
-__device__ __forceinline__ size_t pixel_of(size_t n, int i, int C, int S, int p) {
-    int G = S / p, patch = (int)(n % (G * G)), y = patch / G * p + i / C / p, z = patch % G * p + i / C % p;
-    return ((n / (G * G) * C + i % C) * S + y) * S + z;
-}
-__global__ void __launch_bounds__(256)
-    unpatchify_kernel(float *x, const float *patches, int C, int S, int p, size_t count) {
-    size_t e = (size_t)blockIdx.x * 256 + threadIdx.x;
-    int X = C * p * p;
-    if (e < count) x[pixel_of(e / X, (int)(e % X), C, S, p)] = patches[e];
-}
-
-// e(t)[B,256] = [cos(t f_k), sin(t f_k)], f_k = 10000^(-k/128). A block a sample.
-__global__ void __launch_bounds__(128) time_features_kernel(floatX *out, const float *t) {
-    int b = blockIdx.x, k = threadIdx.x;
-    double angle = (double)t[b] * pow(10000, -k / 128.0);
-    store(&out[b * 256 + k], (float)cos(angle));
-    store(&out[b * 256 + 128 + k], (float)sin(angle));
-}
-
-// cond [B,D] += the label's row, and its SiLU
-__global__ void __launch_bounds__(256)
-    label_kernel(float *cond, floatX *cond_silu, const float *label, const int *y, int D, int count) {
-    int e = blockIdx.x * 256 + threadIdx.x;
-    if (e >= count) return;
-    float x = cond[e] += label[(size_t)y[e / D] * D + e % D];
-    store(&cond_silu[e], activate<SILU>(x));
-}
-// d_cond [B,D] = silu'(cond) times the sum of the `count` parts [B,D] that the blocks' and the final adaLN
-// left
-__global__ void __launch_bounds__(256)
-    condition_backward_kernel(floatX *d_cond, const float *parts, const float *cond, int count, int n) {
-    int e = blockIdx.x * 256 + threadIdx.x;
-    if (e >= n) return;
-    float sum = 0;
-    for (int i = 0; i < count; i++) sum += parts[(size_t)i * n + e];
-    store(&d_cond[e], sum * slope<SILU>(cond[e]));
-}
-// dlabel[y[b]] += d_cond[b]: the block of the first sample with a label adds up all samples that have it, in
-// order
-__global__ void __launch_bounds__(256)
-    label_backward_kernel(float *dlabel, const floatX *d_cond, const int *y, int B, int D) {
-    int b = blockIdx.x;
-    for (int i = 0; i < b; i++)
-        if (y[i] == y[b]) return;
-    for (int d = threadIdx.x; d < D; d += 256) {
-        float sum = 0;
-        for (int i = b; i < B; i++)
-            if (y[i] == y[b]) sum += to_float(d_cond[(size_t)i * D + d]);
-        dlabel[(size_t)y[b] * D + d] += sum;
+static void queue_destroy(InputQueue *q) {
+    for (int i = 0; i < 2; i++) {
+        CHECK(cudaEventDestroy(q->sent[i]));
+        CHECK(cudaEventDestroy(q->done[i]));
+        CHECK(cudaFreeHost(q->pinned[i]));
+        memory_free(q->memory[i], NULL);
     }
 }
 
-// After the `rows` rows of g's output [padded,D]: the mask token, once more, and zeros up to a multiple of 64
-// rows.
-__global__ void __launch_bounds__(256) mask_rows_kernel(floatX *g, const float *mask, int rows, int D) {
-    for (int d = threadIdx.x; d < D; d += 256)
-        store(&g[(size_t)(rows + blockIdx.x) * D + d], blockIdx.x < 2 ? mask[d] : 0);
-}
-// The gradient of those rows: the sum of many tokens' is too much for one rounded number, so that it is kept
-// as two, sum = row 0 + row 1 (which is why the mask token stands there twice).
-__global__ void __launch_bounds__(256)
-    mask_rows_backward_kernel(floatX *dG, const float *sum, int rows, int D) {
-    for (int d = threadIdx.x; d < D; d += 256) {
-        floatX *to = dG + (size_t)(rows + blockIdx.x) * D + d, high;
-        store(&high, sum[d]);
-        store(to, blockIdx.x == 0 ? sum[d] : blockIdx.x == 1 ? sum[d] - to_float(high) : 0);
+// Where the batch will lie for the kernels that are launched from here on; batch_done follows the last of them.
+static Input batch_upload(InputQueue *q, const Batch *batch, const Config *c) {
+    size_t b = (size_t)batch->B, latent = (size_t)latent_of(c), Z = (size_t)c->z_dim;
+    size_t feats = b * (size_t)tokens_of(c) * Z;
+    int k = q->turn;
+    Input *to = &q->on_host[k];
+    CHECK(cudaEventSynchronize(q->sent[k]));
+    Draw draw = {batch->seed, (uint32_t)batch->step, (uint32_t)batch->first, (uint32_t)batch->whole};
+    *to->draw = draw;
+    memcpy(to->x, batch->x, b * latent * sizeof(float));
+    memcpy(to->v_before, batch->v_before, latent * sizeof(float));
+    memcpy(to->t, batch->t, b * sizeof(float));
+    memcpy(to->y, batch->y, b * sizeof(int));
+    if (c->cls) memcpy(to->cls, batch->cls, b * Z * sizeof(float));
+    if (c->align) {
+#pragma omp parallel for
+        for (size_t i = 0; i < feats; i++) to->feats[i] = (floatX)batch->feats[i];
     }
+    if (!batch->on_device) {
+        memcpy(to->noise, batch->noise, b * latent * sizeof(float));
+        if (c->cls) memcpy(to->noise_cls, batch->noise_cls, b * Z * sizeof(float));
+        memcpy(to->ids, batch->ids, b * (size_t)kept_of(c) * sizeof(int));
+    }
+    CHECK(cudaStreamWaitEvent(copy_stream, q->done[k], 0));
+    CHECK(cudaMemcpyAsync(q->memory[k], q->pinned[k], batch->on_device ? q->copied : q->bytes,
+                          cudaMemcpyHostToDevice, copy_stream));
+    CHECK(cudaEventRecord(q->sent[k], copy_stream));
+    CHECK(cudaStreamWaitEvent(stream, q->sent[k], 0));
+    q->turn = !k;
+    return q->on_device[k];
 }
+static void batch_done(InputQueue *q) { CHECK(cudaEventRecord(q->done[!q->turn], stream)); }
 
-// dG[rows[n]] = dY[n] for the kept tokens; the sum of dY over the others, which all read the mask token's
-// row, goes to parts [chunks,D]. A block takes `chunk` rows, a thread four columns. 2 bytes read, 2/4
-// written; bound by memory.
-__global__ void __launch_bounds__(256)
-    fusion_gather_kernel(floatX *dG, float *parts, const floatX *dY, const int *rows, int mask, int N, int D,
-                         int chunk) {
-    int n0 = blockIdx.x * chunk, n1 = min(n0 + chunk, N);
-    for (int d = threadIdx.x * 4; d < D; d += 1024) {
-        Vec4 sum = {};
-        for (int n = n0; n < n1; n++) {
-            Vec4 v = load4(dY + (size_t)n * D + d);
-            if (rows[n] < mask) store4(dG + (size_t)rows[n] * D + d, v);
-            else
-                for (int j = 0; j < 4; j++) sum.x[j] += v.x[j];
-        }
-        store4(parts + (size_t)blockIdx.x * D + d, sum);
+// The draws that the CPU makes in batch_load, from the same addresses
+static void draw_on_device(const Input *in, const Config *c, int B) {
+    int latent = latent_of(c), T = tokens_of(c);
+    dim3 grid((unsigned)div_up(div_up(latent, 4), 256), (unsigned)B), one(grid.x, 1);
+    noise_kernel<<<grid, 256, 0, stream>>>(in->noise, latent, in->draw, STREAM_NOISE, 0, 0);
+    LAUNCHED();
+    noise_kernel<<<one, 256, 0, stream>>>(in->v_before, latent, in->draw, STREAM_NOISE, -1, 1);   // held -x
+    LAUNCHED();
+    if (c->cls) {
+        dim3 cls_grid((unsigned)div_up(div_up(c->z_dim, 4), 256), (unsigned)B);
+        noise_kernel<<<cls_grid, 256, 0, stream>>>(in->noise_cls, c->z_dim, in->draw, STREAM_NOISE_CLS, 0, 0);
+        LAUNCHED();
     }
+    size_t keys = 2 * (size_t)T * sizeof(uint32_t);
+    route_kernel<<<(unsigned)B, 256, keys, stream>>>(in->ids, in->draw, kept_of(c), T);
+    LAUNCHED();
 }
 
 // ----------------------------------------------------------------------------------------------------------
@@ -1836,11 +1960,9 @@ typedef struct {
     Acts a;
     DeviceLosses *losses;
     float *loss_parts, *norm_parts;          // [4, ...], [NORM_BLOCKS]
-    char *input_memory[2], *pinned[2];       // used in turn: one is filled while the other is read
-    size_t input_bytes, copied_bytes;
-    Input in, on_device[2], on_host[2];      // in: the one of this step
-    cudaEvent_t sent[2], done[2];            // the copy is over; the step that reads it is over
-    int turn, fresh;                         // fresh: gradients count as zero, the next ones overwrite
+    InputQueue queue;
+    Input in;                                // the one of this step
+    int fresh;                               // 1: gradients count as zero, the next ones overwrite
     float *host;                             // what `activation` returns lies here
     size_t host_size;
 } GpuModel;
@@ -1859,36 +1981,70 @@ static void acts_layout(Acts *a, DeviceArena *m, const Config *c, int B) {
            Z = (size_t)c->z_dim;
     size_t H = (size_t)c->num_heads, X = (size_t)patch_dim_of(c), N = b * T,
            pad = (size_t)padded_rows(B * (int)Tk);
-    take(a->patches, m, b * P * X), take(a->patch_tokens, m, b * P * D), take(a->cls_t, m, b * Z);
-    take(a->cls_proj, m, b * D), take(a->cls_r, m, b);
-    take(a->t_features, m, b * TIME_FEATURES), take(a->t0_silu, m, b * D), take(a->cond_silu, m, b * D);
-    take(a->t0, m, b * D), take(a->cond, m, b * D), take(a->mod, m, L * b * 6 * D),
-        take(a->final_mod, m, b * 2 * D);
+    take(a->patches, m, b * P * X);
+    take(a->patch_tokens, m, b * P * D);
+    take(a->cls_t, m, b * Z);
+    take(a->cls_proj, m, b * D);
+    take(a->cls_r, m, b);
+    take(a->t_features, m, b * TIME_FEATURES);
+    take(a->t0_silu, m, b * D);
+    take(a->cond_silu, m, b * D);
+    take(a->t0, m, b * D);
+    take(a->cond, m, b * D);
+    take(a->mod, m, L * b * 6 * D);
+    take(a->final_mod, m, b * 2 * D);
     take(a->fused, m, N * D);
     for (int i = 0; i < c->depth + (c->num_h == 0); i++) {
         BlockActs *k = &a->block[i];
         size_t n = b * (is_sparse(c, i) ? Tk : T);
         if (i == c->depth - c->num_h && c->num_h) k->x = a->fused;   // where the fusion ends
         else take(k->x, m, n * D);
-        take(k->mid, m, n * D), take(k->r1, m, n), take(k->r2, m, n), take(k->lse, m, n * H);
-        take(k->h1, m, n * D), take(k->qkv, m, n * 3 * D), take(k->a, m, n * D), take(k->proj, m, n * D);
-        take(k->h2, m, n * D), take(k->fc1, m, n * F), take(k->gelu, m, n * F), take(k->fc2, m, n * D);
+        take(k->mid, m, n * D);
+        take(k->r1, m, n);
+        take(k->r2, m, n);
+        take(k->lse, m, n * H);
+        take(k->h1, m, n * D);
+        take(k->qkv, m, n * 3 * D);
+        take(k->a, m, n * D);
+        take(k->proj, m, n * D);
+        take(k->h2, m, n * D);
+        take(k->fc1, m, n * F);
+        take(k->gelu, m, n * F);
+        take(k->fc2, m, n * D);
     }
-    take(a->E, m, N * D), take(a->E_low, m, N * D), take(a->g_out, m, pad * D), take(a->rows, m, N);
+    take(a->E, m, N * D);
+    take(a->E_low, m, N * D);
+    take(a->g_out, m, pad * D);
+    take(a->rows, m, N);
     take(a->last, m, c->num_h ? N * D : 0), take(a->final_r, m, N);
     size_t n_align = c->align ? N : 0;
-    take(a->p0, m, n_align * M), take(a->p0_silu, m, n_align * M), take(a->p2, m, n_align * M);
-    take(a->p2_silu, m, n_align * M), take(a->zs, m, n_align * Z);
-    take(a->final_h, m, N * D), take(a->out_patches, m, b * P * X), take(a->cls_out, m, b * Z);
-    take(a->dx, m, N * D), take(a->d_E, m, N * D), take(a->d_v1, m, N * D), take(a->d_g, m, pad * D);
+    take(a->p0, m, n_align * M);
+    take(a->p0_silu, m, n_align * M);
+    take(a->p2, m, n_align * M);
+    take(a->p2_silu, m, n_align * M);
+    take(a->zs, m, n_align * Z);
+    take(a->final_h, m, N * D);
+    take(a->out_patches, m, b * P * X);
+    take(a->cls_out, m, b * Z);
+    take(a->dx, m, N * D);
+    take(a->d_E, m, N * D);
+    take(a->d_v1, m, N * D);
+    take(a->d_g, m, pad * D);
     size_t wide = F > D ? F : D, wide2 = 3 * D;
     if (c->align) wide = wide > M ? wide : M, wide2 = wide2 > M ? wide2 : M, wide2 = wide2 > Z ? wide2 : Z;
-    take(a->dy, m, N * D), take(a->dh, m, N * D), take(a->dG, m, pad * D);
-    take(a->wide, m, N * wide + 64 * D), take(a->wide2, m, N * wide2 + 64 * D);
-    take(a->d_mod, m, L * b * 6 * D), take(a->d_final_mod, m, b * 2 * D);
-    take(a->d_out, m, b * P * X), take(a->d_cls_out, m, b * Z), take(a->d_cond, m, b * D),
-        take(a->d_t0, m, b * D);
-    take(a->d_cond_parts, m, (L + 1) * b * D), take(a->bias_parts, m, b * D);
+    take(a->dy, m, N * D);
+    take(a->dh, m, N * D);
+    take(a->dG, m, pad * D);
+    take(a->wide, m, N * wide + 64 * D);
+    take(a->wide2, m, N * wide2 + 64 * D);
+    take(a->d_mod, m, L * b * 6 * D);
+    take(a->d_final_mod, m, b * 2 * D);
+    take(a->d_out, m, b * P * X);
+    take(a->d_cls_out, m, b * Z);
+    take(a->d_cond, m, b * D);
+    take(a->d_t0, m, b * D);
+    take(a->d_cond_parts, m, (L + 1) * b * D);
+    take(a->bias_parts, m, b * D);
     // the largest of: norm backward's sums, bias sums, attention's sums
     size_t columns = 3 * D > F ? 3 * D : F, Dh = D / H, parts = b * (size_t)norm_chunks((int)T) * 4 * D;
     columns = columns > M ? columns : M, columns = columns > Z ? columns : Z,
@@ -1901,21 +2057,28 @@ static void acts_layout(Acts *a, DeviceArena *m, const Config *c, int B) {
     float some = 0;
     longest.T = (int)T, longest.Dh = (int)Dh, longest.wq = c->qk_norm ? &some : NULL;
     size_t plain = !tensor_attention(&longest);
-    take(a->delta, m, plain * N * H), take(a->mix, m, plain * N * 3 * D);
+    take(a->delta, m, plain * N * H);
+    take(a->mix, m, plain * N * 3 * D);
 }
 
-// All device memory of a model but its input, walked twice: first to count, then to set the pointers
-static void memory_layout(GpuModel *g, DeviceArena *m, int B, size_t part[3]) {
+// All device memory of a model but its input, walked twice: first to count, then to set the pointers. Returns
+// the parameters' share.
+static size_t memory_layout(GpuModel *g, DeviceArena *m, int B) {
     const Config *c = &g->base.c;
     size_t n = g->base.table.total;
-    take(g->params, m, n), take(g->grads, m, n), take(g->m, m, n), take(g->v, m, n), take(g->ema, m, n);
+    take(g->params, m, n);
+    take(g->grads, m, n);
+    take(g->m, m, n);
+    take(g->v, m, n);
+    take(g->ema, m, n);
     take(g->weights, m, sizeof(floatX) == 4 ? 0 : n);
-    part[0] = m->used;
+    size_t parameters = m->used;
     take(g->rope, m, (size_t)grid_of(c) * (size_t)(c->hidden_size / c->num_heads / 4));
-    take(g->losses, m, 1), take(g->loss_parts, m, 4 * loss_parts_of(c, B)),
-        take(g->norm_parts, m, NORM_BLOCKS);
+    take(g->losses, m, 1);
+    take(g->loss_parts, m, 4 * loss_parts_of(c, B));
+    take(g->norm_parts, m, NORM_BLOCKS);
     acts_layout(&g->a, m, c, B);
-    part[1] = m->used - part[0];
+    return parameters;
 }
 
 // The floatX twin of a weight
@@ -1937,22 +2100,22 @@ static void use_weights(GpuModel *g, enum Block which) {
 static Attention attention_of(const GpuModel *g, const Params *all, const BlockParams *w, const BlockActs *k,
                               const floatX *v1, const int *ids, int n) {
     const Config *c = &g->base.c;
-    int H = c->num_heads;
-    Attention a = {k->qkv,
-                   v1,
-                   ids,
-                   tokens_of(c),
-                   c->cls,
-                   w->q_norm,
-                   w->k_norm,
-                   w->v1_lambda,
-                   c->rope ? all->rope_cos : NULL,
-                   c->rope ? all->rope_sin : NULL,
-                   g->rope,
-                   n,
-                   H,
-                   c->hidden_size / H,
-                   grid_of(c)};
+    Attention a;
+    a.qkv = k->qkv;
+    a.v1 = v1;
+    a.ids = ids;
+    a.tokens = tokens_of(c);
+    a.cls = c->cls;
+    a.wq = w->q_norm;
+    a.wk = w->k_norm;
+    a.lambda = w->v1_lambda;
+    a.rope_cos = c->rope ? all->rope_cos : NULL;
+    a.rope_sin = c->rope ? all->rope_sin : NULL;
+    a.rope = g->rope;
+    a.T = n;
+    a.H = c->num_heads;
+    a.Dh = c->hidden_size / a.H;
+    a.G = grid_of(c);
     return a;
 }
 
@@ -1968,12 +2131,39 @@ static void adaln_forward(GpuModel *g, const Params *w, int B) {
     Acts *a = &g->a;
     int D = c->hidden_size;
     GemmKey k = gemm_key(B, 6 * D, D, 0, 1);
-    k.float_out = 1, k.epilogue = CUBLASLT_EPILOGUE_BIAS, k.batch = c->depth;
-    k.stepb = k.step_bias = (int64_t)block_stride(g), k.stepc = (int64_t)B * 6 * D;
+    k.float_out = 1;
+    k.epilogue = CUBLASLT_EPILOGUE_BIAS;
+    k.batch = c->depth;
+    k.stepb = k.step_bias = (int64_t)block_stride(g);
+    k.stepc = (int64_t)B * 6 * D;
     if (matmul(&k, a->mod, a->cond_silu, low(g, w->block[0].adaln_w), w->block[0].adaln_b, NULL)) return;
     for (int i = 0; i < c->depth; i++)
         linear_forward<float>(a->mod + (size_t)i * B * 6 * D, a->cond_silu, low(g, w->block[i].adaln_w),
                               w->block[i].adaln_b, B, D, 6 * D);
+}
+
+// The gradients of those layers from a->d_mod, all blocks at once; into a->d_cond_parts [L,B,D] each block's
+// part of the gradient of cond_silu
+static void adaln_backward(GpuModel *g, int B) {
+    Acts *a = &g->a;
+    int D = g->base.c.hidden_size, L = g->base.c.depth, add = !g->fresh;
+    const BlockParams *w = &g->w.block[0], *dw = &g->dw.block[0];
+    size_t step = block_stride(g), mod_step = (size_t)B * 6 * D;
+    GemmKey k = gemm_key(6 * D, D, B, 1, 0);
+    k.float_out = 1;
+    k.add = add;
+    k.batch = L;
+    k.stepa = (int64_t)mod_step;
+    k.stepc = (int64_t)step;
+    matmul_sure(&k, dw->adaln_w, a->d_mod, a->cond_silu, NULL);
+    column_sum<floatX, float>(dw->adaln_b, a->d_mod, B, 6 * D, 6 * D, add, L, mod_step, step);
+    k = gemm_key(B, D, 6 * D, 0, 0);
+    k.float_out = 1;
+    k.batch = L;
+    k.stepa = (int64_t)mod_step;
+    k.stepb = (int64_t)step;
+    k.stepc = (int64_t)B * D;
+    matmul_sure(&k, a->d_cond_parts, a->d_mod, low(g, w->adaln_w), NULL);
 }
 
 // Block i on n tokens a sample: its output is the returned residual. v1: block 0's qkv, NULL where values are
@@ -1995,7 +2185,8 @@ static Residual block_forward(GpuModel *g, int i, BlockActs *k, const Residual &
     norm_modulate_forward(k->mid, k->h2, k->r2, residual_of(k->x, gate1, 6 * D, k->proj), shift2, scale2,
                           6 * D, -1, B, n, D);
     GemmKey fused = gemm_key(N, F, D, 0, 1);
-    fused.epilogue = CUBLASLT_EPILOGUE_GELU_AUX_BIAS, fused.aux_ld = F;
+    fused.epilogue = CUBLASLT_EPILOGUE_GELU_AUX_BIAS;
+    fused.aux_ld = F;
     if (!use_gelu_epilogue || F % 8 ||
         !matmul(&fused, k->gelu, k->h2, low(g, w->fc1_w), low(g, w->fc1_b), k->fc1)) {
         linear_forward<floatX>(k->fc1, k->h2, low(g, w->fc1_w), low(g, w->fc1_b), N, D, F);
@@ -2011,7 +2202,11 @@ static Residual block_forward(GpuModel *g, int i, BlockActs *k, const Residual &
 static NormBackward norm_backward_of(GpuModel *g, float *dx, int n) {
     NormBackward a;
     memset(&a, 0, sizeof(a));
-    a.dx = dx, a.dh_cls = a.dy_cls = -1, a.T = n, a.D = g->base.c.hidden_size, a.parts = g->a.parts,
+    a.dx = dx;
+    a.dh_cls = a.dy_cls = -1;
+    a.T = n;
+    a.D = g->base.c.hidden_size;
+    a.parts = g->a.parts;
     a.dy = g->a.dy;
     a.gate_stride = 6 * a.D;
     return a;
@@ -2019,7 +2214,8 @@ static NormBackward norm_backward_of(GpuModel *g, float *dx, int n) {
 static void norm_backward_behind(NormBackward *a, GpuModel *g, int i, floatX *dshift, floatX *dscale, int B) {
     int D = a->D;
     size_t at = (size_t)i * B * 6 * D + 5 * D;
-    a->y = g->a.block[i].fc2, a->gate = g->a.mod + at;
+    a->y = g->a.block[i].fc2;
+    a->gate = g->a.mod + at;
     norm_modulate_backward(a, dshift, dscale, g->a.d_mod + at, g->dw.block[i].fc2_b, g->a.bias_parts,
                            !g->fresh, B);
 }
@@ -2041,7 +2237,8 @@ static void block_backward(GpuModel *g, int i, float *dx, const floatX *v1, cons
     // out = mid + gate2 fc2(gelu(fc1(h2)))
     linear_backward_weight(dw->fc2_w, a->dy, k->gelu, N, F, D, add);
     GemmKey fused = gemm_key(N, F, D, 0, 0);
-    fused.epilogue = CUBLASLT_EPILOGUE_DGELU, fused.aux_ld = F;
+    fused.epilogue = CUBLASLT_EPILOGUE_DGELU;
+    fused.aux_ld = F;
     if (use_gelu_epilogue && F % 8 == 0 && matmul(&fused, a->wide, a->dy, low(g, w->fc2_w), NULL, k->fc1))
         bias_backward(dw->fc1_b, a->parts, a->wide, N, F, add);
     else {
@@ -2051,8 +2248,13 @@ static void block_backward(GpuModel *g, int i, float *dx, const floatX *v1, cons
     linear_backward_weight(dw->fc1_w, a->wide, k->h2, N, D, F, add);
     linear_backward_input<floatX>(a->dh, a->wide, low(g, w->fc1_w), N, D, F, 0);
     NormBackward nb = norm_backward_of(g, dx, n);
-    nb.dh = a->dh, nb.x = k->mid, nb.r = k->r2, nb.scale = mod + 4 * D, nb.stride = 6 * D;
-    nb.y = k->proj, nb.gate = mod + 2 * D;
+    nb.dh = a->dh;
+    nb.x = k->mid;
+    nb.r = k->r2;
+    nb.scale = mod + 4 * D;
+    nb.stride = 6 * D;
+    nb.y = k->proj;
+    nb.gate = mod + 2 * D;
     norm_modulate_backward(&nb, d_mod + 3 * D, d_mod + 4 * D, d_mod + 2 * D, dw->proj_b, a->bias_parts, add,
                            B);
     // mid = in + gate1 proj(attention(qkv(h1)))
@@ -2071,13 +2273,117 @@ static void block_backward(GpuModel *g, int i, float *dx, const floatX *v1, cons
     linear_backward_weight(dw->qkv_w, a->wide2, k->h1, N, D, 3 * D, add);
     linear_backward_input<floatX>(a->dh, a->wide2, low(g, w->qkv_w), N, D, 3 * D, 0);
     nb = norm_backward_of(g, dx, n);
-    nb.dh = a->dh, nb.x = k->x, nb.r = k->r1, nb.scale = mod + D, nb.stride = 6 * D;
+    nb.dh = a->dh;
+    nb.x = k->x;
+    nb.r = k->r1;
+    nb.scale = mod + D;
+    nb.stride = 6 * D;
     if (before >= 0) {
         norm_backward_behind(&nb, g, before, d_mod, d_mod + D, B);
         return;
     }
     nb.dy_cls = dy_cls;
     norm_modulate_backward(&nb, d_mod, d_mod + D, NULL, db, a->bias_parts, add, B);
+}
+
+// zs [B,T,Z] = p4(silu(p2(silu(p0(E))))): what is compared with the frozen encoder's features
+static void projector_forward(GpuModel *g, const Params *w, int N) {
+    const Config *c = &g->base.c;
+    Acts *a = &g->a;
+    int D = c->hidden_size, M = c->projector_dim, Z = c->z_dim;
+    linear_forward<floatX>(a->p0, a->E_low, low(g, w->p0_w), low(g, w->p0_b), N, D, M);
+    silu_forward<floatX>(a->p0_silu, a->p0, (size_t)N * M);
+    linear_forward<floatX>(a->p2, a->p0_silu, low(g, w->p2_w), low(g, w->p2_b), N, M, M);
+    silu_forward<floatX>(a->p2_silu, a->p2, (size_t)N * M);
+    linear_forward<floatX>(a->zs, a->p2_silu, low(g, w->p4_w), low(g, w->p4_b), N, M, Z);
+}
+// a->d_E = its gradient, from that of zs in a->wide2
+static void projector_backward(GpuModel *g, int N) {
+    const Config *c = &g->base.c;
+    Acts *a = &g->a;
+    const Params *w = &g->w, *dw = &g->dw;
+    int D = c->hidden_size, M = c->projector_dim, Z = c->z_dim, add = !g->fresh;
+    linear_backward_weight(dw->p4_w, a->wide2, a->p2_silu, N, M, Z, add);
+    bias_backward(dw->p4_b, a->parts, a->wide2, N, Z, add);
+    linear_backward_input<floatX>(a->wide, a->wide2, low(g, w->p4_w), N, M, Z, 0);
+    activation_backward<SILU, floatX>(a->wide, dw->p2_b, a->parts, a->wide, a->p2, N, M, add);
+    linear_backward_weight(dw->p2_w, a->wide, a->p0_silu, N, M, M, add);
+    linear_backward_input<floatX>(a->wide2, a->wide, low(g, w->p2_w), N, M, M, 0);
+    activation_backward<SILU, floatX>(a->wide2, dw->p0_b, a->parts, a->wide2, a->p0, N, M, add);
+    linear_backward_weight(dw->p0_w, a->wide2, a->E_low, N, D, M, add);
+    linear_backward_input<float>(a->d_E, a->wide2, low(g, w->p0_w), N, D, M, 0);
+}
+
+// c = mlp(e(t)) + label, and silu(c), which all adaLN layers read
+static void condition_forward(GpuModel *g, const Params *w, int B) {
+    Acts *a = &g->a;
+    int D = g->base.c.hidden_size, W = TIME_FEATURES, count = B * D;
+    time_features_kernel<<<(unsigned)B, W / 2, 0, stream>>>(a->t_features, g->in.t);
+    LAUNCHED();
+    linear_forward<float>(a->t0, a->t_features, low(g, w->t0_w), w->t0_b, B, W, D);
+    silu_forward<float>(a->t0_silu, a->t0, (size_t)count);
+    linear_forward<float>(a->cond, a->t0_silu, low(g, w->t2_w), w->t2_b, B, D, D);
+    unsigned blocks = (unsigned)div_up(count, 256);
+    label_kernel<<<blocks, 256, 0, stream>>>(a->cond, a->cond_silu, w->label, g->in.y, D, count);
+    LAUNCHED();
+}
+// From a->d_cond_parts, what each adaLN layer asks of silu(c)
+static void condition_backward(GpuModel *g, int B) {
+    const Config *c = &g->base.c;
+    Acts *a = &g->a;
+    const Params *w = &g->w, *dw = &g->dw;
+    int D = c->hidden_size, W = TIME_FEATURES, add = !g->fresh, parts = c->depth + 1, count = B * D;
+    unsigned blocks = (unsigned)div_up(count, 256);
+    condition_backward_kernel<<<blocks, 256, 0, stream>>>(a->d_cond, a->d_cond_parts, a->cond, parts, count);
+    LAUNCHED();
+    label_backward_kernel<<<(unsigned)B, 256, 0, stream>>>(dw->label, a->d_cond, g->in.y, B, D);
+    LAUNCHED();
+    linear_backward_weight(dw->t2_w, a->d_cond, a->t0_silu, B, D, D, add);
+    bias_backward(dw->t2_b, a->parts, a->d_cond, B, D, add);
+    linear_backward_input<floatX>(a->d_t0, a->d_cond, low(g, w->t2_w), B, D, D, 0);
+    activation_backward<SILU, float>(a->d_t0, dw->t0_b, a->parts, a->d_t0, a->t0, B, D, add);
+    linear_backward_weight(dw->t0_w, a->d_t0, a->t_features, B, W, D, add);
+}
+
+// fusion_proj([E, G]) = E W1^T + (G W2^T + b), G being g_out's `rows` rows where g has a token and the mask
+// token elsewhere: that is one more row of g_out, and each token reads the product of its own row or of that
+// one. The norm that comes next does the reading and the sum.
+static Residual fusion_forward(GpuModel *g, const Params *w, floatX *g_out, const int *ids, int path_drop,
+                               int rows, int n, int B) {
+    Acts *a = &g->a;
+    int T = tokens_of(&g->base.c), D = g->base.c.hidden_size, N = B * T, padded = padded_rows(rows);
+    floatX *product = a->wide;
+    rows_kernel<<<(unsigned)B, 256, 0, stream>>>(a->rows, ids, n, T, rows, path_drop);
+    LAUNCHED();
+    mask_rows_kernel<<<(unsigned)(padded - rows), 256, 0, stream>>>(g_out, w->mask_token, rows, D);
+    LAUNCHED();
+    const floatX *w1 = low(g, w->fusion_w), *w2 = w1 + D;
+    linear_forward<float>(a->fused, a->E_low, w1, NULL, N, D, D, 2 * D);
+    linear_forward<floatX>(product, g_out, w2, low(g, w->fusion_b), padded, D, D, 2 * D);
+    Residual x = residual_of(a->fused, NULL, 0, product);
+    x.y_rows = a->rows;
+    return x;
+}
+// From a->dy, the gradient of the fused tokens: a->d_E (added to, if the projector has been there) and a->d_g,
+// of g_out's rows. The bias's gradient is taken by the norm that read the sum.
+static void fusion_backward(GpuModel *g, int rows, int N) {
+    const Config *c = &g->base.c;
+    Acts *a = &g->a;
+    const Params *dw = &g->dw;
+    int D = c->hidden_size, add = !g->fresh, padded = padded_rows(rows);
+    int chunk = imax(32, div_up(N, BIAS_CHUNKS));
+    unsigned chunks = (unsigned)div_up(N, chunk), pads = (unsigned)(padded - rows);
+    const floatX *w1 = low(g, g->w.fusion_w), *w2 = w1 + D;
+    fusion_gather_kernel<<<chunks, 256, 0, stream>>>(a->dG, a->parts, a->dy, a->rows, rows, N, D, chunk);
+    LAUNCHED();
+    column_sum<float, float>(a->bias_parts, a->parts, (int)chunks, D, D, 0);
+    mask_rows_backward_kernel<<<pads, 256, 0, stream>>>(a->dG, a->bias_parts, rows, D);
+    LAUNCHED();
+    linear_backward_weight(dw->fusion_w, a->dy, a->E_low, N, D, D, add, 2 * D);
+    linear_backward_weight(dw->fusion_w + D, a->dG, a->g_out, padded, D, D, add, 2 * D);
+    linear_backward_input<float>(a->d_E, a->dy, w1, N, D, D, c->align, 2 * D);
+    linear_backward_input<float>(a->d_g, a->dG, w2, padded, D, D, 0, 2 * D);
+    column_sum<float, float>(dw->mask_token, a->d_g + (size_t)rows * D, 2, D, D, add);
 }
 
 // Velocity of the input at its times and labels into a->out_patches, a->cls_out. training: x_t is made from x
@@ -2087,9 +2393,9 @@ static void network_forward(GpuModel *g, const Params *w, int training, int path
     const Config *c = &g->base.c;
     Acts *a = &g->a;
     const Input *in = &g->in;
-    int T = tokens_of(c), P = patches_of(c), D = c->hidden_size, M = c->projector_dim, Z = c->z_dim,
-        X = patch_dim_of(c);
-    int n = training ? kept_of(c) : T, first_h = c->depth - c->num_h, N = B * T, rows = path_drop ? 0 : B * n;
+    int T = tokens_of(c), P = patches_of(c), D = c->hidden_size, Z = c->z_dim, X = patch_dim_of(c), N = B * T;
+    int n = training ? kept_of(c) : T, first_h = c->depth - c->num_h, rows = path_drop ? 0 : B * n;
+    const int *ids = training ? in->ids : NULL;
     size_t latent = (size_t)B * (size_t)latent_of(c);
     // tokens: patches, CLS before them, positions
     patchify_kernel<<<(unsigned)((latent + 255) / 256), 256, 0, stream>>>(
@@ -2106,56 +2412,32 @@ static void network_forward(GpuModel *g, const Params *w, int training, int path
     embed_kernel<<<(unsigned)div_up(N, 8), 256, 0, stream>>>(
         a->block[0].x, a->cls_r, a->patch_tokens, a->cls_proj, w->cls_norm, w->pos_embed, c->cls, N, T, D);
     LAUNCHED();
-    // condition: c = mlp(e(t)) + label; all blocks' modulation
-    time_features_kernel<<<(unsigned)B, 128, 0, stream>>>(a->t_features, in->t);
-    LAUNCHED();
-    linear_forward<float>(a->t0, a->t_features, low(g, w->t0_w), w->t0_b, B, TIME_FEATURES, D);
-    silu_forward<float>(a->t0_silu, a->t0, (size_t)B * D);
-    linear_forward<float>(a->cond, a->t0_silu, low(g, w->t2_w), w->t2_b, B, D, D);
-    label_kernel<<<(unsigned)div_up(B * D, 256), 256, 0, stream>>>(a->cond, a->cond_silu, w->label, in->y, D,
-                                                                   B * D);
-    LAUNCHED();
+    condition_forward(g, w, B);
     adaln_forward(g, w, B);
-    linear_forward<float>(a->final_mod, a->cond_silu, low(g, w->final_adaln_w), w->final_adaln_b, B, D,
-                          2 * D);
     // encoder f on all tokens
     const floatX *v1 = c->value_residual ? a->block[0].qkv : NULL;
     Residual x = residual_of(a->block[0].x, NULL, 0, NULL);
     for (int i = 0; i < c->num_f; i++) x = block_forward(g, i, &a->block[i], x, i ? v1 : NULL, NULL, w, B, T);
     norm_modulate_forward(a->E, a->E_low, NULL, x, NULL, NULL, 0, -1, B, T, D);
-    if (training && c->align) {   // zs = projector(E)
-        linear_forward<floatX>(a->p0, a->E_low, low(g, w->p0_w), low(g, w->p0_b), N, D, M);
-        silu_forward<floatX>(a->p0_silu, a->p0, (size_t)N * M);
-        linear_forward<floatX>(a->p2, a->p0_silu, low(g, w->p2_w), low(g, w->p2_b), N, M, M);
-        silu_forward<floatX>(a->p2_silu, a->p2, (size_t)N * M);
-        linear_forward<floatX>(a->zs, a->p2_silu, low(g, w->p4_w), low(g, w->p4_b), N, M, Z);
-    }
+    if (training && c->align) projector_forward(g, w, N);
     // sparse middle g on the kept tokens; its first norm gathers them
-    floatX *g_out = training ? a->g_out : a->wide2, *G = a->wide;
+    floatX *g_out = training ? a->g_out : a->wide2;
     if (!path_drop) {
         x = residual_of(a->E, NULL, 0, NULL);
-        if (training) x.x_ids = in->ids, x.x_tokens = T;
+        x.x_ids = ids;
+        x.x_tokens = T;
         for (int i = c->num_f; i < first_h; i++) {
             BlockActs *k = training ? &a->block[i] : &a->block[c->num_h ? c->depth - 1 : c->depth];
-            x = block_forward(g, i, k, x, v1, training ? in->ids : NULL, w, B, n);
+            x = block_forward(g, i, k, x, v1, ids, w, B, n);
         }
         norm_modulate_forward(NULL, g_out, NULL, x, NULL, NULL, 0, -1, B, n, D);
     }
-    // fusion_proj([E, G]) = E W1^T + G W2^T + b. Most rows of G are the mask token: it is one more row of g's
-    // output, and each token reads the product of its own row or of that one. The reading is done by the norm
-    // that comes next.
-    int pads = padded_rows(rows) - rows;
-    rows_kernel<<<(unsigned)B, 256, 0, stream>>>(a->rows, training ? in->ids : NULL, n, T, rows, path_drop);
-    LAUNCHED();
-    mask_rows_kernel<<<(unsigned)pads, 256, 0, stream>>>(g_out, w->mask_token, rows, D);
-    LAUNCHED();
-    linear_forward<float>(a->fused, a->E_low, low(g, w->fusion_w), NULL, N, D, D, 2 * D);
-    linear_forward<floatX>(G, g_out, low(g, w->fusion_w) + D, low(g, w->fusion_b), rows + pads, D, D, 2 * D);
+    x = fusion_forward(g, w, g_out, ids, path_drop, rows, n, B);
     // decoder h on all tokens
-    x = residual_of(a->fused, NULL, 0, G);
-    x.y_rows = a->rows;
     for (int i = first_h; i < c->depth; i++) x = block_forward(g, i, &a->block[i], x, v1, NULL, w, B, T);
-    // final layer
+    // final layer: out = linear(final_h[patches]), cls_out = linear_cls(final_h[CLS]); patches lie first
+    linear_forward<float>(a->final_mod, a->cond_silu, low(g, w->final_adaln_w), w->final_adaln_b, B, D,
+                          2 * D);
     norm_modulate_forward(c->num_h ? a->last : a->fused, a->final_h, a->final_r, x, a->final_mod,
                           a->final_mod + D, 2 * D, c->cls, B, T, D);
     linear_forward<float>(a->out_patches, a->final_h, low(g, w->final_w), w->final_b, B * P, D, X);
@@ -2164,14 +2446,26 @@ static void network_forward(GpuModel *g, const Params *w, int training, int path
                               w->final_cls_b, B, D, Z);
 }
 
-// Zeros into the gradients of the sparse blocks' tensors, neighbours in the table at once
-static void clear_sparse_gradients(GpuModel *g) {
+// Zeros where a step's backward writes nothing or only adds: values' and labels' gradients, and, where the
+// sparse path was dropped, all of g's
+static void clear_gradients(GpuModel *g, int path_drop, int B) {
+    const Config *c = &g->base.c;
     const Table *table = &g->base.table;
-    for (int i = 0, last; i < table->count; i = last + 1) {
-        for (last = i; last < table->count && is_sparse(&g->base.c, table->tensors[last].block); last++) continue;
-        if (last == i) continue;
+    size_t D = (size_t)c->hidden_size, N = (size_t)B * (size_t)tokens_of(c), mod = (size_t)B * 6 * D;
+    int first_h = c->depth - c->num_h, sparse = first_h - c->num_f;
+    CHECK(cudaMemsetAsync(g->a.d_v1, 0, N * D * sizeof(float), stream));
+    if (g->fresh)
+        CHECK(cudaMemsetAsync(g->dw.label, 0, (size_t)(c->num_classes + 1) * D * sizeof(float), stream));
+    if (!path_drop || !sparse) return;
+    CHECK(cudaMemsetAsync(g->a.d_mod + c->num_f * mod, 0, sparse * mod * sizeof(floatX), stream));
+    for (int i = 0, next; i < table->count && g->fresh; i = next) {   // neighbours in the table at once
+        for (next = i; next < table->count && is_sparse(c, table->tensors[next].block); next++) continue;
+        if (next == i) {
+            next++;
+            continue;
+        }
         size_t begin = table->tensors[i].offset;
-        size_t end = table->tensors[last - 1].offset + table->tensors[last - 1].size;
+        size_t end = table->tensors[next - 1].offset + table->tensors[next - 1].size;
         CHECK(cudaMemsetAsync(g->grads + begin, 0, (end - begin) * sizeof(float), stream));
     }
 }
@@ -2182,68 +2476,44 @@ static void clear_sparse_gradients(GpuModel *g) {
 static void network_backward(GpuModel *g, int path_drop, int B) {
     const Config *c = &g->base.c;
     Acts *a = &g->a;
-    const Params *w = &g->w;
-    Params *dw = &g->dw;
+    const Params *w = &g->w, *dw = &g->dw;
     const Input *in = &g->in;
-    int T = tokens_of(c), P = patches_of(c), D = c->hidden_size, M = c->projector_dim, Z = c->z_dim,
-        X = patch_dim_of(c);
-    int n = kept_of(c), first_h = c->depth - c->num_h, N = B * T, add = !g->fresh, L = c->depth,
-        last = c->depth - 1;
-    int rows = path_drop ? 0 : B * n, padded = padded_rows(rows);
+    int T = tokens_of(c), P = patches_of(c), D = c->hidden_size, Z = c->z_dim, X = patch_dim_of(c), N = B * T;
+    int n = kept_of(c), first_h = c->depth - c->num_h, last = c->depth - 1, add = !g->fresh;
+    int rows = path_drop ? 0 : B * n;
     const floatX *v1 = c->value_residual ? a->block[0].qkv : NULL;
-    CHECK(cudaMemsetAsync(a->d_v1, 0, (size_t)N * D * sizeof(float), stream));
-    if (g->fresh)
-        CHECK(cudaMemsetAsync(dw->label, 0, (size_t)(c->num_classes + 1) * D * sizeof(float), stream));
-    if (path_drop && first_h > c->num_f) {   // g's blocks get no gradient
-        CHECK(cudaMemsetAsync(a->d_mod + (size_t)c->num_f * B * 6 * D, 0,
-                              (size_t)(first_h - c->num_f) * B * 6 * D * sizeof(floatX), stream));
-        if (g->fresh) clear_sparse_gradients(g);
-    }
-    // zs = p4(silu(p2(silu(p0(E)))))
-    if (c->align) {
-        linear_backward_weight(dw->p4_w, a->wide2, a->p2_silu, N, M, Z, add);
-        bias_backward(dw->p4_b, a->parts, a->wide2, N, Z, add);
-        linear_backward_input<floatX>(a->wide, a->wide2, low(g, w->p4_w), N, M, Z, 0);
-        activation_backward<SILU, floatX>(a->wide, dw->p2_b, a->parts, a->wide, a->p2, N, M, add);
-        linear_backward_weight(dw->p2_w, a->wide, a->p0_silu, N, M, M, add);
-        linear_backward_input<floatX>(a->wide2, a->wide, low(g, w->p2_w), N, M, M, 0);
-        activation_backward<SILU, floatX>(a->wide2, dw->p0_b, a->parts, a->wide2, a->p0, N, M, add);
-        linear_backward_weight(dw->p0_w, a->wide2, a->E_low, N, D, M, add);
-        linear_backward_input<float>(a->d_E, a->wide2, low(g, w->p0_w), N, D, M, 0);
-    }
-    // final layer: out = linear(final_h[patches]), cls_out = linear_cls(final_h[CLS]); patches lie first
+    size_t patches = (size_t)B * P * D;   // CLS's rows lie behind those
+    clear_gradients(g, path_drop, B);
+    if (c->align) projector_backward(g, N);
+    // final layer: out = linear(final_h[patches]), cls_out = linear_cls(final_h[CLS])
     linear_backward_weight(dw->final_w, a->d_out, a->final_h, B * P, D, X, add);
     bias_backward(dw->final_b, a->parts, a->d_out, B * P, X, add);
     linear_backward_input<floatX>(a->dh, a->d_out, low(g, w->final_w), B * P, D, X, 0);
     if (c->cls) {
-        size_t cls_rows = (size_t)B * P * D;
-        linear_backward_weight(dw->final_cls_w, a->d_cls_out, a->final_h + cls_rows, B, D, Z, add);
+        linear_backward_weight(dw->final_cls_w, a->d_cls_out, a->final_h + patches, B, D, Z, add);
         bias_backward(dw->final_cls_b, a->parts, a->d_cls_out, B, Z, add);
-        linear_backward_input<floatX>(a->dh + cls_rows, a->d_cls_out, low(g, w->final_cls_w), B, D, Z, 0);
+        linear_backward_input<floatX>(a->dh + patches, a->d_cls_out, low(g, w->final_cls_w), B, D, Z, 0);
     }
     NormBackward nb = norm_backward_of(g, a->dx, T);
-    nb.fresh = 1, nb.dh = a->dh, nb.dh_cls = c->cls, nb.x = c->num_h ? a->last : a->fused, nb.r = a->final_r;
-    nb.scale = a->final_mod + D, nb.stride = 2 * D;
+    nb.fresh = 1;
+    nb.dh = a->dh;
+    nb.dh_cls = c->cls;
+    nb.x = c->num_h ? a->last : a->fused;
+    nb.r = a->final_r;
+    nb.scale = a->final_mod + D;
+    nb.stride = 2 * D;
     if (c->num_h) norm_backward_behind(&nb, g, last, a->d_final_mod, a->d_final_mod + D, B);
     else
         norm_modulate_backward(&nb, a->d_final_mod, a->d_final_mod + D, NULL, dw->fusion_b, a->bias_parts,
                                add, B);
+    linear_backward_weight(dw->final_adaln_w, a->d_final_mod, a->cond_silu, B, D, 2 * D, add);
+    bias_backward(dw->final_adaln_b, a->parts, a->d_final_mod, B, 2 * D, add);
+    linear_backward_input<float>(a->d_cond_parts + (size_t)c->depth * B * D, a->d_final_mod,
+                                 low(g, w->final_adaln_w), B, D, 2 * D, 0);
     // decoder h
     for (int i = last; i >= first_h; i--)
         block_backward(g, i, a->dx, v1, NULL, B, T, i > first_h ? i - 1 : -1, -1, dw->fusion_b);
-    // fused = E W1^T + (g_out W2^T)[rows]: a->dy is its gradient
-    int chunk = imax(32, div_up(N, BIAS_CHUNKS)), chunks = div_up(N, chunk);
-    fusion_gather_kernel<<<(unsigned)chunks, 256, 0, stream>>>(a->dG, a->parts, a->dy, a->rows, rows, N, D,
-                                                               chunk);
-    LAUNCHED();
-    column_sum<float, float>(a->bias_parts, a->parts, chunks, D, D, 0);
-    mask_rows_backward_kernel<<<(unsigned)(padded - rows), 256, 0, stream>>>(a->dG, a->bias_parts, rows, D);
-    LAUNCHED();
-    linear_backward_weight(dw->fusion_w, a->dy, a->E_low, N, D, D, add, 2 * D);
-    linear_backward_weight(dw->fusion_w + D, a->dG, a->g_out, padded, D, D, add, 2 * D);
-    linear_backward_input<float>(a->d_E, a->dy, low(g, w->fusion_w), N, D, D, c->align, 2 * D);
-    linear_backward_input<float>(a->d_g, a->dG, low(g, w->fusion_w) + D, padded, D, D, 0, 2 * D);
-    column_sum<float, float>(dw->mask_token, a->d_g + (size_t)rows * D, 2, D, D, add);
+    fusion_backward(g, rows, N);
     // sparse middle g, on a path-drop step without gradient
     if (!path_drop && first_h > c->num_f) {
         nb = norm_backward_of(g, a->d_g, n);
@@ -2253,7 +2523,9 @@ static void network_backward(GpuModel *g, int path_drop, int B) {
     }
     // encoder f; the gradient of the gathered tokens comes back here
     nb = norm_backward_of(g, a->d_E, T);
-    nb.dx2 = a->d_g, nb.dx2_rows = a->rows, nb.dx2_count = rows;
+    nb.dx2 = a->d_g;
+    nb.dx2_rows = a->rows;
+    nb.dx2_count = rows;
     norm_backward_behind(&nb, g, c->num_f - 1, NULL, NULL, B);
     for (int i = c->num_f - 1; i >= 0; i--)
         block_backward(g, i, a->d_E, i ? v1 : NULL, NULL, B, T, i - 1, i ? -1 : c->cls, NULL);
@@ -2262,36 +2534,14 @@ static void network_backward(GpuModel *g, int path_drop, int B) {
     bias_backward(dw->x_b, a->parts, a->dy, B * P, D, add);
     if (c->cls) {
         rmsnorm_backward_kernel<<<(unsigned)div_up(B, 8), 256, 0, stream>>>(
-            a->dh, a->bias_parts, a->dy + (size_t)B * P * D, a->cls_proj, a->cls_r, w->cls_norm, B, D);
+            a->dh, a->bias_parts, a->dy + patches, a->cls_proj, a->cls_r, w->cls_norm, B, D);
         LAUNCHED();
         column_sum<float, float>(dw->cls_norm, a->bias_parts, B, D, D, add);
         linear_backward_weight(dw->cls_w, a->dh, a->cls_t, B, Z, D, add);
         bias_backward(dw->cls_b, a->parts, a->dh, B, D, add);
     }
-    // condition: the modulation of all blocks at once, the final one, then c = mlp(e(t)) + label
-    size_t step = block_stride(g), mod_step = (size_t)B * 6 * D;
-    GemmKey k = gemm_key(6 * D, D, B, 1, 0);
-    k.float_out = 1, k.add = add, k.batch = L, k.stepa = (int64_t)mod_step, k.stepc = (int64_t)step;
-    matmul_sure(&k, dw->block[0].adaln_w, a->d_mod, a->cond_silu, NULL);
-    column_sum<floatX, float>(dw->block[0].adaln_b, a->d_mod, B, 6 * D, 6 * D, add, L, mod_step, step);
-    k = gemm_key(B, D, 6 * D, 0, 0);
-    k.float_out = 1, k.batch = L, k.stepa = (int64_t)mod_step, k.stepb = (int64_t)step,
-    k.stepc = (int64_t)B * D;
-    matmul_sure(&k, a->d_cond_parts, a->d_mod, low(g, w->block[0].adaln_w), NULL);
-    linear_backward_weight(dw->final_adaln_w, a->d_final_mod, a->cond_silu, B, D, 2 * D, add);
-    bias_backward(dw->final_adaln_b, a->parts, a->d_final_mod, B, 2 * D, add);
-    linear_backward_input<float>(a->d_cond_parts + (size_t)L * B * D, a->d_final_mod,
-                                 low(g, w->final_adaln_w), B, D, 2 * D, 0);
-    condition_backward_kernel<<<(unsigned)div_up(B * D, 256), 256, 0, stream>>>(a->d_cond, a->d_cond_parts,
-                                                                                a->cond, L + 1, B * D);
-    LAUNCHED();
-    label_backward_kernel<<<(unsigned)B, 256, 0, stream>>>(dw->label, a->d_cond, in->y, B, D);
-    LAUNCHED();
-    linear_backward_weight(dw->t2_w, a->d_cond, a->t0_silu, B, D, D, add);
-    bias_backward(dw->t2_b, a->parts, a->d_cond, B, D, add);
-    linear_backward_input<floatX>(a->d_t0, a->d_cond, low(g, w->t2_w), B, D, D, 0);
-    activation_backward<SILU, float>(a->d_t0, dw->t0_b, a->parts, a->d_t0, a->t0, B, D, add);
-    linear_backward_weight(dw->t0_w, a->d_t0, a->t_features, B, TIME_FEATURES, D, add);
+    adaln_backward(g, B);
+    condition_backward(g, B);
 }
 
 // ----------------------------------------------------------------------------------------------------------
@@ -2311,7 +2561,7 @@ __global__ void __launch_bounds__(256)
     int X = C * p * p;
     float sum = 0, cfm_sum = 0;
     for (size_t e = (size_t)blockIdx.x * 256 + threadIdx.x; e < count; e += (size_t)gridDim.x * 256) {
-        size_t at = pixel_of(e / X, (int)(e % X), C, S, p);
+        size_t at = unpatchify_place(e / X, (int)(e % X), C, S, p);
         float d = out[e] - (noise[at] - x[at]);
         float before = out[e] - (at >= latent ? noise[at - latent] - x[at - latent] : v_before[at]);
         sum += d * d, cfm_sum -= before * before;
@@ -2409,80 +2659,22 @@ static void loss_and_gradients(GpuModel *g, const Batch *batch) {
     }
 }
 
-// ----------------------------------------------------------------------------------------------------------
-// What a backend offers
-
 static void zero_gradients(Model *m) { gpu_of(m)->fresh = 1; }   // the next gradients overwrite
 static void zero_now(GpuModel *g) {                              // where nothing came after zero_gradients
     if (g->fresh) CHECK(cudaMemsetAsync(g->grads, 0, g->base.table.total * sizeof(float), stream));
     g->fresh = 0;
 }
 
-// The batch goes by way of pinned memory and a stream of its own, so that the host can go on at once and the
-// copy runs under the step before. There are two of each buffer; the host waits only when it is two batches
-// ahead.
-static void batch_upload(GpuModel *g, const Batch *batch) {
-    const Config *c = &g->base.c;
-    size_t b = (size_t)batch->B, latent = (size_t)latent_of(c), Z = (size_t)c->z_dim,
-           n = b * (size_t)tokens_of(c) * Z;
-    int k = g->turn;
-    Input *to = &g->on_host[k];
-    CHECK(cudaEventSynchronize(g->sent[k]));
-    Draw draw = {batch->seed, (uint32_t)batch->step, (uint32_t)batch->first, (uint32_t)batch->whole};
-    *to->draw = draw;
-    memcpy(to->x, batch->x, b * latent * sizeof(float));
-    memcpy(to->v_before, batch->v_before, latent * sizeof(float));
-    memcpy(to->t, batch->t, b * sizeof(float)), memcpy(to->y, batch->y, b * sizeof(int));
-    if (c->cls) memcpy(to->cls, batch->cls, b * Z * sizeof(float));
-    if (c->align) {
-#pragma omp parallel for
-        for (long i = 0; i < (long)n; i++) to->feats[i] = (floatX)batch->feats[i];
-    }
-    if (!batch->on_device) {
-        memcpy(to->noise, batch->noise, b * latent * sizeof(float));
-        if (c->cls) memcpy(to->noise_cls, batch->noise_cls, b * Z * sizeof(float));
-        memcpy(to->ids, batch->ids, b * (size_t)kept_of(c) * sizeof(int));
-    }
-    CHECK(cudaStreamWaitEvent(copy_stream, g->done[k], 0));
-    CHECK(cudaMemcpyAsync(g->input_memory[k], g->pinned[k],
-                          batch->on_device ? g->copied_bytes : g->input_bytes, cudaMemcpyHostToDevice,
-                          copy_stream));
-    CHECK(cudaEventRecord(g->sent[k], copy_stream));
-    CHECK(cudaStreamWaitEvent(stream, g->sent[k], 0));
-    g->in = g->on_device[k];
-    g->turn = !k;
-}
-
-// The draws that the CPU makes in batch_load, from the same addresses
-static void draw_on_device(GpuModel *g, int B) {
-    const Config *c = &g->base.c;
-    const Input *in = &g->in;
-    int latent = latent_of(c), T = tokens_of(c);
-    dim3 grid((unsigned)div_up(div_up(latent, 4), 256), (unsigned)B), one(grid.x, 1);
-    noise_kernel<<<grid, 256, 0, stream>>>(in->noise, latent, in->draw, STREAM_NOISE, 0, 0);
-    LAUNCHED();
-    noise_kernel<<<one, 256, 0, stream>>>(in->v_before, latent, in->draw, STREAM_NOISE, -1, 1);   // held -x
-    LAUNCHED();
-    if (c->cls) {
-        dim3 cls_grid((unsigned)div_up(div_up(c->z_dim, 4), 256), (unsigned)B);
-        noise_kernel<<<cls_grid, 256, 0, stream>>>(in->noise_cls, c->z_dim, in->draw, STREAM_NOISE_CLS, 0, 0);
-        LAUNCHED();
-    }
-    route_kernel<<<(unsigned)B, 256, 2 * (size_t)T * sizeof(uint32_t), stream>>>(in->ids, in->draw,
-                                                                                 kept_of(c), T);
-    LAUNCHED();
-}
-
 static void forward_backward(Model *model, const Batch *batch) {
     GpuModel *g = gpu_of(model);
     if (batch->B > model->max_batch) die("a batch of %d in a model made for %d", batch->B, model->max_batch);
     use_weights(g, PARAMS);
-    batch_upload(g, batch);
-    if (batch->on_device) draw_on_device(g, batch->B);
+    g->in = batch_upload(&g->queue, batch, &model->c);
+    if (batch->on_device) draw_on_device(&g->in, &model->c, batch->B);
     network_forward(g, &g->w, 1, batch->path_drop, batch->B);
     loss_and_gradients(g, batch);
     network_backward(g, batch->path_drop, batch->B);
-    CHECK(cudaEventRecord(g->done[!g->turn], stream));
+    batch_done(&g->queue);
     g->fresh = 0;
 }
 
@@ -2530,7 +2722,9 @@ __global__ void __launch_bounds__(256) grad_norm_kernel(float *parts, const floa
     sum = sum_block(sum, sums);
     if (threadIdx.x == 0) parts[blockIdx.x] = sum;
 }
-// The norm of the gradient, and whether this step (from 1) is the first one that is not finite. One block.
+// The norm of the gradient, and whether this step (from 1) is the first whose norm or losses are not finite.
+// The host reads the losses only now and then: what goes wrong in between is kept here, and no later update
+// covers it up. One block.
 __global__ void __launch_bounds__(256)
     root_kernel(DeviceLosses *losses, const float *parts, int count, int step) {
     __shared__ double sums[256];
@@ -2545,8 +2739,25 @@ __global__ void __launch_bounds__(256)
     if (!(all < (double)INFINITY) && !losses->bad_step) losses->bad_step = step;
 }
 
-// Constants of a step in float, by AdamW's of train_srdit.c
+// The constants of a step, AdamW's of train_srdit.c in float
 typedef struct { float b1, b2, one1, one2, eps, rate, root, decay, ema, one_ema; double max_norm; } AdamWFloat;
+static AdamWFloat adamw_float(const Config *c, int step) {
+    AdamW d = adamw_of(c, step);
+    AdamWFloat o;
+    o.b1 = (float)d.b1;
+    o.b2 = (float)d.b2;
+    o.one1 = (float)(1 - d.b1);
+    o.one2 = (float)(1 - d.b2);
+    o.eps = (float)d.eps;
+    o.rate = (float)d.rate;
+    o.root = (float)d.root;
+    o.decay = (float)d.decay;
+    o.ema = (float)d.ema;
+    o.one_ema = (float)(1 - d.ema);
+    o.max_norm = d.max_norm;
+    return o;
+}
+
 // Reads 20, writes 16 + 2 bytes a parameter: 5.3 GB, 1.8 ms in B/1; bound by memory. From the first step that
 // is not finite on nothing is changed. n is a multiple of 64.
 __global__ void __launch_bounds__(256)
@@ -2570,22 +2781,9 @@ __global__ void __launch_bounds__(256)
 
 static void update(Model *model, int step) {
     GpuModel *g = gpu_of(model);
-    const Config *c = &model->c;
+    AdamWFloat o = adamw_float(&model->c, step);
     size_t n = model->table.trained;
     zero_now(g);
-    AdamW d = adamw_of(c, step);
-    AdamWFloat o;
-    o.b1 = (float)d.b1;
-    o.b2 = (float)d.b2;
-    o.one1 = (float)(1 - d.b1);
-    o.one2 = (float)(1 - d.b2);
-    o.eps = (float)d.eps;
-    o.rate = (float)d.rate;
-    o.root = (float)d.root;
-    o.decay = (float)d.decay;
-    o.ema = (float)d.ema;
-    o.one_ema = (float)(1 - d.ema);
-    o.max_norm = d.max_norm;
     use_weights(g, PARAMS);
     grad_norm_kernel<<<NORM_BLOCKS, 256, 0, stream>>>(g->norm_parts, g->grads, n);
     LAUNCHED();
@@ -2605,12 +2803,19 @@ static Losses read_losses(Model *model) {
     CHECK(cudaMemsetAsync(g->losses, 0, offsetof(DeviceLosses, bad_step), stream));   // which stays
     CHECK(cudaStreamSynchronize(stream));
     Losses sum;
-    memset(&sum, 0, sizeof(sum));
-    sum.denoise = d.denoise, sum.cls = d.cls, sum.align = d.align, sum.cfm = d.cfm, sum.grad_norm = d.grad_norm, sum.bad_step = d.bad_step;
+    sum.denoise = d.denoise;
+    sum.cls = d.cls;
+    sum.align = d.align;
+    sum.cfm = d.cfm;
+    sum.grad_norm = d.grad_norm;
+    sum.bad_step = d.bad_step;
     sum.total =
         d.denoise + c->cls_coeff * d.cls + c->align_coeff * d.align + (c->cfm ? c->cfm_coeff : 0) * d.cfm;
     return sum;
 }
+
+// ----------------------------------------------------------------------------------------------------------
+// What a backend offers
 
 static float *device_block(GpuModel *g, enum Block which) {
     float *blocks[] = {g->params, g->grads, g->m, g->v, g->ema};
@@ -2634,7 +2839,8 @@ static void put_block(Model *m, const real *host, enum Block which) {
     g->weights_of = GRADS;       // neither: they are rounded again before their next use
 }
 
-// An activation of the last forward by its name in activation_names, copied to the host
+// An activation of the last forward by its name in activation_names, copied to the host. Only reports and
+// tests ask, so that it may allocate.
 static const real *activation(Model *m, const char *name) {
     GpuModel *g = gpu_of(m);
     const Config *c = &m->c;
@@ -2663,29 +2869,28 @@ static const real *activation(Model *m, const char *name) {
     }
     if (g->host_size < count) {
         free(g->host);
-        g->host = (float *)alloc_zero(count, sizeof(float)), g->host_size = count;
+        g->host = (float *)alloc_zero(count, sizeof(float));
+        g->host_size = count;
     }
-    if (rounded) {
-        floatX *half = (floatX *)alloc_zero(count, sizeof(floatX));
-        CHECK(cudaMemcpyAsync(half, rounded, count * sizeof(floatX), cudaMemcpyDeviceToHost, stream));
-        CHECK(cudaStreamSynchronize(stream));
-        for (size_t k = 0; k < count; k++) g->host[k] = (float)half[k];
-        free(half);
-    } else {
-        CHECK(cudaMemcpyAsync(g->host, x, count * sizeof(float), cudaMemcpyDeviceToHost, stream));
-        CHECK(cudaStreamSynchronize(stream));
-    }
+    floatX *narrow = rounded ? (floatX *)alloc_zero(count, sizeof(floatX)) : NULL;
+    if (rounded) CHECK(cudaMemcpyAsync(narrow, rounded, count * sizeof(floatX), cudaMemcpyDeviceToHost, stream));
+    else CHECK(cudaMemcpyAsync(g->host, x, count * sizeof(float), cudaMemcpyDeviceToHost, stream));
+    CHECK(cudaStreamSynchronize(stream));
+    for (size_t i = 0; i < count && rounded; i++) g->host[i] = (float)narrow[i];
+    free(narrow);
     return g->host;
 }
 
 // ----------------------------------------------------------------------------------------------------------
 // Creation
 
-// One step of each kind on an empty batch, so that every matrix product gets its plan and its time is taken
+// One step of each kind on an empty batch, so that every matrix product of training gets its plan and its time
+// is taken: no step makes one later, nor allocates anything else.
 static void tune(GpuModel *g) {
     Model *m = &g->base;
     Batch *batch = batch_create(&m->c, m->max_batch);
-    tuning = 1, timed_count = 0;
+    tuning = 1;
+    timed_count = 0;
     batch->on_device = 1;
     for (int turn = 0; turn < 4; turn++) {
         if (turn % 2 == 0) gpu::zero_gradients(m);
@@ -2706,89 +2911,103 @@ static void tune(GpuModel *g) {
                plans_path());
 }
 
-static Model *model_create(const Config *c, int max_batch, uint64_t seed) {
-    GpuModel *g = (GpuModel *)alloc_zero(1, sizeof(GpuModel));
+static void device_open(void) {
+    int devices = 0;
+    cudaError_t found = cudaGetDeviceCount(&devices);
+    if (found == cudaErrorInsufficientDriver) {
+        int driver = 0, toolkit = 0;
+        cudaDriverGetVersion(&driver);
+        cudaRuntimeGetVersion(&toolkit);
+        die("the driver knows CUDA %d.%d at most, but this was built with %d.%d: update the driver, or build "
+            "with an older toolkit (make NVCC=...)",
+            driver / 1000, driver % 1000 / 10, toolkit / 1000, toolkit % 1000 / 10);
+    }
+    if (found != cudaSuccess || devices == 0)
+        die("no GPU was found: train_srdit runs the same model on the CPU");
+    CHECK(cudaStreamCreate(&stream));
+    CHECK(cudaStreamCreate(&copy_stream));
+    CHECK(cudaMalloc(&workspace, workspace_bytes));
+    CHECK_LT(cublasLtCreate(&lt));
+}
+
+// The bytes that a model with max_batch samples takes on the device
+typedef struct { size_t parameters, activations, input, all; } MemoryPlan;
+static MemoryPlan memory_plan(GpuModel *g, int max_batch) {
+    MemoryPlan p;
+    DeviceArena arena = {NULL, 0, 0, NULL}, input = {NULL, 0, 1, NULL};
+    Input counted;
+    size_t copied;
+    input_layout(&counted, &input, &g->base.c, max_batch, &copied);
+    p.parameters = memory_layout(g, &arena, max_batch);
+    p.activations = arena.used - p.parameters;
+    p.input = 2 * input.used;
+    p.all = arena.used + p.input;
+    return p;
+}
+// Says what is taken; an error, with the batch that would fit, if there is not so much
+static void memory_check(GpuModel *g, const MemoryPlan *p, int max_batch) {
+    size_t free_bytes, all_bytes;
+    CHECK(cudaMemGetInfo(&free_bytes, &all_bytes));
+    if (verbose)
+        printf("GPU memory: parameters, gradients, moments, average %.3f GB, activations and scratch %.3f GB, "
+               "input %.3f GB, workspace %.3f GB; %.3f of %.1f GB\n",
+               (double)p->parameters / 1e9, (double)p->activations / 1e9, (double)p->input / 1e9,
+               (double)workspace_bytes / 1e9, (double)(p->all + workspace_bytes) / 1e9,
+               (double)all_bytes / 1e9);
+    if (p->all <= free_bytes) return;
+    int fits = max_batch / 2;   // the largest of a half, a quarter, ... that fits
+    while (fits && memory_plan(g, fits).all > free_bytes) fits /= 2;
+    die("the GPU has %.1f GB free but %d samples at once need %.1f; %d fit (a smaller --batch, or --accum)",
+        (double)free_bytes / 1e9, max_batch, (double)p->all / 1e9, fits);
+}
+
+// Start values, and the angles of RoPE by position, for attention on tensor cores: patch (p, 0) turns by those
+// of p
+static void start_values(GpuModel *g, uint64_t seed) {
     Model *m = &g->base;
-    m->c = *c, m->max_batch = max_batch;
+    const Config *c = &m->c;
+    int G = grid_of(c), Dh = c->hidden_size / c->num_heads, quarter = Dh / 4;
+    real *start = (real *)alloc_zero(m->table.total, sizeof(real));
+    float2 *rope = (float2 *)alloc_zero((size_t)(G * quarter), sizeof(float2));
+    params_start(start, &m->table, c, seed);
+    gpu::put_block(m, start, PARAMS);
+    gpu::put_block(m, start, EMA);
+    const real *cosines = start + (g->w.rope_cos - g->params), *sines = start + (g->w.rope_sin - g->params);
+    for (int i = 0; i < G * quarter; i++) {
+        size_t from = (size_t)(i / quarter * G * Dh + i % quarter * 2);
+        rope[i] = c->rope ? make_float2(cosines[from], sines[from]) : make_float2(1, 0);
+    }
+    CHECK(cudaMemcpy(g->rope, rope, (size_t)(G * quarter) * sizeof(float2), cudaMemcpyHostToDevice));
+    free(start), free(rope);
+}
+
+static Model *model_create(const Config *c, int max_batch, uint64_t seed) {
     if (c->hidden_size > 8192) die("hidden_size %d: the GPU's kernels take at most 8192", c->hidden_size);
     if (c->hidden_size / c->num_heads > 128)
         die("a head width of %d: the GPU's kernels take at most 128", c->hidden_size / c->num_heads);
     if (tokens_of(c) > 6000) die("%d tokens: the GPU's kernels take at most 6000", tokens_of(c));
-    if (!stream) {
-        int devices = 0;
-        cudaError_t found = cudaGetDeviceCount(&devices);
-        if (found == cudaErrorInsufficientDriver) {
-            int driver = 0, toolkit = 0;
-            cudaDriverGetVersion(&driver), cudaRuntimeGetVersion(&toolkit);
-            die("the driver knows CUDA %d.%d at most, but this was built with %d.%d: update the driver, or "
-                "build with an older toolkit (make NVCC=...)", driver / 1000, driver % 1000 / 10,
-                toolkit / 1000, toolkit % 1000 / 10);
-        }
-        if (found != cudaSuccess || devices == 0)
-            die("no GPU was found: train_srdit runs the same model on the CPU");
-        CHECK(cudaStreamCreate(&stream)), CHECK(cudaStreamCreate(&copy_stream));
-        CHECK(cudaMalloc(&workspace, workspace_bytes));
-        CHECK_LT(cublasLtCreate(&lt));
-    }
+    if (!stream) device_open();
+    GpuModel *g = (GpuModel *)alloc_zero(1, sizeof(GpuModel));
+    Model *m = &g->base;
+    m->c = *c;
+    m->max_batch = max_batch;
     m->table = params_table(&g->w, c, NULL);
-    size_t part[3], free_bytes, all_bytes, n = m->table.total;
-    DeviceArena arena = {NULL, 0, 0, NULL}, in = {NULL, 0, 1, NULL};
-    memory_layout(g, &arena, max_batch, part);
-    input_layout(&g->in, &in, c, max_batch, &g->copied_bytes);
-    g->input_bytes = in.used;
-    CHECK(cudaMemGetInfo(&free_bytes, &all_bytes));
-    size_t need = arena.used + 2 * in.used;
-    m->parameter_bytes = part[0], m->activation_bytes = part[1] + 2 * in.used;
-    if (verbose)
-        printf("GPU memory: parameters, gradients, moments, average %.3f GB, activations and scratch %.3f "
-               "GB, input %.3f GB, "
-               "workspace %.3f GB; %.3f of %.1f GB\n",
-               (double)part[0] / 1e9, (double)part[1] / 1e9, 2e-9 * (double)in.used,
-               (double)workspace_bytes / 1e9, (double)(need + workspace_bytes) / 1e9,
-               (double)all_bytes / 1e9);
-    if (need > free_bytes) {
-        int fits = max_batch;   // the largest of a half, a quarter, ... that fits
-        for (size_t less = need; fits && less > free_bytes;) {
-            DeviceArena a = {NULL, 0, 0, NULL}, i = {NULL, 0, 1, NULL};
-            if (!(fits /= 2)) break;
-            memory_layout(g, &a, fits, part), input_layout(&g->in, &i, c, fits, &g->copied_bytes);
-            less = a.used + 2 * i.used;
-        }
-        die("the GPU has %.1f GB free but %d samples at once need %.1f; %d fit (a smaller --batch, or --accum)",
-            (double)free_bytes / 1e9, max_batch, (double)need / 1e9, fits);
-    }
-    size_t unused;
+    MemoryPlan plan = memory_plan(g, max_batch);
+    memory_check(g, &plan, max_batch);
+    m->parameter_bytes = plan.parameters;
+    m->activation_bytes = plan.activations + plan.input;
+    DeviceArena arena = {NULL, plan.all - plan.input, 0, NULL};
     g->memory = memory_take(&arena, g);
-    memory_layout(g, &arena, max_batch, part);
-    for (int i = 0; i < 2; i++) {
-        in.used = g->input_bytes;
-        g->input_memory[i] = memory_take(&in, g);
-        input_layout(&g->on_device[i], &in, c, max_batch, &unused);
-        CHECK(cudaMallocHost((void **)&g->pinned[i], g->input_bytes));
-        DeviceArena host = {g->pinned[i], 0, 1, NULL};
-        input_layout(&g->on_host[i], &host, c, max_batch, &unused);
-        CHECK(cudaEventCreate(&g->sent[i])), CHECK(cudaEventCreate(&g->done[i]));
-    }
-    g->in = g->on_device[0];
+    memory_layout(g, &arena, max_batch);
+    queue_create(&g->queue, c, max_batch);
+    g->in = g->queue.on_device[0];
     free(m->table.tensors);
     m->table = params_table(&g->w, c, g->params);
     free(params_table(&g->dw, c, g->grads).tensors);
     free(params_table(&g->w_ema, c, g->ema).tensors);
-
-    real *start = (real *)alloc_zero(n, sizeof(real));
-    params_start(start, &m->table, c, seed);
-    gpu::put_block(m, start, PARAMS), gpu::put_block(m, start, EMA);
-    int G = grid_of(c), Dh = c->hidden_size / c->num_heads, quarter = Dh / 4;   // patch (g, 0) turns by g
-    float2 *rope = (float2 *)alloc_zero((size_t)(G * quarter), sizeof(float2));
-    size_t cos_at = (size_t)(g->w.rope_cos - g->params), sin_at = (size_t)(g->w.rope_sin - g->params);
-    for (int i = 0; i < G * quarter; i++) {
-        size_t from = (size_t)(i / quarter * G * Dh + i % quarter * 2);
-        rope[i] = c->rope ? make_float2(start[cos_at + from], start[sin_at + from]) : make_float2(1, 0);
-    }
-    CHECK(cudaMemcpy(g->rope, rope, (size_t)(G * quarter) * sizeof(float2), cudaMemcpyHostToDevice));
-    free(start), free(rope);
+    start_values(g, seed);
     gpu::zero_gradients(m);
-#ifndef CUDA_ON_CPU              // the emulator proposes one algorithm
+#ifndef CUDA_ON_CPU   // the emulator proposes one algorithm
     tune(g);
 #else
     (void)tune;
@@ -2799,11 +3018,7 @@ static Model *model_create(const Config *c, int max_batch, uint64_t seed) {
 static void model_destroy(Model *m) {
     GpuModel *g = gpu_of(m);
     CHECK(cudaDeviceSynchronize());
-    for (int i = 0; i < 2; i++) {
-        CHECK(cudaEventDestroy(g->sent[i])), CHECK(cudaEventDestroy(g->done[i]));
-        CHECK(cudaFreeHost(g->pinned[i]));
-        memory_free(g->input_memory[i], NULL);
-    }
+    queue_destroy(&g->queue);
     memory_free(g->memory, g);
     free(g->host), free(m->table.tensors), free(g);
 }
