@@ -75,18 +75,26 @@ static void check_cuda(cudaError_t e, const char *file, int line) {
 #define CHECK(call) check_cuda((call), __FILE__, __LINE__)
 #define LAUNCHED() check_cuda(cudaGetLastError(), __FILE__, __LINE__)   // after each kernel launch
 
-static cudaStream_t stream;           // all work is queued here, in order,
-static cudaStream_t copy_stream;      // but for the copies of the next step's data
-static int verbose = 1;               // print the memory plan and what was tuned
-static int use_gelu_epilogue = 1;     // GELU inside the matrix products, where cuBLASLt offers it
-static int use_tensor_attention = 1;  // attention on tensor cores, where it fits (bf16, Dh = 64, T <= 272)
+static cudaStream_t stream;            // all work is queued here, in order,
+static cudaStream_t copy_stream;       // but for the copies of the next step's data
+static int verbose = 1;                // print the memory plan and what was tuned
+static int use_gelu_epilogue = 1;      // GELU inside the matrix products, where cuBLASLt offers it
+static int use_tensor_attention = 1;   // attention on tensor cores, where it fits (bf16, Dh = 64, T <= 272)
 
-// A block of memory handed out from the front, as `Arena` in train_srdit.c, in bytes: with base NULL it only
-// counts. On the CPU each piece is an allocation of its own (unless `whole`), so that the emulator sees a
-// step over its end.
-typedef struct { char *base; size_t used; int whole; const void *owner; } DeviceArena;
+// A block of memory handed out from the front, as `Arena` in train_srdit.c, in bytes: with base NULL
+// it only counts. On the CPU each piece is an allocation of its own (unless `whole`), so that the
+// emulator sees a step over its end.
+typedef struct {
+    char *base;
+    size_t used;
+    int whole;
+    const void *owner;
+} DeviceArena;
 #ifdef CUDA_ON_CPU
-static struct { void *memory; const void *owner; } pieces[4096];
+static struct {
+    void *memory;
+    const void *owner;
+} pieces[4096];
 #endif
 template <class E> static void take(E *&p, DeviceArena *a, size_t count) {
     size_t bytes = (count * sizeof(E) + 255) / 256 * 256;
@@ -132,7 +140,9 @@ static int div_up(int a, int b) { return (a + b - 1) / b; }
 // Small pieces for kernels
 
 // Four neighbouring numbers, which a thread loads and stores at once: 16 bytes of float, 8 of bf16
-struct Vec4 { float x[4]; };
+struct Vec4 {
+    float x[4];
+};
 __device__ __forceinline__ unsigned pack(float lo, float hi) {
     __nv_bfloat162 p = __floats2bfloat162_rn(lo, hi);
     unsigned u;
@@ -169,8 +179,8 @@ template <int W> __device__ __forceinline__ float sum_lanes(float x) {
     return x;
 }
 
-// The sum of x over a block of 256 threads in a fixed order, in thread 0. Each use needs 8 shared `sums` of
-// its own.
+// The sum of x over a block of 256 threads in a fixed order, in thread 0. Each use needs 8
+// shared `sums` of its own.
 __device__ __forceinline__ float sum_block(float x, float *sums) {
     x = sum_lanes<32>(x);
     if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
@@ -181,11 +191,11 @@ __device__ __forceinline__ float sum_block(float x, float *sums) {
 }
 
 // dst[c] (+)= sum over rows of src[rows, cols], whose rows are ld apart, in a fixed order; z counts
-// independent problems, each `src_step` and `dst_step` further. Blocks of 8 columns x 32 rows. Moves a few
-// MB: latency bounds it.
-template <class S, class E> __global__ void __launch_bounds__(256)
-    column_sum_kernel(E *dst, const S *src, int rows, int cols, int ld, size_t src_step, size_t dst_step,
-                      int add) {
+// independent problems, each `src_step` and `dst_step` further. Blocks of 8 columns x 32 rows.
+// Moves a few MB: latency bounds it.
+template <class S, class E>
+__global__ void __launch_bounds__(256) column_sum_kernel(E *dst, const S *src, int rows, int cols, int ld,
+                                                         size_t src_step, size_t dst_step, int add) {
     __shared__ float sums[32][9];
     int c = blockIdx.x * 8 + threadIdx.x % 8, y = threadIdx.x / 8;
     src += blockIdx.z * src_step, dst += blockIdx.z * dst_step;
@@ -199,8 +209,9 @@ template <class S, class E> __global__ void __launch_bounds__(256)
     for (int i = 0; i < 32; i++) sum += sums[i][threadIdx.x];
     store(&dst[c], sum);
 }
-template <class S, class E> static void column_sum(E *dst, const S *src, int rows, int cols, int ld, int add,
-                                                   int count = 1, size_t src_step = 0, size_t dst_step = 0) {
+template <class S, class E>
+static void column_sum(E *dst, const S *src, int rows, int cols, int ld, int add, int count = 1,
+                       size_t src_step = 0, size_t dst_step = 0) {
     dim3 grid((unsigned)div_up(cols, 8), 1, (unsigned)count);
     column_sum_kernel<S, E><<<grid, 256, 0, stream>>>(dst, src, rows, cols, ld, src_step, dst_step, add);
     LAUNCHED();
@@ -226,9 +237,9 @@ static void cast(floatX *out, const float *in, size_t n) {   // n is a multiple 
 // and repeats this one's bits.
 
 typedef struct {
-    int M, N, K, lda, ldb, ldc;          // C[M,N] (+)= op(A)[M,K] op(B)[K,N], row-major; ld: from row to row
-    int ta, tb, add, float_out;          // op transposes where ta, tb; C is float or floatX
-    int epilogue, aux_ld, align, batch;  // align: of the pointers; batch products, each stepa ... further
+    int M, N, K, lda, ldb, ldc;           // C[M,N] (+)= op(A)[M,K] op(B)[K,N], row-major; ld: from row to row
+    int ta, tb, add, float_out;           // op transposes where ta, tb; C is float or floatX
+    int epilogue, aux_ld, align, batch;   // align: of the pointers; batch products, each stepa ... further
     int64_t stepa, stepb, stepc, step_bias;
 } GemmKey;
 typedef struct {
@@ -241,7 +252,7 @@ typedef struct {
 enum { MAX_PLANS = 16384, MAX_PROPOSALS = 16 };   // a training run makes about a hundred; tests, thousands
 static GemmPlan *plans[MAX_PLANS];
 static int plan_count, timed_count;
-static int tuning;                       // 1 while the model is created: new plans are timed
+static int tuning;   // 1 while the model is created: new plans are timed
 static cublasLtHandle_t lt;
 static void *workspace;
 static size_t workspace_bytes = (size_t)32 << 20;
@@ -391,8 +402,8 @@ static GemmKey gemm_key(int M, int N, int K, int ta, int tb) {
     return k;
 }
 
-// C (+)= op(A) op(B), then the epilogue: bias [N] of C's type, aux of floatX. Returns 0 if cuBLASLt cannot do
-// it.
+// C (+)= op(A) op(B), then the epilogue: bias [N] of C's type, aux of floatX. Returns 0 if
+// cuBLASLt cannot do it.
 static int matmul(GemmKey *k, void *C, const floatX *A, const floatX *B, const void *bias, void *aux) {
     uintptr_t bits = (uintptr_t)A | (uintptr_t)B | (uintptr_t)C | 256;
     k->align = (int)(bits & (~bits + 1));
@@ -416,8 +427,9 @@ static void matmul_sure(GemmKey *k, void *C, const floatX *A, const floatX *B, c
 // Layers. Gradients of weights are overwritten, or added to where `add`; the rest as in train_srdit.c.
 
 // out[N,O] = in[N,I] w[O,I]^T + b[O]; out and b are floatX or float; ldw: a row of w in memory (I, or more)
-template <class E> static void linear_forward(E *out, const floatX *in, const floatX *w, const E *b, int N,
-                                              int I, int O, int ldw = 0) {
+template <class E>
+static void linear_forward(E *out, const floatX *in, const floatX *w, const E *b, int N, int I, int O,
+                           int ldw = 0) {
     GemmKey k = gemm_key(N, O, I, 0, 1);
     if (ldw) k.ldb = ldw;
     k.float_out = sizeof(E) == 4;
@@ -426,8 +438,9 @@ template <class E> static void linear_forward(E *out, const floatX *in, const fl
 }
 
 // din[N,I] (+)= dout[N,O] w[O,I]
-template <class E> static void linear_backward_input(E *din, const floatX *dout, const floatX *w, int N,
-                                                     int I, int O, int add, int ldw = 0) {
+template <class E>
+static void linear_backward_input(E *din, const floatX *dout, const floatX *w, int N, int I, int O, int add,
+                                  int ldw = 0) {
     GemmKey k = gemm_key(N, I, O, 0, 0);
     if (ldw) k.ldb = ldw;
     k.float_out = sizeof(E) == 4;
@@ -445,16 +458,15 @@ static void linear_backward_weight(float *dw, const floatX *dout, const floatX *
     matmul_sure(&k, dw, dout, in, NULL);
 }
 
-// The residual stream as the layer before leaves it: x + gate y, not yet added up, so that the next reader
-// can do it.
-//   row n of B T:  x[x_ids ? (b x_tokens + x_ids[n]) : n] + gate[b] y[y_rows ? y_rows[n] : n]     (gate NULL:
-// 1)
+// The residual stream as the layer before leaves it: x + gate y, not yet added up, so that the next reader can
+// do it. Row n of B T, of sample b, is
+//   x[x_ids ? b x_tokens + x_ids[n] : n] + gate[b] y[y_rows ? y_rows[n] : n],     where gate NULL is 1.
 typedef struct {
     const float *x;
-    const int *x_ids;        // gather (g's first block reads the encoder's output at the kept tokens)
+    const int *x_ids;   // gather (g's first block reads the encoder's output at the kept tokens)
     int x_tokens;
-    const floatX *y;         // NULL: only x
-    const int *y_rows;       // scatter (the decoder's first block reads the fusion's two halves)
+    const floatX *y;     // NULL: only x
+    const int *y_rows;   // scatter (the decoder's first block reads the fusion's two halves)
     const float *gate;
     int gate_stride;
 } Residual;
@@ -463,8 +475,8 @@ static Residual residual_of(const float *x, const float *gate, int gate_stride, 
     return r;
 }
 
-// Where row n of [B,T] goes if the patches of all samples come first, then the CLS tokens (cls 1: token 0 is
-// CLS)
+// Where row n of [B,T] goes if the patches of all samples come first, then the CLS tokens
+// (cls 1: token 0 is CLS)
 __device__ __forceinline__ size_t patches_first(int n, int T, int cls, int rows) {
     int b = n / T, t = n % T, B = rows / T;
     return cls && t == 0 ? (size_t)B * (T - 1) + b : (size_t)b * (T - cls) + t - cls;
@@ -477,7 +489,8 @@ __device__ __forceinline__ size_t patches_first(int n, int T, int cls, int rows)
 //   cls >= 0: h is stored patches first (see above), as the two last linear layers read it
 // One warp a row, 4 numbers a lane at a time, the row kept in registers (V x 128 >= D).
 // Reads 4 + 2, writes 4 + 2 bytes an element: 0.6 GB, 0.2 ms; bound by memory.
-template <int V> __global__ void __launch_bounds__(256)
+template <int V>
+__global__ void __launch_bounds__(256)
     norm_modulate_forward_kernel(float *x_out, floatX *h, float *r, Residual in, const float *shift,
                                  const float *scale, int stride, int cls, int rows, int T, int D) {
     int n = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -534,32 +547,31 @@ static void norm_modulate_forward(float *x_out, floatX *h, float *r, const Resid
     LAUNCHED();
 }
 
-// The backward of the same: from dh and the gradient dx of x_out by its other readers,
-//   n = x r, dn = dh (1 + scale):   dx += r (dn - n mean(dn n)),  then x_out = x + gate y gives  dy = gate
-// dx;
-//   dshift = sum_t dh,  dscale = sum_t dh n,  dgate = sum_t dx y,  and sum_t dx, whose product with gate,
-// summed over
-//   the samples, is the gradient of the bias that was added to y.
+// The backward of the same, from dh and the gradient dx of x_out by its other readers. With x^ = x_out r and
+// dx^ = dh (1 + scale):
+//   dx += r (dx^ - x^ mean(dx^ x^)),  dshift = sum_t dh,  dscale = sum_t dh x^;
+// and then, as x_out = x + gate y:
+//   dy = gate dx,  dgate = sum_t dx y,  db = sum_b gate sum_t dx, of the bias that was added to y.
 typedef struct {
-    float *dx;               // [rows,D]; read unless `fresh` (then it is taken as 0), written unless NULL
+    float *dx;   // [rows,D]; read unless `fresh` (then it is taken as 0), written unless NULL
     int fresh;
-    const float *dx2;        // a second gradient of x_out, of the rows dx2_rows[n] < dx2_count (NULL: none)
+    const float *dx2;   // a second gradient of x_out, of the rows dx2_rows[n] < dx2_count (NULL: none)
     const int *dx2_rows;
     int dx2_count;
-    const floatX *dh;        // NULL: there was no norm
-    int dh_cls;              // >= 0: dh is stored patches first
+    const floatX *dh;   // NULL: there was no norm
+    int dh_cls;         // >= 0: dh is stored patches first
     const float *x, *r, *scale;
     int stride;
-    const floatX *y;         // NULL: nothing was added
-    const float *gate;       // NULL: 1
+    const floatX *y;     // NULL: nothing was added
+    const float *gate;   // NULL: 1
     int gate_stride;
-    floatX *dy;              // NULL: not wanted
-    int dy_cls;              // >= 0: dy is stored patches first
-    float *parts;            // [B, chunks, 4, D]: sums over a chunk of tokens of dh, dh n, dx y, dx
+    floatX *dy;     // NULL: not wanted
+    int dy_cls;     // >= 0: dy is stored patches first
+    float *parts;   // [B, chunks, 4, D]: sums over a chunk of tokens of dh, dh n, dx y, dx
     int T, D, chunk;
 } NormBackward;
 
-// A block takes `chunk` (at most 64) tokens of one sample: first a warp a row for mean(dn n), then a thread
+// A block takes `chunk` (at most 64) tokens of one sample: first a warp a row for mean(dx^ x^), then a thread
 // four columns for all rows, whose sums it keeps in registers; what the second pass reads again lies in the
 // first-level cache. Reads 2 + 4 + 4 + 2, writes 4 + 2 bytes an element: 0.9 GB, 0.3 ms; bound by memory.
 __global__ void __launch_bounds__(256) norm_modulate_backward_kernel(const NormBackward a) {
@@ -643,8 +655,8 @@ __global__ void __launch_bounds__(256)
 
 enum { NORM_CHUNK = 32 };
 static int norm_chunks(int T) { return div_up(T, NORM_CHUNK); }
-// dshift .. dgate may be NULL; db [D] (NULL: not wanted) is the gradient of y's bias; bias_parts [B,D] is
-// scratch
+// dshift .. dgate may be NULL; db [D] (NULL: not wanted) is the gradient of y's bias;
+// bias_parts [B,D] is scratch
 static void norm_modulate_backward(NormBackward *a, floatX *dshift, floatX *dscale, floatX *dgate, float *db,
                                    float *bias_parts, int add, int B) {
     int chunks = norm_chunks(a->T), threads = imin(256, imax(64, div_up(a->D / 4, 32) * 32));
@@ -658,12 +670,12 @@ static void norm_modulate_backward(NormBackward *a, floatX *dshift, floatX *dsca
     if (db) column_sum<float, float>(db, bias_parts, B, a->D, a->D, add);
 }
 
-// GELU, tanh form, and SiLU, as in train_srdit.c; `slope` is the derivative. The exponential is the device's
-// own.
+// GELU, tanh form, and SiLU, as in train_srdit.c; `slope` is the derivative. The exponential
+// is the device's own.
 enum Activation { NONE, GELU, SILU };
 __device__ __forceinline__ float gelu_tanh(float x) {
     float u = 0.7978845608028654f * (x + 0.044715f * x * x * x);
-    return 1 - 2 / (expf(2 * u) + 1);    // tanh u; its error near 0 is small against the 1 it is added to
+    return 1 - 2 / (expf(2 * u) + 1);   // tanh u; its error near 0 is small against the 1 it is added to
 }
 template <Activation A> __device__ __forceinline__ float activate(float x) {
     return A == GELU ? 0.5f * x * (1 + gelu_tanh(x)) : x / (1 + expf(-x));
@@ -677,10 +689,10 @@ template <Activation A> __device__ __forceinline__ float slope(float x) {
     return s + x * s * (1 - s);
 }
 
-// out = act(in), 4 a thread; buffers are padded, so the last four may lie past n. In bf16 2 + 2 bytes,
-// memory.
-template <Activation A, class S> __global__ void __launch_bounds__(256)
-activation_forward_kernel(floatX *out, const S *in, size_t n) {
+// out = act(in), 4 a thread; buffers are padded, so the last four may lie past n. In bf16
+// 2 + 2 bytes an element; bound by memory.
+template <Activation A, class S>
+__global__ void __launch_bounds__(256) activation_forward_kernel(floatX *out, const S *in, size_t n) {
     size_t i = ((size_t)blockIdx.x * 256 + threadIdx.x) * 4;
     if (i >= n) return;
     Vec4 v = load4(in + i);
@@ -699,7 +711,8 @@ static void gelu_forward(floatX *out, const floatX *in, size_t n) {
 // din = dout act'(in) on [rows,cols], and the column sums of din over chunks of rows, parts [chunks,cols]:
 // the gradient of the bias below. NONE: only the sums. A block is 8 rows at a time x 32 lanes of W columns.
 // din may be dout. In bf16 reads 2 + 2, writes 2 bytes an element (NONE: reads 2); bound by memory.
-template <Activation A, int W, class S> __global__ void __launch_bounds__(256)
+template <Activation A, int W, class S>
+__global__ void __launch_bounds__(256)
     activation_backward_kernel(floatX *din, float *parts, const floatX *dout, const S *in, int rows, int cols,
                                int chunk) {
     __shared__ float sums[8][32][W];
@@ -734,10 +747,10 @@ template <Activation A, int W, class S> __global__ void __launch_bounds__(256)
         parts[(size_t)blockIdx.y * cols + c + j] = total;
     }
 }
-enum { BIAS_CHUNKS = 128 };              // parts holds BIAS_CHUNKS * cols numbers
-template <Activation A, class S> static void activation_backward(floatX *din, float *db, float *parts,
-                                                                 const floatX *dout, const S *in, int rows,
-                                                                 int cols, int add) {
+enum { BIAS_CHUNKS = 128 };   // parts holds BIAS_CHUNKS * cols numbers
+template <Activation A, class S>
+static void activation_backward(floatX *din, float *db, float *parts, const floatX *dout, const S *in,
+                                int rows, int cols, int add) {
     int chunk = imax(32, div_up(rows, BIAS_CHUNKS)), chunks = div_up(rows, chunk), W = cols % 4 ? 1 : 4;
     dim3 grid((unsigned)div_up(cols, 32 * W), (unsigned)chunks);
     if (W == 4)
@@ -754,9 +767,9 @@ static void bias_backward(float *db, float *parts, const floatX *dout, int N, in
     activation_backward<NONE, floatX>(NULL, db, parts, dout, NULL, N, O, add);
 }
 
-// RMSNorm with a weight, x r w (eps 1e-6), of the CLS token, put into the residual stream with its position;
-// and the patches with theirs: out[B,T,D] = [CLS, patches] + pos_embed. One warp a row. 2 + 4 bytes read, 4
-// written.
+// RMSNorm with a weight, x r w (eps 1e-6), of the CLS token, put into the residual stream with
+// its position; and the patches with theirs: out[B,T,D] = [CLS, patches] + pos_embed. One warp a
+// row. 2 + 4 bytes read, 4 written.
 __global__ void __launch_bounds__(256)
     embed_kernel(float *out, float *cls_r, const floatX *patches, const float *cls_proj,
                  const float *cls_norm, const float *pos, int cls, int rows, int T, int D) {
@@ -782,7 +795,8 @@ __global__ void __launch_bounds__(256)
     }
 }
 
-// out = n w with n = x r:  dn = dout w,  dx = r (dn - n mean(dn n));  dw_parts [B,D] = dout n, summed later.
+// out = x^ w with x^ = x r:
+//   dx^ = dout w,  dx = r (dx^ - x^ mean(dx^ x^)),  dw_parts [B,D] = dout x^, summed later.
 // A warp a row.
 __global__ void __launch_bounds__(256)
     rmsnorm_backward_kernel(floatX *dx, float *dw_parts, const floatX *dout, const float *x, const float *r,
@@ -801,9 +815,9 @@ __global__ void __launch_bounds__(256)
     }
 }
 
-// patches[B,P,C p p] of x_t = (1 - t) x + t noise [B,C,S,S] (noise NULL: x itself), features in the order
-// (channel, row, column) of a convolution's weight. A thread an element; 8 bytes read, 2 written; bound by
-// memory, small.
+// patches[B,P,X] of x_t = (1 - t) x + t noise [B,C,S,S] (noise NULL: x itself), features in the
+// order (channel, row, column) of a convolution's weight. A thread an element; 8 bytes read, 2
+// written; bound by memory, small.
 __global__ void __launch_bounds__(256) patchify_kernel(floatX *patches, const float *x, const float *noise,
                                                        const float *t, int C, int S, int p, size_t count) {
     size_t e = (size_t)blockIdx.x * 256 + threadIdx.x;
@@ -849,8 +863,8 @@ __global__ void __launch_bounds__(256)
     float x = cond[e] += label[(size_t)y[e / D] * D + e % D];
     store(&cond_silu[e], activate<SILU>(x));
 }
-// d_cond [B,D] = silu'(cond) times the sum of the `count` parts [B,D] that the blocks' and the final adaLN
-// left
+// d_cond [B,D] = silu'(cond) times the sum of the `count` parts [B,D] that the blocks' and
+// the final adaLN left
 __global__ void __launch_bounds__(256)
     condition_backward_kernel(floatX *d_cond, const float *parts, const float *cond, int count, int n) {
     int e = blockIdx.x * 256 + threadIdx.x;
@@ -859,8 +873,8 @@ __global__ void __launch_bounds__(256)
     for (int i = 0; i < count; i++) sum += parts[(size_t)i * n + e];
     store(&d_cond[e], sum * slope<SILU>(cond[e]));
 }
-// dlabel[y[b]] += d_cond[b]: the block of the first sample with a label adds up all samples that have it, in
-// order
+// dlabel[y[b]] += d_cond[b]: the block of the first sample with a label adds up all samples
+// that have it, in order
 __global__ void __launch_bounds__(256)
     label_backward_kernel(float *dlabel, const floatX *d_cond, const int *y, int B, int D) {
     int b = blockIdx.x;
@@ -885,8 +899,8 @@ __global__ void __launch_bounds__(256)
         rows[(size_t)b * T + ids[(size_t)b * n + i]] = b * n + i;
 }
 
-// After the `rows` rows of g's output [padded,D]: the mask token, once more, and zeros up to a multiple of 64
-// rows.
+// After the `rows` rows of g's output [padded,D]: the mask token, once more, and zeros up to
+// a multiple of 64 rows.
 __global__ void __launch_bounds__(256) mask_rows_kernel(floatX *g, const float *mask, int rows, int D) {
     for (int d = threadIdx.x; d < D; d += 256)
         store(&g[(size_t)(rows + blockIdx.x) * D + d], blockIdx.x < 2 ? mask[d] : 0);
@@ -902,9 +916,9 @@ __global__ void __launch_bounds__(256)
     }
 }
 
-// dG[rows[n]] = dY[n] for the kept tokens; the sum of dY over the others, which all read the mask token's
-// row, goes to parts [chunks,D]. A block takes `chunk` rows, a thread four columns. 2 bytes read, 2/4
-// written; bound by memory.
+// dG[rows[n]] = dY[n] for the kept tokens; the sum of dY over the others, which all read the mask
+// token's row, goes to parts [chunks,D]. A block takes `chunk` rows, a thread four columns. 2 bytes
+// read, 2/4 written; bound by memory.
 __global__ void __launch_bounds__(256)
     fusion_gather_kernel(floatX *dG, float *parts, const floatX *dY, const int *rows, int mask, int N, int D,
                          int chunk) {
@@ -927,20 +941,20 @@ __global__ void __launch_bounds__(256)
 // is all named sizes up to 16 x 16 patches; and a plain one, for everything else and for the build in float.
 
 typedef struct {
-    const floatX *qkv;                 // [B,T,3D]
-    const floatX *v1;                  // block 0's qkv [B,tokens,3D], NULL: values are not mixed
-    const int *ids;                    // [B,T] original token of each token, NULL: itself
-    int tokens, cls;                   // T of the full sequence; 1: token 0 is CLS
-    const float *wq, *wk, *lambda;     // [Dh], [Dh], [1]; wq, wk NULL: no norm
-    const float *rope_cos, *rope_sin;  // [P,Dh], NULL: no rotation
-    const float2 *rope;                // [G,Dh/4] (cos, sin) of position * w_j, for the tensor cores' kernels
+    const floatX *qkv;                  // [B,T,3D]
+    const floatX *v1;                   // block 0's qkv [B,tokens,3D], NULL: values are not mixed
+    const int *ids;                     // [B,T] original token of each token, NULL: itself
+    int tokens, cls;                    // T of the full sequence; 1: token 0 is CLS
+    const float *wq, *wk, *lambda;      // [Dh], [Dh], [1]; wq, wk NULL: no norm
+    const float *rope_cos, *rope_sin;   // [P,Dh], NULL: no rotation
+    const float2 *rope;   // [G,Dh/4] (cos, sin) of position * w_j, for the tensor cores' kernels
     int T, H, Dh, G;
 } Attention;
 typedef struct {
-    floatX *dqkv;                      // [B,T,3D]
-    float *dv1;                        // [B,tokens,D]: += lambda dv at the original token; block 0 adds it up
-    int is_first;                      // this is block 0
-    float *parts;                      // [attention_parts, 2 Dh + 1]: sums for wq, wk, lambda
+    floatX *dqkv;   // [B,T,3D]
+    float *dv1;     // [B,tokens,D]: += lambda dv at the original token; block 0 adds it up
+    int is_first;   // this is block 0
+    float *parts;   // [attention_parts, 2 Dh + 1]: sums for wq, wk, lambda
 } AttentionGrads;
 
 __device__ __forceinline__ int token_of(const Attention &a, int b, int t) {
@@ -980,15 +994,15 @@ __global__ void __launch_bounds__(256) qkv_mix_forward_kernel(floatX *out, const
     }
 }
 
-// Its backward, in place (derivation at qkv_mix_backward in train_srdit.c): out.dqkv comes in as the gradient
-// of what the forward wrote. A block takes some tokens of a sample; its sums for the weights are one row of
-// out.parts.
+// Its backward, in place (derivations at qk_norm_backward, rope_backward and value_residual_backward): out.dqkv comes in as the
+// gradient of what the forward wrote. A block takes some tokens of a sample; its sums for the
+// weights are one row of out.parts.
 __global__ void __launch_bounds__(256)
     qkv_mix_backward_kernel(const AttentionGrads out, const Attention a, int chunk) {
     __shared__ float sums[8][2][128];
     __shared__ float lambda_sums[8];
     int b = blockIdx.y, lane = threadIdx.x % 32, warp = threadIdx.x / 32, D = a.H * a.Dh;
-    float dw[2][2][2] = {}, dl = 0;    // of q or k, of this lane's pairs
+    float dw[2][2][2] = {}, dl = 0;   // of q or k, of this lane's pairs
     for (int t = blockIdx.x * chunk; t < min((int)(blockIdx.x + 1) * chunk, a.T); t++) {
         int token = token_of(a, b, t), patch = token - a.cls;
         size_t n = (size_t)b * a.T + t, full = (size_t)b * a.tokens + token;
@@ -1055,10 +1069,11 @@ __global__ void __launch_bounds__(256)
     }
 }
 
-// Rows t0 ... t0+count of one head, from x (rows `ld` apart), as floats in shared memory; zeros past T and
-// past Dh
-template <int DH, int LD> __device__ __forceinline__ void load_rows(float *to, const floatX *x, size_t ld,
-                                                                    int t0, int count, int T, int Dh) {
+// Rows t0 ... t0+count of one head, from x (rows `ld` apart), as floats in shared memory;
+// zeros past T and past Dh
+template <int DH, int LD>
+__device__ __forceinline__ void load_rows(float *to, const floatX *x, size_t ld, int t0, int count, int T,
+                                          int Dh) {
     for (int i = threadIdx.x; i < count * DH; i += 32) {
         int t = t0 + i / DH, d = i % DH;
         to[i / DH * LD + d] = t < T && d < Dh ? to_float(x[(size_t)t * ld + d]) : 0;
@@ -1068,8 +1083,9 @@ template <int DH, int LD> __device__ __forceinline__ void load_rows(float *to, c
 // The plain way, second part: a block is 32 queries of one head, a thread one query; the keys come by in
 // tiles. Softmax with a running maximum: what was summed shrinks by exp(old maximum - new one). Bound by its
 // arithmetic. out [B,T,D]; lse [B,H,T] = log sum exp, for the backward.
-template <int DH> __global__ void __launch_bounds__(32)
-attention_forward_kernel(floatX *out, float *lse, const floatX *qkv, int T, int H, int Dh) {
+template <int DH>
+__global__ void __launch_bounds__(32)
+    attention_forward_kernel(floatX *out, float *lse, const floatX *qkv, int T, int H, int Dh) {
     constexpr int TILE = DH > 64 ? 8 : 16;
     __shared__ float q[32 * (DH + 1)];
     __shared__ float k[TILE * DH];
@@ -1101,9 +1117,11 @@ attention_forward_kernel(floatX *out, float *lse, const floatX *qkv, int T, int 
         if (d < Dh) store(&out[((size_t)b * T + t) * D + (size_t)h * Dh + d], acc[d] / sum);
 }
 
-// With p = exp(s - lse) and delta = sum do o:  ds = p (do v - delta) / sqrt(Dh),  dq = ds k. A thread one
-// query.
-template <int DH> __global__ void __launch_bounds__(32)
+// With p = exp(s - lse) and delta = sum do o:
+//   ds = p (do v - delta) / sqrt(Dh),  dq = ds k.
+// A thread one query.
+template <int DH>
+__global__ void __launch_bounds__(32)
     attention_backward_query_kernel(floatX *dqkv, float *delta, const floatX *dout, const floatX *out,
                                     const float *lse, const floatX *qkv, int T, int H, int Dh) {
     constexpr int TILE = DH > 64 ? 8 : 16, OWN = DH > 64 ? 1 : 32 * (DH + 1);   // OWN: do, if it fits
@@ -1143,7 +1161,8 @@ template <int DH> __global__ void __launch_bounds__(32)
 }
 
 // The other two gradients, dk = ds^T q, dv = p^T do: a thread one key, the queries come by in tiles.
-template <int DH> __global__ void __launch_bounds__(32)
+template <int DH>
+__global__ void __launch_bounds__(32)
     attention_backward_key_kernel(floatX *dqkv, const float *delta, const floatX *dout, const float *lse,
                                   const floatX *qkv, int T, int H, int Dh) {
     constexpr int TILE = DH > 64 ? 4 : 16;
@@ -1189,7 +1208,7 @@ template <int DH> __global__ void __launch_bounds__(32)
 enum { HD = 64, TMAX_SMALL = 64, TMAX_LARGE = 272 };   // head width; longest sequences of the two variants
 #ifndef FP32
 
-#ifndef CUDA_ON_CPU     // the PTX this file uses; the emulator has the same functions for the CPU
+#ifndef CUDA_ON_CPU   // the PTX this file uses; the emulator has the same functions for the CPU
 __device__ __forceinline__ unsigned shared_address(const void *p) {
     return (unsigned)__cvta_generic_to_shared(p);
 }
@@ -1201,11 +1220,15 @@ __device__ __forceinline__ void mma_bf16(float (&d)[4], const unsigned (&a)[4], 
 }
 __device__ __forceinline__ void ldmatrix(unsigned (&r)[4], const void *row) {   // four 8 x 8 tiles of bf16
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
 }
 __device__ __forceinline__ void ldmatrix_trans(unsigned (&r)[4], const void *row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
 }
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -1214,13 +1237,13 @@ __device__ __forceinline__ float exp2_approx(float x) {
 }
 #endif
 
-constexpr float SCALE = 0.125f;              // 1 / sqrt(HD)
+constexpr float SCALE = 0.125f;   // 1 / sqrt(HD)
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
-enum Kind { Q, K, V };                       // the three parts of a qkv row
+enum Kind { Q, K, V };   // the three parts of a qkv row
 enum { FORWARD_WARPS = 4 };
 
-// Lanes: in fragments g = lane / 4 is the row (and g + 8), c = lane % 4 the pair of columns (2c, 2c+1) of
-// each 8.
+// Lanes: in fragments g = lane / 4 is the row (and g + 8), c = lane % 4 the pair of columns
+// (2c, 2c+1) of each 8.
 __device__ __forceinline__ void unpack8(float (&x)[8], uint4 p) {
     float2 a = unpack(p.x), b = unpack(p.y), c = unpack(p.z), d = unpack(p.w);
     x[0] = a.x, x[1] = a.y, x[2] = b.x, x[3] = b.y, x[4] = c.x, x[5] = c.y, x[6] = d.x, x[7] = d.y;
@@ -1235,8 +1258,8 @@ typedef bf16 Row[HD];
 __device__ __forceinline__ bf16 *tile_at(Row *tile, int row, int chunk) {
     return &tile[row][(chunk ^ (row & 7)) * 8];
 }
-// B fragments of two neighbouring n-tiles (f[0..1], f[2..3]). For X U^T: n = 16 rows of U, k = its columns
-// 16kk..16kk+15.
+// B fragments of two neighbouring n-tiles (f[0..1], f[2..3]). For X U^T: n = 16 rows of U,
+// k = its columns 16kk..16kk+15.
 __device__ __forceinline__ void load_b(unsigned (&f)[4], Row *u, int row0, int kk, int lane) {
     ldmatrix(f, tile_at(u, row0 + lane % 8 + lane / 16 * 8, kk * 2 + lane / 8 % 2));
 }
@@ -1284,7 +1307,7 @@ __device__ __forceinline__ uint4 load_row(const Attention &a, int b, int h, int 
 }
 __device__ __forceinline__ uint4 load_plain(const bf16 *x, const Attention &a, int b, int h, int t,
                                             int lane) {
-    const size_t row = (size_t)b * a.T + t;                                    // x [B,T,H,64]
+    const size_t row = (size_t)b * a.T + t;   // x [B,T,H,64]
     return t < a.T ? __ldg((const uint4 *)(x + row * a.H * HD + h * HD + lane % 8 * 8))
                    : make_uint4(0, 0, 0, 0);
 }
@@ -1312,9 +1335,9 @@ __device__ __forceinline__ void load_queries(unsigned (&f)[4][4], Row *stage, co
 
 template <int TMAX> struct ForwardShared { Row k[TMAX], v[TMAX], stage[FORWARD_WARPS][8]; };
 
-// QK-norm bounds the scores: |q| <= 8 max|wq|, so |s| <= bound = 8 max|wq| max|wk|. exp(s - bound) needs no
-// running maximum and cannot overflow; it cannot vanish either while the bound is small. For larger weights:
-// online softmax.
+// QK-norm bounds the scores: |q| <= 8 max|wq|, so |s| <= bound = 8 max|wq| max|wk|. exp(s - bound)
+// needs no running maximum and cannot overflow; it cannot vanish either while the bound is small. For
+// larger weights: online softmax.
 __device__ __forceinline__ float score_bound(const Attention &a, int lane) {
     float mq = fmaxf(fabsf(__ldg(a.wq + lane)), fabsf(__ldg(a.wq + lane + 32)));
     float mk = fmaxf(fabsf(__ldg(a.wk + lane)), fabsf(__ldg(a.wk + lane + 32)));
@@ -1326,13 +1349,13 @@ __device__ __forceinline__ float score_bound(const Attention &a, int lane) {
 }
 
 // MT * 16 query rows from t0 on, against all keys, 16 at a time
-template <int MT> __device__ __forceinline__ void forward_rows(bf16 *o, float *lse, const Attention &a, int b,
-                                                               int h, int t0, Row *k, Row *v, Row *stage,
-                                                               float bound, int lane) {
+template <int MT>
+__device__ __forceinline__ void forward_rows(bf16 *o, float *lse, const Attention &a, int b, int h, int t0,
+                                             Row *k, Row *v, Row *stage, float bound, int lane) {
     const int g = lane / 4, c = lane % 4;
     const bool online = !(bound < 40);
     unsigned q[MT][4][4];
-    float acc[MT][8][4] = {}, sum[MT][2] = {}, shift[MT][2];       // shift in units of log 2
+    float acc[MT][8][4] = {}, sum[MT][2] = {}, shift[MT][2];   // shift in units of log 2
 #pragma unroll
     for (int m = 0; m < MT; m++) {
         load_queries(q[m], stage, a, b, h, t0 + m * 16, lane);
@@ -1367,7 +1390,7 @@ template <int MT> __device__ __forceinline__ void forward_rows(bf16 *o, float *l
                     top = fmaxf(top, shift[m][i]);
                     top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
                     top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-                    float shrink = exp2_approx(shift[m][i] - top);         // key n is real: top is finite
+                    float shrink = exp2_approx(shift[m][i] - top);   // key n is real: top is finite
                     shift[m][i] = top;
                     sum[m][i] *= shrink;
 #pragma unroll
@@ -1409,11 +1432,12 @@ template <int MT> __device__ __forceinline__ void forward_rows(bf16 *o, float *l
         }
 }
 
-// o [B,T,H,64], lse [B,H,T]: k and v whole in shared memory (73 KB at T = 257, 3 blocks an SM), a warp MT *
-// 16 query rows at a time. Reads 6 (+ 2 for v1), writes 2 bytes an element: 0.51 GB, 0.17 ms; bound by
-// memory.
-template <int TMAX, int MT> __global__ void __launch_bounds__(FORWARD_WARPS * 32, TMAX > 64 ? 3 : 4)
-tensor_attention_forward_kernel(bf16 *__restrict__ o, float *__restrict__ lse, const Attention a) {
+// o [B,T,H,64], lse [B,H,T]: k and v whole in shared memory (73 KB at T = 257, 3 blocks an
+// SM), a warp MT * 16 query rows at a time. Reads 6 (+ 2 for v1), writes 2 bytes an element:
+// 0.51 GB, 0.17 ms; bound by memory.
+template <int TMAX, int MT>
+__global__ void __launch_bounds__(FORWARD_WARPS * 32, TMAX > 64 ? 3 : 4)
+    tensor_attention_forward_kernel(bf16 *__restrict__ o, float *__restrict__ lse, const Attention a) {
     extern __shared__ __align__(128) unsigned char raw[];
     ForwardShared<TMAX> &s = *reinterpret_cast<ForwardShared<TMAX> *>(raw);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, b = blockIdx.x / a.H, h = blockIdx.x % a.H;
@@ -1432,18 +1456,19 @@ tensor_attention_forward_kernel(bf16 *__restrict__ o, float *__restrict__ lse, c
         else forward_rows<MT>(o, lse, a, b, h, t, s.k, s.v, s.stage[warp], bound, lane);
 }
 
-// Backward. With delta_i = do_i . o_i:    P = exp(S - lse),  dP = do v^T,  dS = P (dP - delta),
-//     dv = P^T do,  dk = dS^T q / 8,  dq = dS k / 8.
+// Backward, with delta_i = do_i . o_i:
+//   P = exp(S - lse),  dP = do v^T,  dS = P (dP - delta),
+//   dv = P^T do,  dk = dS^T q / 8,  dq = dS k / 8.
 // q, k, v, do lie whole in shared memory. The work is two kinds of jobs, so that a warp owns what it sums and
-// nothing is exchanged:  a block of keys: P^T and dS^T from k q^T and v do^T, over all queries;  dv += P^T
-// do,  dk += dS^T q
-//             a block of queries: P and dS from q k^T and do v^T, over all keys;      dq += dS k
+// nothing is exchanged:
+//   a block of keys: P^T and dS^T from k q^T and v do^T, over all queries;  dv += P^T do,  dk += dS^T q
+//   a block of queries: P and dS from q k^T and do v^T, over all keys;      dq += dS k
 // S and dP are computed twice (7 products instead of 5); in return no dS or dq goes through shared memory, no
 // warp waits for another, and nothing needs an atomic.
 template <int TMAX, int NW> struct BackwardShared {
     Row q[TMAX], k[TMAX], v[TMAX], dout[TMAX];
-    float lse[TMAX], delta[TMAX];                   // lse in units of log 2
-    float dw[2][NW][HD], dlambda[NW];               // each warp's sums
+    float lse[TMAX], delta[TMAX];       // lse in units of log 2
+    float dw[2][NW][HD], dlambda[NW];   // each warp's sums
 };
 
 // x -> n = w x r(x) -> y = R n. Given dy/8 (rows t0 + g, + 8 of fragments d):
@@ -1619,9 +1644,11 @@ __device__ __forceinline__ void query_rows(const AttentionGrads &out, float (&dw
 // o, dout [B,T,H,64], lse [B,H,T]. NW warps; a job is 16 keys or MQ * 16 queries. 146 KB of shared memory at
 // T = 257, one block an SM; at T <= 64 35 KB, 3 an SM. Reads 6 (+ 2) + 4, writes 6, adds 4 + 4 bytes an
 // element: 1.2 GB, 0.4 ms; memory and shared memory bound it about equally.
-template <int TMAX, int NW, int MQ, int CTAS> __global__ void __launch_bounds__(NW * 32, CTAS)
-tensor_attention_backward_kernel(const AttentionGrads out, const Attention a, const bf16 *__restrict__ dout,
-                                 const bf16 *__restrict__ o, const float *__restrict__ lse) {
+template <int TMAX, int NW, int MQ, int CTAS>
+__global__ void __launch_bounds__(NW * 32, CTAS)
+    tensor_attention_backward_kernel(const AttentionGrads out, const Attention a,
+                                     const bf16 *__restrict__ dout, const bf16 *__restrict__ o,
+                                     const float *__restrict__ lse) {
     extern __shared__ __align__(128) unsigned char raw[];
     typedef BackwardShared<TMAX, NW> Shared;
     Shared &s = *reinterpret_cast<Shared *>(raw);
@@ -1664,7 +1691,7 @@ tensor_attention_backward_kernel(const AttentionGrads out, const Attention a, co
     }
 
     // the weights' gradients: the warps' sums, added in order
-    *(float2 *)&s.dw[0][warp][lane * 2] = make_float2(dwq[0], dwq[1]);     // columns 8g + 2c = 2 lane
+    *(float2 *)&s.dw[0][warp][lane * 2] = make_float2(dwq[0], dwq[1]);   // columns 8g + 2c = 2 lane
     *(float2 *)&s.dw[1][warp][lane * 2] = make_float2(dwk[0], dwk[1]);
     dl = sum_lanes<32>(dl);
     if (lane == 0) s.dlambda[warp] = dl;
@@ -1719,13 +1746,13 @@ static int attention_parts(const Attention *a, int B) {   // rows of AttentionGr
     return tensor_attention(a) ? B * a->H : B * div_up(a->T, MIX_CHUNK);
 }
 
-#define BY_HEAD(KERNEL, ...)                                            \
-    do {                                                                \
-        if (a->Dh <= 16) KERNEL<16><<<grid, 32, 0, stream>>>(__VA_ARGS__);       \
-        else if (a->Dh <= 32) KERNEL<32><<<grid, 32, 0, stream>>>(__VA_ARGS__);  \
-        else if (a->Dh <= 64) KERNEL<64><<<grid, 32, 0, stream>>>(__VA_ARGS__);  \
-        else KERNEL<128><<<grid, 32, 0, stream>>>(__VA_ARGS__);                  \
-        LAUNCHED();                                                     \
+#define BY_HEAD(KERNEL, ...)                                                                                 \
+    do {                                                                                                     \
+        if (a->Dh <= 16) KERNEL<16><<<grid, 32, 0, stream>>>(__VA_ARGS__);                                   \
+        else if (a->Dh <= 32) KERNEL<32><<<grid, 32, 0, stream>>>(__VA_ARGS__);                              \
+        else if (a->Dh <= 64) KERNEL<64><<<grid, 32, 0, stream>>>(__VA_ARGS__);                              \
+        else KERNEL<128><<<grid, 32, 0, stream>>>(__VA_ARGS__);                                              \
+        LAUNCHED();                                                                                          \
     } while (0)
 
 // out [B,T,D], lse [B,H,T]; mix [B,T,3D] is scratch of the plain way
@@ -1763,17 +1790,20 @@ static void attention_backward(const AttentionGrads *g, floatX *mix, float *delt
 #undef BY_HEAD
 
 // ----------------------------------------------------------------------------------------------------------
-// Input and draws: what a step brings from the host, and what it draws on the device from the same addresses
-// as the CPU
+// Input and draws: what a step brings from the host, and what it draws on the device from the
+// same addresses as the CPU
 
 // Where a micro-batch's random numbers lie
-typedef struct { uint64_t seed; uint32_t step, first, whole; } Draw;
-typedef struct {                             // laid out alike in pinned host memory and on the device
+typedef struct {
+    uint64_t seed;
+    uint32_t step, first, whole;
+} Draw;
+typedef struct {   // laid out alike in pinned host memory and on the device
     Draw *draw;
-    float *x, *v_before, *cls, *t;           // as in Batch
+    float *x, *v_before, *cls, *t;   // as in Batch
     int *y;
     floatX *feats;
-    float *noise, *noise_cls;                // from here on: copied if the batch brings them, else drawn here
+    float *noise, *noise_cls;   // from here on: copied if the batch brings them, else drawn here
     int *ids;
 } Input;
 static void input_layout(Input *in, DeviceArena *m, const Config *c, int B, size_t *copied) {
@@ -1918,52 +1948,55 @@ static void draw_on_device(const Input *in, const Config *c, int B) {
 // ----------------------------------------------------------------------------------------------------------
 // The model
 
-typedef struct {                             // of one block, with n tokens a sample; what its backward needs
-    float *x, *mid, *r1, *r2, *lse;          // [B,n,D] twice: the stream at its start, middle; [B,n]; [B,H,n]
-    floatX *h1, *qkv, *a, *proj;             // [B,n,D], [B,n,3D], [B,n,D], [B,n,D]
-    floatX *h2, *fc1, *gelu, *fc2;           // [B,n,D], [B,n,F], [B,n,F], [B,n,D]
+typedef struct {                      // of one block, with n tokens a sample; what its backward needs
+    float *x, *mid, *r1, *r2, *lse;   // [B,n,D] twice: the stream at its start, middle; [B,n]; [B,H,n]
+    floatX *h1, *qkv, *a, *proj;      // [B,n,D], [B,n,3D], [B,n,D], [B,n,D]
+    floatX *h2, *fc1, *gelu, *fc2;    // [B,n,D], [B,n,F], [B,n,F], [B,n,D]
 } BlockActs;
 typedef struct {
-    floatX *patches, *patch_tokens, *cls_t;                       // [B,P,Cpp], [B,P,D], [B,Z]
-    float *cls_proj, *cls_r;                                      // [B,D], [B]
-    floatX *t_features, *t0_silu, *cond_silu;                     // [B,W], [B,D], [B,D]
-    float *t0, *cond, *mod, *final_mod;                           // [B,D], [B,D], [L,B,6D], [B,2D]
-    BlockActs block[MAX_DEPTH + 1];                               // one more for evaluation, if h is empty
-    float *E;                                                     // [B,T,D] f's output, in float
-    floatX *E_low, *g_out;                                        // [B,T,D] rounded; [B Tk + mask + pads, D]
-    int *rows;                                                    // [B,T] row of g_out that a token reads
-    float *fused, *last, *final_r;                                // [B,T,D], [B,T,D], [B,T]
-    floatX *p0, *p0_silu, *p2, *p2_silu, *zs;                     // [B,T,M] four times, [B,T,Z]
-    floatX *final_h;                                              // [B,T,D], patches first
-    float *out_patches, *cls_out;                                 // [B,P,ppC], [B,Z]
+    floatX *patches, *patch_tokens, *cls_t;     // [B,P,X], [B,P,D], [B,Z]
+    float *cls_proj, *cls_r;                    // [B,D], [B]
+    floatX *t_features, *t0_silu, *cond_silu;   // [B,W], [B,D], [B,D]
+    float *t0, *cond, *mod, *final_mod;         // [B,D], [B,D], [L,B,6D], [B,2D]
+    BlockActs block[MAX_DEPTH + 1];             // one more for evaluation, if h is empty
+    float *E;                                   // [B,T,D] f's output, in float
+    floatX *E_low, *g_out;                      // [B,T,D] rounded; [B Tk + mask + pads, D]
+    int *rows;                                  // [B,T] row of g_out that a token reads
+    float *fused, *last, *final_r;              // [B,T,D], [B,T,D], [B,T]
+    floatX *p0, *p0_silu, *p2, *p2_silu, *zs;   // [B,T,M] four times, [B,T,Z]
+    floatX *final_h;                            // [B,T,D], patches first
+    float *out_patches, *cls_out;               // [B,P,X], [B,Z]
     // gradients, and scratch that all share
-    float *dx, *d_E, *d_v1, *d_g;                                 // [B,T,D] three times, [B Tk + ..., D]
-    floatX *dy, *dh, *dG, *wide, *wide2;                          // [B,T,D] twice, as g_out, [B,T,F|M|3D]
-    floatX *d_mod, *d_final_mod, *d_out, *d_cls_out;              // [L,B,6D], [B,2D], [B,P,ppC], [B,Z]
-    floatX *d_cond, *d_t0;                                        // [B,D] twice
-    float *d_cond_parts, *bias_parts, *parts, *delta;             // [L+1,B,D], [B,D], sums of chunks, [B,H,T]
-    floatX *mix;                                                  // [B,T,3D], where attention is plain
+    float *dx, *d_E, *d_v1, *d_g;                       // [B,T,D] three times, [B Tk + ..., D]
+    floatX *dy, *dh, *dG, *wide, *wide2;                // [B,T,D] twice, as g_out, [B,T,F|M|3D]
+    floatX *d_mod, *d_final_mod, *d_out, *d_cls_out;    // [L,B,6D], [B,2D], [B,P,X], [B,Z]
+    floatX *d_cond, *d_t0;                              // [B,D] twice
+    float *d_cond_parts, *bias_parts, *parts, *delta;   // [L+1,B,D], [B,D], sums of chunks, [B,H,T]
+    floatX *mix;                                        // [B,T,3D], where attention is plain
 } Acts;
 
 enum { LOSS_BLOCKS = 512, NORM_BLOCKS = 1024 };
 // Sums over the steps since they were read, the last step's gradient norm, and the first step that was not
 // finite (0: none), which stays
-typedef struct { double denoise, cls, align, cfm, grad_norm; int bad_step; } DeviceLosses;
 typedef struct {
-    Model base;                              // its configuration and table are what shared code reads
+    double denoise, cls, align, cfm, grad_norm;
+    int bad_step;
+} DeviceLosses;
+typedef struct {
+    Model base;   // its configuration and table are what shared code reads
     char *memory;
-    float *params, *grads, *m, *v, *ema;     // one block each, in table order
-    floatX *weights;                         // params (for sampling, ema) rounded; NULL in the float build
+    float *params, *grads, *m, *v, *ema;   // one block each, in table order
+    floatX *weights;                       // params (for sampling, ema) rounded; NULL in the float build
     enum Block weights_of;
     Params w, dw, w_ema;
-    float2 *rope;                            // [G,Dh/4] for attention on tensor cores
+    float2 *rope;   // [G,Dh/4] for attention on tensor cores
     Acts a;
     DeviceLosses *losses;
-    float *loss_parts, *norm_parts;          // [4, ...], [NORM_BLOCKS]
+    float *loss_parts, *norm_parts;   // [4, ...], [NORM_BLOCKS]
     InputQueue queue;
-    Input in;                                // the one of this step
-    int fresh;                               // 1: gradients count as zero, the next ones overwrite
-    float *host;                             // what `activation` returns lies here
+    Input in;      // the one of this step
+    int fresh;     // 1: gradients count as zero, the next ones overwrite
+    float *host;   // what `activation` returns lies here
     size_t host_size;
 } GpuModel;
 static GpuModel *gpu_of(Model *m) { return (GpuModel *)m; }
@@ -2061,8 +2094,8 @@ static void acts_layout(Acts *a, DeviceArena *m, const Config *c, int B) {
     take(a->mix, m, plain * N * 3 * D);
 }
 
-// All device memory of a model but its input, walked twice: first to count, then to set the pointers. Returns
-// the parameters' share.
+// All device memory of a model but its input, walked twice: first to count, then to set the pointers.
+// Returns the parameters' share.
 static size_t memory_layout(GpuModel *g, DeviceArena *m, int B) {
     const Config *c = &g->base.c;
     size_t n = g->base.table.total;
@@ -2119,8 +2152,8 @@ static Attention attention_of(const GpuModel *g, const Params *all, const BlockP
     return a;
 }
 
-// Distance of a block's parameters from those of the block before it: the same for all tensors that all
-// blocks have
+// Distance of a block's parameters from those of the block before it: the same for all
+// tensors that all blocks have
 static size_t block_stride(const GpuModel *g) {
     return g->base.c.depth > 1 ? (size_t)(g->w.block[1].adaln_w - g->w.block[0].adaln_w) : 0;
 }
@@ -2166,8 +2199,8 @@ static void adaln_backward(GpuModel *g, int B) {
     matmul_sure(&k, a->d_cond_parts, a->d_mod, low(g, w->adaln_w), NULL);
 }
 
-// Block i on n tokens a sample: its output is the returned residual. v1: block 0's qkv, NULL where values are
-// not mixed.
+// Block i on n tokens a sample: its output is the returned residual. v1: block 0's qkv, NULL
+// where values are not mixed.
 static Residual block_forward(GpuModel *g, int i, BlockActs *k, const Residual &in, const floatX *v1,
                               const int *ids, const Params *all, int B, int n) {
     const Config *c = &g->base.c;
@@ -2196,9 +2229,9 @@ static Residual block_forward(GpuModel *g, int i, BlockActs *k, const Residual &
     return residual_of(k->mid, gate2, 6 * D, k->fc2);
 }
 
-// The norm backward of a residual that is x + gate fc2 of block i, without or with the norm that read it: dx
-// [B,n,D] is updated, a->dy becomes the gradient of fc2, and the gradients of gate2 and of fc2's bias are
-// taken.
+// The norm backward of a residual that is x + gate fc2 of block i, without or with the norm
+// that read it: dx [B,n,D] is updated, a->dy becomes the gradient of fc2, and the gradients of
+// gate2 and of fc2's bias are taken.
 static NormBackward norm_backward_of(GpuModel *g, float *dx, int n) {
     NormBackward a;
     memset(&a, 0, sizeof(a));
@@ -2220,10 +2253,10 @@ static void norm_backward_behind(NormBackward *a, GpuModel *g, int i, floatX *ds
                            !g->fresh, B);
 }
 
-// Block i: dx [B,n,D] comes in as the gradient of its output and leaves as that of its input; a->dy comes in
-// as that of fc2's output. before: the block whose fc2 this one's input added, and a->dy then leaves as the
-// gradient of that; -1: none, and a->dy leaves as dx rounded, patches first if dy_cls >= 0, with db (NULL:
-// none) its sum.
+// Block i: dx [B,n,D] comes in as the gradient of its output and leaves as that of its input; a->dy
+// comes in as that of fc2's output. before: the block whose fc2 this one's input added, and a->dy then
+// leaves as the gradient of that; -1: none, and a->dy leaves as dx rounded, patches first if
+// dy_cls >= 0, with db (NULL: none) its sum.
 static void block_backward(GpuModel *g, int i, float *dx, const floatX *v1, const int *ids, int B, int n,
                            int before, int dy_cls, float *db) {
     const Config *c = &g->base.c;
@@ -2470,9 +2503,9 @@ static void clear_gradients(GpuModel *g, int path_drop, int B) {
     }
 }
 
-// Gradients of all parameters from those of the outputs (a->d_out, a->d_cls_out, and in a->wide2 that of zs),
-// after a training network_forward. E has three readers: the projector, the fusion and the sparse path; they
-// meet in a->d_E.
+// Gradients of all parameters from those of the outputs (a->d_out, a->d_cls_out, and in a->wide2 that
+// of zs), after a training network_forward. E has three readers: the projector, the fusion and the
+// sparse path; they meet in a->d_E.
 static void network_backward(GpuModel *g, int path_drop, int B) {
     const Config *c = &g->base.c;
     Acts *a = &g->a;
@@ -2545,12 +2578,12 @@ static void network_backward(GpuModel *g, int path_drop, int B) {
 }
 
 // ----------------------------------------------------------------------------------------------------------
-// The loss (derivation at loss_and_gradients in train_srdit.c). Each kernel leaves one partial sum a block,
-// which loss_sum_kernel adds up in order; the gradients leave in floatX, as the products that follow read
-// them.
+// The loss (derivation at loss_and_gradients in train_srdit.c). Each kernel leaves one partial
+// sum a block, which loss_sum_kernel adds up in order; the gradients leave in floatX, as the
+// products that follow read them.
 
-// Velocity and contrastive loss over out [B,P,ppC]: reads 4 x 4, writes 2 bytes an element; 2 M elements in
-// B/1.
+// Velocity and contrastive loss over out [B,P,X]: reads 4 x 4, writes 2 bytes an element;
+// 2 M elements in B/1.
 __global__ void __launch_bounds__(256)
     velocity_loss_kernel(floatX *d_out, float *parts, float *cfm_parts, const float *out, const float *x,
                          const float *noise, const float *v_before, int C, int S, int p, float cfm,
@@ -2678,8 +2711,8 @@ static void forward_backward(Model *model, const Batch *batch) {
     g->fresh = 0;
 }
 
-// Velocities v [B,C,S,S], v_cls [B,Z] at x, cls, t, y on all tokens: what the sampler asks for, max_batch at
-// a time
+// Velocities v [B,C,S,S], v_cls [B,Z] at x, cls, t, y on all tokens: what the sampler asks
+// for, max_batch at a time
 static void velocity(Model *model, real *v, real *v_cls, const real *x, const real *cls, const real *t,
                      const int *y, int use_ema, int path_drop, int B) {
     GpuModel *g = gpu_of(model);
@@ -2722,9 +2755,9 @@ __global__ void __launch_bounds__(256) grad_norm_kernel(float *parts, const floa
     sum = sum_block(sum, sums);
     if (threadIdx.x == 0) parts[blockIdx.x] = sum;
 }
-// The norm of the gradient, and whether this step (from 1) is the first whose norm or losses are not finite.
-// The host reads the losses only now and then: what goes wrong in between is kept here, and no later update
-// covers it up. One block.
+// The norm of the gradient, and whether this step (from 1) is the first whose norm or losses are not
+// finite. The host reads the losses only now and then: what goes wrong in between is kept here, and no
+// later update covers it up. One block.
 __global__ void __launch_bounds__(256)
     root_kernel(DeviceLosses *losses, const float *parts, int count, int step) {
     __shared__ double sums[256];
@@ -2740,7 +2773,10 @@ __global__ void __launch_bounds__(256)
 }
 
 // The constants of a step, AdamW's of train_srdit.c in float
-typedef struct { float b1, b2, one1, one2, eps, rate, root, decay, ema, one_ema; double max_norm; } AdamWFloat;
+typedef struct {
+    float b1, b2, one1, one2, eps, rate, root, decay, ema, one_ema;
+    double max_norm;
+} AdamWFloat;
 static AdamWFloat adamw_float(const Config *c, int step) {
     AdamW d = adamw_of(c, step);
     AdamWFloat o;
@@ -2789,8 +2825,8 @@ static void update(Model *model, int step) {
     LAUNCHED();
     root_kernel<<<1, 256, 0, stream>>>(g->losses, g->norm_parts, NORM_BLOCKS, step);
     LAUNCHED();
-    adamw_kernel<<<(unsigned)((n / 4 + 255) / 256), 256, 0, stream>>>(
-        g->params, g->m, g->v, g->ema, g->weights, g->grads, g->losses, o, n);
+    adamw_kernel<<<(unsigned)((n / 4 + 255) / 256), 256, 0, stream>>>(g->params, g->m, g->v, g->ema,
+                                                                      g->weights, g->grads, g->losses, o, n);
     LAUNCHED();
 }
 
@@ -2836,7 +2872,7 @@ static void put_block(Model *m, const real *host, enum Block which) {
     CHECK(cudaMemcpyAsync(device_block(g, which), host, m->table.total * sizeof(real), cudaMemcpyHostToDevice,
                           stream));
     CHECK(cudaStreamSynchronize(stream));
-    g->weights_of = GRADS;       // neither: they are rounded again before their next use
+    g->weights_of = GRADS;   // neither: they are rounded again before their next use
 }
 
 // An activation of the last forward by its name in activation_names, copied to the host. Only reports and
@@ -2873,7 +2909,8 @@ static const real *activation(Model *m, const char *name) {
         g->host_size = count;
     }
     floatX *narrow = rounded ? (floatX *)alloc_zero(count, sizeof(floatX)) : NULL;
-    if (rounded) CHECK(cudaMemcpyAsync(narrow, rounded, count * sizeof(floatX), cudaMemcpyDeviceToHost, stream));
+    if (rounded)
+        CHECK(cudaMemcpyAsync(narrow, rounded, count * sizeof(floatX), cudaMemcpyDeviceToHost, stream));
     else CHECK(cudaMemcpyAsync(g->host, x, count * sizeof(float), cudaMemcpyDeviceToHost, stream));
     CHECK(cudaStreamSynchronize(stream));
     for (size_t i = 0; i < count && rounded; i++) g->host[i] = (float)narrow[i];
@@ -2931,7 +2968,9 @@ static void device_open(void) {
 }
 
 // The bytes that a model with max_batch samples takes on the device
-typedef struct { size_t parameters, activations, input, all; } MemoryPlan;
+typedef struct {
+    size_t parameters, activations, input, all;
+} MemoryPlan;
 static MemoryPlan memory_plan(GpuModel *g, int max_batch) {
     MemoryPlan p;
     DeviceArena arena = {NULL, 0, 0, NULL}, input = {NULL, 0, 1, NULL};
@@ -2949,11 +2988,11 @@ static void memory_check(GpuModel *g, const MemoryPlan *p, int max_batch) {
     size_t free_bytes, all_bytes;
     CHECK(cudaMemGetInfo(&free_bytes, &all_bytes));
     if (verbose)
-        printf("GPU memory: parameters, gradients, moments, average %.3f GB, activations and scratch %.3f GB, "
-               "input %.3f GB, workspace %.3f GB; %.3f of %.1f GB\n",
-               (double)p->parameters / 1e9, (double)p->activations / 1e9, (double)p->input / 1e9,
-               (double)workspace_bytes / 1e9, (double)(p->all + workspace_bytes) / 1e9,
-               (double)all_bytes / 1e9);
+        printf(
+            "GPU memory: parameters, gradients, moments, average %.3f GB, activations and scratch %.3f GB, "
+            "input %.3f GB, workspace %.3f GB; %.3f of %.1f GB\n",
+            (double)p->parameters / 1e9, (double)p->activations / 1e9, (double)p->input / 1e9,
+            (double)workspace_bytes / 1e9, (double)(p->all + workspace_bytes) / 1e9, (double)all_bytes / 1e9);
     if (p->all <= free_bytes) return;
     int fits = max_batch / 2;   // the largest of a half, a quarter, ... that fits
     while (fits && memory_plan(g, fits).all > free_bytes) fits /= 2;
@@ -2961,8 +3000,8 @@ static void memory_check(GpuModel *g, const MemoryPlan *p, int max_batch) {
         (double)free_bytes / 1e9, max_batch, (double)p->all / 1e9, fits);
 }
 
-// Start values, and the angles of RoPE by position, for attention on tensor cores: patch (p, 0) turns by those
-// of p
+// Start values, and the angles of RoPE by position, for attention on tensor cores: patch (p,
+// 0) turns by those of p
 static void start_values(GpuModel *g, uint64_t seed) {
     Model *m = &g->base;
     const Config *c = &m->c;
@@ -3026,8 +3065,9 @@ static void model_destroy(Model *m) {
 }   // namespace gpu
 
 static const Backend gpu_backend = {
-    "GPU", gpu::model_create, gpu::model_destroy, gpu::zero_gradients, gpu::forward_backward, gpu::update,
-    gpu::read_losses, gpu::velocity, gpu::get_block, gpu::host_block, gpu::put_block, gpu::activation};
+    "GPU",          gpu::model_create, gpu::model_destroy, gpu::zero_gradients, gpu::forward_backward,
+    gpu::update,    gpu::read_losses,  gpu::velocity,      gpu::get_block,      gpu::host_block,
+    gpu::put_block, gpu::activation};
 
 #ifndef TRAIN_SRDIT_CU_NO_MAIN
 int main(int argc, char **argv) {
