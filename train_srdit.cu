@@ -1,26 +1,50 @@
-// SR-DiT trained on a GPU: the same model as train_srdit.c, the same layers in the same order under the same
-// names.
+// SR-DiT trained on a GPU: the same model as train_srdit.c, to be read beside it.
 //
-// What this file is: the CUDA twin of train_srdit.c, which it includes for everything that is not a kernel:
-// configuration, parameter table, safetensors, data, random numbers, sampler, checkpoints, training loop.
-// Read the two side by side. Products of large matrices go through cuBLASLt; everything else is written out
-// here, fused so that each number makes as few trips to memory as it can. Each kernel says at its head what
-// it computes, on what shapes, how many bytes an element it moves and what bounds it.
+// What this file is: the kernels, and the order in which they run. Everything else (configuration, parameter
+// table, data, random numbers, sampler, checkpoints, training loop) is in train_srdit.c, which this file
+// includes. Products of large matrices go through cuBLASLt; the rest is written out here, fused so that each
+// number makes as few trips to memory as it can. Each kernel says at its head what it computes, on what
+// shapes, how many bytes an element it moves and what bounds it.
 //
-//   make train_srdit_cu && ./train_srdit_cu          (needs nvcc, cuBLASLt, a GPU of compute capability 8.0
-// or more)
-//   -DFP32                                           all in float instead of bf16, to be checked against the
-// CPU
+//   make train_srdit_cu && ./train_srdit_cu     (needs nvcc, cuBLASLt, a GPU of compute capability 8.0 or more)
+//   make FP32=1 test_srdit_cu                   all in float instead of bf16, to be checked against the CPU
+//   make train_srdit_emu                        this file on a CPU, to be stepped through (dev/cuda_on_cpu)
+//
+// Sections and functions come in the order of train_srdit.c and have its names. What is different here:
+//
+//   in train_srdit.c                     here
+//   gate, then norm_modulate             fused: norm_modulate_forward, _backward over a `Residual`, x + gate y
+//                                        that is not added up before its next reader
+//   qk_norm, rope, value_residual        fused: attention does them as it loads rows and undoes them on
+//                                        gradients in registers; only its plain way has a kernel for them
+//   att, the rows of softmax             not kept: log sum exp, from which the backward makes them again
+//   biases, gelu                         fused: epilogues of cuBLASLt; the slope is made again from fc1
+//   *_backward of silu, gelu, biases     fused: activation_backward_kernel, slope and column sums in one pass
+//   x_t, patchify                        fused: patchify_kernel mixes x and noise as it reads
+//   rmsnorm of CLS, put_tokens, positions    fused: embed_kernel
+//   gather_rows of the kept tokens       fused: g's first norm reads at ids (Residual.x_ids)
+//   fusion_proj of pair, scatter_rows    two products, E W1^T + G W2^T, as most rows of G are the mask token: it
+//                                        is one more row of G, and a token's row is looked up (Residual.y_rows)
+//   unpatchify                           only for the sampler: the losses read and write patches
+//   clipping, AdamW, EMA                 fused, with the rounding to bf16: adamw_kernel
+//   a block's adaLN layer                moved: all blocks' at once (adaln_forward), since B rows are few
+//   gate_backward of a block's output    moved to the norm that read it (`before` in block_backward)
+//   projector_backward                   moved: first, while wide2 still holds what the loss left there; d_E
+//                                        starts with it
+//   CLS of the final layer, of tokens    moved: last in memory, so that the patches are one matrix
+//   zero_gradients                       a flag: the next gradients overwrite
+//   noise, kept tokens of a batch        drawn on the device, from the same addresses
+//
+// The same are all formulas, Config, Table and Params, the places in the table, and every random number.
 //
 // What is stored how: weights, moments, moving average, gradients of weights, the residual stream and its
 // gradient, modulation, statistics, losses and every sum in float; what matrix products read and write in
-// floatX, which is bf16 (or float, with -DFP32). No float atomics: every sum has a fixed order, so the same
-// run gives the same bits.
+// floatX, which is bf16 (or float, with -DFP32). No float atomics: every sum has a fixed order, so that the
+// same run gives the same bits. The functions live in namespace gpu, since the CPU's have the same names.
 //
-// The functions live in namespace gpu, since the CPU's have the same names. Letters as in train_srdit.c; N or
-// rows is B T, "a row" is one token's D numbers. At batch 256 of B/1, N = 65,792 and D = 768: figures of
-// bytes are those an element of such a [N,D] tensor. An H100 gives about 3.0 TB/s of memory and 800 TFLOP/s
-// of bf16.
+// Letters as in train_srdit.c; rows is B T, n one of them or a block's tokens a sample. At batch 256 of B/1,
+// N = 65,792 and D = 768: figures of bytes are those an element of such a [N,D] tensor. An H100 gives about
+// 3.0 TB/s of memory and 800 TFLOP/s of bf16.
 #define HOST_DEVICE __host__ __device__
 #ifndef TRAIN_SRDIT_NO_MAIN
 #define TRAIN_SRDIT_NO_MAIN
@@ -51,18 +75,26 @@ static void check_cuda(cudaError_t e, const char *file, int line) {
 #define CHECK(call) check_cuda((call), __FILE__, __LINE__)
 #define LAUNCHED() check_cuda(cudaGetLastError(), __FILE__, __LINE__)   // after each kernel launch
 
-static cudaStream_t stream;           // all work is queued here, in order,
-static cudaStream_t copy_stream;      // but for the copies of the next step's data
-static int verbose = 1;               // print the memory plan and what was tuned
-static int use_gelu_epilogue = 1;     // GELU inside the matrix products, where cuBLASLt offers it
-static int use_tensor_attention = 1;  // attention on tensor cores, where it fits (bf16, Dh = 64, T <= 272)
+static cudaStream_t stream;            // all work is queued here, in order,
+static cudaStream_t copy_stream;       // but for the copies of the next step's data
+static int verbose = 1;                // print the memory plan and what was tuned
+static int use_gelu_epilogue = 1;      // GELU inside the matrix products, where cuBLASLt offers it
+static int use_tensor_attention = 1;   // attention on tensor cores, where it fits (bf16, Dh = 64, T <= 272)
 
-// A block of memory handed out from the front, as `Arena` in train_srdit.c, in bytes: with base NULL it only
-// counts. On the CPU each piece is an allocation of its own (unless `whole`), so that the emulator sees a
-// step over its end.
-typedef struct { char *base; size_t used; int whole; const void *owner; } DeviceArena;
+// A block of memory handed out from the front, as `Arena` in train_srdit.c, in bytes: with base NULL
+// it only counts. On the CPU each piece is an allocation of its own (unless `whole`), so that the
+// emulator sees a step over its end.
+typedef struct {
+    char *base;
+    size_t used;
+    int whole;
+    const void *owner;
+} DeviceArena;
 #ifdef CUDA_ON_CPU
-static struct { void *memory; const void *owner; } pieces[4096];
+static struct {
+    void *memory;
+    const void *owner;
+} pieces[4096];
 #endif
 template <class E> static void take(E *&p, DeviceArena *a, size_t count) {
     size_t bytes = (count * sizeof(E) + 255) / 256 * 256;
@@ -87,7 +119,9 @@ static char *memory_take(DeviceArena *a, const void *owner) {
 #endif
     CHECK(cudaMalloc((void **)&base, bytes));
     CHECK(cudaMemset(base, 0, bytes));
-    a->base = base, a->used = 0, a->owner = owner;
+    a->base = base;
+    a->used = 0;
+    a->owner = owner;
     return base;
 }
 static void memory_free(char *base, const void *owner) {
@@ -106,7 +140,9 @@ static int div_up(int a, int b) { return (a + b - 1) / b; }
 // Small pieces for kernels
 
 // Four neighbouring numbers, which a thread loads and stores at once: 16 bytes of float, 8 of bf16
-struct Vec4 { float x[4]; };
+struct Vec4 {
+    float x[4];
+};
 __device__ __forceinline__ unsigned pack(float lo, float hi) {
     __nv_bfloat162 p = __floats2bfloat162_rn(lo, hi);
     unsigned u;
@@ -143,8 +179,8 @@ template <int W> __device__ __forceinline__ float sum_lanes(float x) {
     return x;
 }
 
-// The sum of x over a block of 256 threads in a fixed order, in thread 0. Each use needs 8 shared `sums` of
-// its own.
+// The sum of x over a block of 256 threads in a fixed order, in thread 0. Each use needs 8
+// shared `sums` of its own.
 __device__ __forceinline__ float sum_block(float x, float *sums) {
     x = sum_lanes<32>(x);
     if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
@@ -155,11 +191,11 @@ __device__ __forceinline__ float sum_block(float x, float *sums) {
 }
 
 // dst[c] (+)= sum over rows of src[rows, cols], whose rows are ld apart, in a fixed order; z counts
-// independent problems, each `src_step` and `dst_step` further. Blocks of 8 columns x 32 rows. Moves a few
-// MB: latency bounds it.
-template <class S, class E> __global__ void __launch_bounds__(256)
-    column_sum_kernel(E *dst, const S *src, int rows, int cols, int ld, size_t src_step, size_t dst_step,
-                      int add) {
+// independent problems, each `src_step` and `dst_step` further. Blocks of 8 columns x 32 rows.
+// Moves a few MB: latency bounds it.
+template <class S, class E>
+__global__ void __launch_bounds__(256) column_sum_kernel(E *dst, const S *src, int rows, int cols, int ld,
+                                                         size_t src_step, size_t dst_step, int add) {
     __shared__ float sums[32][9];
     int c = blockIdx.x * 8 + threadIdx.x % 8, y = threadIdx.x / 8;
     src += blockIdx.z * src_step, dst += blockIdx.z * dst_step;
@@ -173,8 +209,9 @@ template <class S, class E> __global__ void __launch_bounds__(256)
     for (int i = 0; i < 32; i++) sum += sums[i][threadIdx.x];
     store(&dst[c], sum);
 }
-template <class S, class E> static void column_sum(E *dst, const S *src, int rows, int cols, int ld, int add,
-                                                   int count = 1, size_t src_step = 0, size_t dst_step = 0) {
+template <class S, class E>
+static void column_sum(E *dst, const S *src, int rows, int cols, int ld, int add, int count = 1,
+                       size_t src_step = 0, size_t dst_step = 0) {
     dim3 grid((unsigned)div_up(cols, 8), 1, (unsigned)count);
     column_sum_kernel<S, E><<<grid, 256, 0, stream>>>(dst, src, rows, cols, ld, src_step, dst_step, add);
     LAUNCHED();
@@ -200,9 +237,9 @@ static void cast(floatX *out, const float *in, size_t n) {   // n is a multiple 
 // and repeats this one's bits.
 
 typedef struct {
-    int M, N, K, lda, ldb, ldc;          // C[M,N] (+)= op(A)[M,K] op(B)[K,N], row-major; ld: from row to row
-    int ta, tb, add, float_out;          // op transposes where ta, tb; C is float or floatX
-    int epilogue, aux_ld, align, batch;  // align: of the pointers; batch products, each stepa ... further
+    int M, N, K, lda, ldb, ldc;           // C[M,N] (+)= op(A)[M,K] op(B)[K,N], row-major; ld: from row to row
+    int ta, tb, add, float_out;           // op transposes where ta, tb; C is float or floatX
+    int epilogue, aux_ld, align, batch;   // align: of the pointers; batch products, each stepa ... further
     int64_t stepa, stepb, stepc, step_bias;
 } GemmKey;
 typedef struct {
@@ -215,7 +252,7 @@ typedef struct {
 enum { MAX_PLANS = 16384, MAX_PROPOSALS = 16 };   // a training run makes about a hundred; tests, thousands
 static GemmPlan *plans[MAX_PLANS];
 static int plan_count, timed_count;
-static int tuning;                       // 1 while the model is created: new plans are timed
+static int tuning;   // 1 while the model is created: new plans are timed
 static cublasLtHandle_t lt;
 static void *workspace;
 static size_t workspace_bytes = (size_t)32 << 20;
@@ -354,13 +391,19 @@ static GemmPlan *plan_make(const GemmKey *k, void *C, const void *A, const void 
 static GemmKey gemm_key(int M, int N, int K, int ta, int tb) {
     GemmKey k;
     memset(&k, 0, sizeof(k));
-    k.M = M, k.N = N, k.K = K, k.ta = ta, k.tb = tb, k.batch = 1, k.epilogue = CUBLASLT_EPILOGUE_DEFAULT;
+    k.M = M;
+    k.N = N;
+    k.K = K;
+    k.ta = ta;
+    k.tb = tb;
+    k.batch = 1;
+    k.epilogue = CUBLASLT_EPILOGUE_DEFAULT;
     k.lda = ta ? M : K, k.ldb = tb ? K : N, k.ldc = N;
     return k;
 }
 
-// C (+)= op(A) op(B), then the epilogue: bias [N] of C's type, aux of floatX. Returns 0 if cuBLASLt cannot do
-// it.
+// C (+)= op(A) op(B), then the epilogue: bias [N] of C's type, aux of floatX. Returns 0 if
+// cuBLASLt cannot do it.
 static int matmul(GemmKey *k, void *C, const floatX *A, const floatX *B, const void *bias, void *aux) {
     uintptr_t bits = (uintptr_t)A | (uintptr_t)B | (uintptr_t)C | 256;
     k->align = (int)(bits & (~bits + 1));
@@ -384,8 +427,9 @@ static void matmul_sure(GemmKey *k, void *C, const floatX *A, const floatX *B, c
 // Layers. Gradients of weights are overwritten, or added to where `add`; the rest as in train_srdit.c.
 
 // out[N,O] = in[N,I] w[O,I]^T + b[O]; out and b are floatX or float; ldw: a row of w in memory (I, or more)
-template <class E> static void linear_forward(E *out, const floatX *in, const floatX *w, const E *b, int N,
-                                              int I, int O, int ldw = 0) {
+template <class E>
+static void linear_forward(E *out, const floatX *in, const floatX *w, const E *b, int N, int I, int O,
+                           int ldw = 0) {
     GemmKey k = gemm_key(N, O, I, 0, 1);
     if (ldw) k.ldb = ldw;
     k.float_out = sizeof(E) == 4;
@@ -394,11 +438,13 @@ template <class E> static void linear_forward(E *out, const floatX *in, const fl
 }
 
 // din[N,I] (+)= dout[N,O] w[O,I]
-template <class E> static void linear_backward_input(E *din, const floatX *dout, const floatX *w, int N,
-                                                     int I, int O, int add, int ldw = 0) {
+template <class E>
+static void linear_backward_input(E *din, const floatX *dout, const floatX *w, int N, int I, int O, int add,
+                                  int ldw = 0) {
     GemmKey k = gemm_key(N, I, O, 0, 0);
     if (ldw) k.ldb = ldw;
-    k.float_out = sizeof(E) == 4, k.add = add;
+    k.float_out = sizeof(E) == 4;
+    k.add = add;
     matmul_sure(&k, din, dout, w, NULL);
 }
 
@@ -407,20 +453,20 @@ static void linear_backward_weight(float *dw, const floatX *dout, const floatX *
                                    int add, int ldw = 0) {
     GemmKey k = gemm_key(O, I, N, 1, 0);
     if (ldw) k.ldc = ldw;
-    k.float_out = 1, k.add = add;
+    k.float_out = 1;
+    k.add = add;
     matmul_sure(&k, dw, dout, in, NULL);
 }
 
-// The residual stream as the layer before leaves it: x + gate y, not yet added up, so that the next reader
-// can do it.
-//   row n of B T:  x[x_ids ? (b x_tokens + x_ids[n]) : n] + gate[b] y[y_rows ? y_rows[n] : n]     (gate NULL:
-// 1)
+// The residual stream as the layer before leaves it: x + gate y, not yet added up, so that the next reader can
+// do it. Row n of B T, of sample b, is
+//   x[x_ids ? b x_tokens + x_ids[n] : n] + gate[b] y[y_rows ? y_rows[n] : n],     where gate NULL is 1.
 typedef struct {
     const float *x;
-    const int *x_ids;        // gather (g's first block reads the encoder's output at the kept tokens)
+    const int *x_ids;   // gather (g's first block reads the encoder's output at the kept tokens)
     int x_tokens;
-    const floatX *y;         // NULL: only x
-    const int *y_rows;       // scatter (the decoder's first block reads the fusion's two halves)
+    const floatX *y;     // NULL: only x
+    const int *y_rows;   // scatter (the decoder's first block reads the fusion's two halves)
     const float *gate;
     int gate_stride;
 } Residual;
@@ -429,8 +475,8 @@ static Residual residual_of(const float *x, const float *gate, int gate_stride, 
     return r;
 }
 
-// Where row n of [B,T] goes if the patches of all samples come first, then the CLS tokens (cls 1: token 0 is
-// CLS)
+// Where row n of [B,T] goes if the patches of all samples come first, then the CLS tokens
+// (cls 1: token 0 is CLS)
 __device__ __forceinline__ size_t patches_first(int n, int T, int cls, int rows) {
     int b = n / T, t = n % T, B = rows / T;
     return cls && t == 0 ? (size_t)B * (T - 1) + b : (size_t)b * (T - cls) + t - cls;
@@ -443,7 +489,8 @@ __device__ __forceinline__ size_t patches_first(int n, int T, int cls, int rows)
 //   cls >= 0: h is stored patches first (see above), as the two last linear layers read it
 // One warp a row, 4 numbers a lane at a time, the row kept in registers (V x 128 >= D).
 // Reads 4 + 2, writes 4 + 2 bytes an element: 0.6 GB, 0.2 ms; bound by memory.
-template <int V> __global__ void __launch_bounds__(256)
+template <int V>
+__global__ void __launch_bounds__(256)
     norm_modulate_forward_kernel(float *x_out, floatX *h, float *r, Residual in, const float *shift,
                                  const float *scale, int stride, int cls, int rows, int T, int D) {
     int n = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -500,32 +547,31 @@ static void norm_modulate_forward(float *x_out, floatX *h, float *r, const Resid
     LAUNCHED();
 }
 
-// The backward of the same: from dh and the gradient dx of x_out by its other readers,
-//   n = x r, dn = dh (1 + scale):   dx += r (dn - n mean(dn n)),  then x_out = x + gate y gives  dy = gate
-// dx;
-//   dshift = sum_t dh,  dscale = sum_t dh n,  dgate = sum_t dx y,  and sum_t dx, whose product with gate,
-// summed over
-//   the samples, is the gradient of the bias that was added to y.
+// The backward of the same, from dh and the gradient dx of x_out by its other readers. With x^ = x_out r and
+// dx^ = dh (1 + scale):
+//   dx += r (dx^ - x^ mean(dx^ x^)),  dshift = sum_t dh,  dscale = sum_t dh x^;
+// and then, as x_out = x + gate y:
+//   dy = gate dx,  dgate = sum_t dx y,  db = sum_b gate sum_t dx, of the bias that was added to y.
 typedef struct {
-    float *dx;               // [rows,D]; read unless `fresh` (then it is taken as 0), written unless NULL
+    float *dx;   // [rows,D]; read unless `fresh` (then it is taken as 0), written unless NULL
     int fresh;
-    const float *dx2;        // a second gradient of x_out, of the rows dx2_rows[n] < dx2_count (NULL: none)
+    const float *dx2;   // a second gradient of x_out, of the rows dx2_rows[n] < dx2_count (NULL: none)
     const int *dx2_rows;
     int dx2_count;
-    const floatX *dh;        // NULL: there was no norm
-    int dh_cls;              // >= 0: dh is stored patches first
+    const floatX *dh;   // NULL: there was no norm
+    int dh_cls;         // >= 0: dh is stored patches first
     const float *x, *r, *scale;
     int stride;
-    const floatX *y;         // NULL: nothing was added
-    const float *gate;       // NULL: 1
+    const floatX *y;     // NULL: nothing was added
+    const float *gate;   // NULL: 1
     int gate_stride;
-    floatX *dy;              // NULL: not wanted
-    int dy_cls;              // >= 0: dy is stored patches first
-    float *parts;            // [B, chunks, 4, D]: sums over a chunk of tokens of dh, dh n, dx y, dx
+    floatX *dy;     // NULL: not wanted
+    int dy_cls;     // >= 0: dy is stored patches first
+    float *parts;   // [B, chunks, 4, D]: sums over a chunk of tokens of dh, dh n, dx y, dx
     int T, D, chunk;
 } NormBackward;
 
-// A block takes `chunk` (at most 64) tokens of one sample: first a warp a row for mean(dn n), then a thread
+// A block takes `chunk` (at most 64) tokens of one sample: first a warp a row for mean(dx^ x^), then a thread
 // four columns for all rows, whose sums it keeps in registers; what the second pass reads again lies in the
 // first-level cache. Reads 2 + 4 + 4 + 2, writes 4 + 2 bytes an element: 0.9 GB, 0.3 ms; bound by memory.
 __global__ void __launch_bounds__(256) norm_modulate_backward_kernel(const NormBackward a) {
@@ -609,8 +655,8 @@ __global__ void __launch_bounds__(256)
 
 enum { NORM_CHUNK = 32 };
 static int norm_chunks(int T) { return div_up(T, NORM_CHUNK); }
-// dshift .. dgate may be NULL; db [D] (NULL: not wanted) is the gradient of y's bias; bias_parts [B,D] is
-// scratch
+// dshift .. dgate may be NULL; db [D] (NULL: not wanted) is the gradient of y's bias;
+// bias_parts [B,D] is scratch
 static void norm_modulate_backward(NormBackward *a, floatX *dshift, floatX *dscale, floatX *dgate, float *db,
                                    float *bias_parts, int add, int B) {
     int chunks = norm_chunks(a->T), threads = imin(256, imax(64, div_up(a->D / 4, 32) * 32));
@@ -624,12 +670,12 @@ static void norm_modulate_backward(NormBackward *a, floatX *dshift, floatX *dsca
     if (db) column_sum<float, float>(db, bias_parts, B, a->D, a->D, add);
 }
 
-// GELU, tanh form, and SiLU, as in train_srdit.c; `slope` is the derivative. The exponential is the device's
-// own.
+// GELU, tanh form, and SiLU, as in train_srdit.c; `slope` is the derivative. The exponential
+// is the device's own.
 enum Activation { NONE, GELU, SILU };
 __device__ __forceinline__ float gelu_tanh(float x) {
     float u = 0.7978845608028654f * (x + 0.044715f * x * x * x);
-    return 1 - 2 / (expf(2 * u) + 1);    // tanh u; its error near 0 is small against the 1 it is added to
+    return 1 - 2 / (expf(2 * u) + 1);   // tanh u; its error near 0 is small against the 1 it is added to
 }
 template <Activation A> __device__ __forceinline__ float activate(float x) {
     return A == GELU ? 0.5f * x * (1 + gelu_tanh(x)) : x / (1 + expf(-x));
@@ -643,10 +689,10 @@ template <Activation A> __device__ __forceinline__ float slope(float x) {
     return s + x * s * (1 - s);
 }
 
-// out = act(in), 4 a thread; buffers are padded, so the last four may lie past n. In bf16 2 + 2 bytes,
-// memory.
-template <Activation A, class S> __global__ void __launch_bounds__(256)
-activation_forward_kernel(floatX *out, const S *in, size_t n) {
+// out = act(in), 4 a thread; buffers are padded, so the last four may lie past n. In bf16
+// 2 + 2 bytes an element; bound by memory.
+template <Activation A, class S>
+__global__ void __launch_bounds__(256) activation_forward_kernel(floatX *out, const S *in, size_t n) {
     size_t i = ((size_t)blockIdx.x * 256 + threadIdx.x) * 4;
     if (i >= n) return;
     Vec4 v = load4(in + i);
@@ -665,7 +711,8 @@ static void gelu_forward(floatX *out, const floatX *in, size_t n) {
 // din = dout act'(in) on [rows,cols], and the column sums of din over chunks of rows, parts [chunks,cols]:
 // the gradient of the bias below. NONE: only the sums. A block is 8 rows at a time x 32 lanes of W columns.
 // din may be dout. In bf16 reads 2 + 2, writes 2 bytes an element (NONE: reads 2); bound by memory.
-template <Activation A, int W, class S> __global__ void __launch_bounds__(256)
+template <Activation A, int W, class S>
+__global__ void __launch_bounds__(256)
     activation_backward_kernel(floatX *din, float *parts, const floatX *dout, const S *in, int rows, int cols,
                                int chunk) {
     __shared__ float sums[8][32][W];
@@ -700,10 +747,10 @@ template <Activation A, int W, class S> __global__ void __launch_bounds__(256)
         parts[(size_t)blockIdx.y * cols + c + j] = total;
     }
 }
-enum { BIAS_CHUNKS = 128 };              // parts holds BIAS_CHUNKS * cols numbers
-template <Activation A, class S> static void activation_backward(floatX *din, float *db, float *parts,
-                                                                 const floatX *dout, const S *in, int rows,
-                                                                 int cols, int add) {
+enum { BIAS_CHUNKS = 128 };   // parts holds BIAS_CHUNKS * cols numbers
+template <Activation A, class S>
+static void activation_backward(floatX *din, float *db, float *parts, const floatX *dout, const S *in,
+                                int rows, int cols, int add) {
     int chunk = imax(32, div_up(rows, BIAS_CHUNKS)), chunks = div_up(rows, chunk), W = cols % 4 ? 1 : 4;
     dim3 grid((unsigned)div_up(cols, 32 * W), (unsigned)chunks);
     if (W == 4)
@@ -720,9 +767,9 @@ static void bias_backward(float *db, float *parts, const floatX *dout, int N, in
     activation_backward<NONE, floatX>(NULL, db, parts, dout, NULL, N, O, add);
 }
 
-// RMSNorm with a weight, x r w (eps 1e-6), of the CLS token, put into the residual stream with its position;
-// and the patches with theirs: out[B,T,D] = [CLS, patches] + pos_embed. One warp a row. 2 + 4 bytes read, 4
-// written.
+// RMSNorm with a weight, x r w (eps 1e-6), of the CLS token, put into the residual stream with
+// its position; and the patches with theirs: out[B,T,D] = [CLS, patches] + pos_embed. One warp a
+// row. 2 + 4 bytes read, 4 written.
 __global__ void __launch_bounds__(256)
     embed_kernel(float *out, float *cls_r, const floatX *patches, const float *cls_proj,
                  const float *cls_norm, const float *pos, int cls, int rows, int T, int D) {
@@ -748,7 +795,8 @@ __global__ void __launch_bounds__(256)
     }
 }
 
-// out = n w with n = x r:  dn = dout w,  dx = r (dn - n mean(dn n));  dw_parts [B,D] = dout n, summed later.
+// out = x^ w with x^ = x r:
+//   dx^ = dout w,  dx = r (dx^ - x^ mean(dx^ x^)),  dw_parts [B,D] = dout x^, summed later.
 // A warp a row.
 __global__ void __launch_bounds__(256)
     rmsnorm_backward_kernel(floatX *dx, float *dw_parts, const floatX *dout, const float *x, const float *r,
@@ -767,26 +815,146 @@ __global__ void __launch_bounds__(256)
     }
 }
 
+// patches[B,P,X] of x_t = (1 - t) x + t noise [B,C,S,S] (noise NULL: x itself), features in the
+// order (channel, row, column) of a convolution's weight. A thread an element; 8 bytes read, 2
+// written; bound by memory, small.
+__global__ void __launch_bounds__(256) patchify_kernel(floatX *patches, const float *x, const float *noise,
+                                                       const float *t, int C, int S, int p, size_t count) {
+    size_t e = (size_t)blockIdx.x * 256 + threadIdx.x;
+    if (e >= count) return;
+    int X = C * p * p, G = S / p, i = (int)(e % X), patch = (int)(e / X % (G * G)),
+        b = (int)(e / X / (G * G));
+    int ch = i / (p * p), y = patch / G * p + i / p % p, z = patch % G * p + i % p;
+    size_t at = (((size_t)b * C + ch) * S + y) * S + z;
+    store(&patches[e], noise ? (1 - t[b]) * x[at] + t[b] * noise[at] : x[at]);
+}
+// The same for the CLS vectors [B,Z]
+__global__ void __launch_bounds__(256)
+    cls_input_kernel(floatX *out, const float *cls, const float *noise, const float *t, int Z, int count) {
+    int e = blockIdx.x * 256 + threadIdx.x;
+    if (e < count) store(&out[e], noise ? (1 - t[e / Z]) * cls[e] + t[e / Z] * noise[e] : cls[e]);
+}
+
+// Where feature i of patch row n lies in [B,C,S,S], in the order (row, column, channel) of the final layer
+__device__ __forceinline__ size_t unpatchify_place(size_t n, int i, int C, int S, int p) {
+    int G = S / p, patch = (int)(n % (G * G)), y = patch / G * p + i / C / p, z = patch % G * p + i / C % p;
+    return ((n / (G * G) * C + i % C) * S + y) * S + z;
+}
+__global__ void __launch_bounds__(256)
+    unpatchify_kernel(float *x, const float *patches, int C, int S, int p, size_t count) {
+    size_t e = (size_t)blockIdx.x * 256 + threadIdx.x;
+    int X = C * p * p;
+    if (e < count) x[unpatchify_place(e / X, (int)(e % X), C, S, p)] = patches[e];
+}
+
+// e(t)[B,W] = [cos(t f_k), sin(t f_k)], f_k = 10000^(-k/128). A block a sample.
+__global__ void __launch_bounds__(TIME_FEATURES / 2) time_features_kernel(floatX *out, const float *t) {
+    int b = blockIdx.x, k = threadIdx.x;
+    double angle = (double)t[b] * pow(10000, -k / (TIME_FEATURES / 2.0));
+    store(&out[b * TIME_FEATURES + k], (float)cos(angle));
+    store(&out[b * TIME_FEATURES + TIME_FEATURES / 2 + k], (float)sin(angle));
+}
+
+// cond [B,D] += the label's row, and its SiLU
+__global__ void __launch_bounds__(256)
+    label_kernel(float *cond, floatX *cond_silu, const float *label, const int *y, int D, int count) {
+    int e = blockIdx.x * 256 + threadIdx.x;
+    if (e >= count) return;
+    float x = cond[e] += label[(size_t)y[e / D] * D + e % D];
+    store(&cond_silu[e], activate<SILU>(x));
+}
+// d_cond [B,D] = silu'(cond) times the sum of the `count` parts [B,D] that the blocks' and
+// the final adaLN left
+__global__ void __launch_bounds__(256)
+    condition_backward_kernel(floatX *d_cond, const float *parts, const float *cond, int count, int n) {
+    int e = blockIdx.x * 256 + threadIdx.x;
+    if (e >= n) return;
+    float sum = 0;
+    for (int i = 0; i < count; i++) sum += parts[(size_t)i * n + e];
+    store(&d_cond[e], sum * slope<SILU>(cond[e]));
+}
+// dlabel[y[b]] += d_cond[b]: the block of the first sample with a label adds up all samples
+// that have it, in order
+__global__ void __launch_bounds__(256)
+    label_backward_kernel(float *dlabel, const floatX *d_cond, const int *y, int B, int D) {
+    int b = blockIdx.x;
+    for (int i = 0; i < b; i++)
+        if (y[i] == y[b]) return;
+    for (int d = threadIdx.x; d < D; d += 256) {
+        float sum = 0;
+        for (int i = b; i < B; i++)
+            if (y[i] == y[b]) sum += to_float(d_cond[(size_t)i * D + d]);
+        dlabel[(size_t)y[b] * D + d] += sum;
+    }
+}
+
+// rows[B T]: the row of G that each token reads: its own if g kept it, else the mask token's, which is row
+// `mask`. ids [B,n] (NULL: all tokens, in order); path_drop: none. A block a sample.
+__global__ void __launch_bounds__(256)
+    rows_kernel(int *rows, const int *ids, int n, int T, int mask, int path_drop) {
+    int b = blockIdx.x;
+    for (int t = threadIdx.x; t < T; t += 256) rows[(size_t)b * T + t] = ids || path_drop ? mask : b * T + t;
+    __syncthreads();
+    for (int i = threadIdx.x; i < n && ids && !path_drop; i += 256)
+        rows[(size_t)b * T + ids[(size_t)b * n + i]] = b * n + i;
+}
+
+// After the `rows` rows of g's output [padded,D]: the mask token, once more, and zeros up to
+// a multiple of 64 rows.
+__global__ void __launch_bounds__(256) mask_rows_kernel(floatX *g, const float *mask, int rows, int D) {
+    for (int d = threadIdx.x; d < D; d += 256)
+        store(&g[(size_t)(rows + blockIdx.x) * D + d], blockIdx.x < 2 ? mask[d] : 0);
+}
+// The gradient of those rows: the sum of many tokens' is too much for one rounded number, so that it is kept
+// as two, sum = row 0 + row 1 (which is why the mask token stands there twice).
+__global__ void __launch_bounds__(256)
+    mask_rows_backward_kernel(floatX *dG, const float *sum, int rows, int D) {
+    for (int d = threadIdx.x; d < D; d += 256) {
+        floatX *to = dG + (size_t)(rows + blockIdx.x) * D + d, high;
+        store(&high, sum[d]);
+        store(to, blockIdx.x == 0 ? sum[d] : blockIdx.x == 1 ? sum[d] - to_float(high) : 0);
+    }
+}
+
+// dG[rows[n]] = dY[n] for the kept tokens; the sum of dY over the others, which all read the mask
+// token's row, goes to parts [chunks,D]. A block takes `chunk` rows, a thread four columns. 2 bytes
+// read, 2/4 written; bound by memory.
+__global__ void __launch_bounds__(256)
+    fusion_gather_kernel(floatX *dG, float *parts, const floatX *dY, const int *rows, int mask, int N, int D,
+                         int chunk) {
+    int n0 = blockIdx.x * chunk, n1 = min(n0 + chunk, N);
+    for (int d = threadIdx.x * 4; d < D; d += 1024) {
+        Vec4 sum = {};
+        for (int n = n0; n < n1; n++) {
+            Vec4 v = load4(dY + (size_t)n * D + d);
+            if (rows[n] < mask) store4(dG + (size_t)rows[n] * D + d, v);
+            else
+                for (int j = 0; j < 4; j++) sum.x[j] += v.x[j];
+        }
+        store4(parts + (size_t)blockIdx.x * D + d, sum);
+    }
+}
+
 // ----------------------------------------------------------------------------------------------------------
 // Attention: q, k = RoPE(RMSNorm(.)), v = lambda v1 + (1 - lambda) v, out = softmax(q k^T / sqrt(Dh)) v. Two
 // ways: on tensor cores (below), with all of it in one kernel each way, for bf16, Dh = 64 and T <= 272, that
 // is all named sizes up to 16 x 16 patches; and a plain one, for everything else and for the build in float.
 
 typedef struct {
-    const floatX *qkv;                 // [B,T,3D]
-    const floatX *v1;                  // block 0's qkv [B,tokens,3D], NULL: values are not mixed
-    const int *ids;                    // [B,T] original token of each token, NULL: itself
-    int tokens, cls;                   // T of the full sequence; 1: token 0 is CLS
-    const float *wq, *wk, *lambda;     // [Dh], [Dh], [1]; wq, wk NULL: no norm
-    const float *rope_cos, *rope_sin;  // [P,Dh], NULL: no rotation
-    const float2 *rope;                // [G,Dh/4] (cos, sin) of position * w_j, for the tensor cores' kernels
+    const floatX *qkv;                  // [B,T,3D]
+    const floatX *v1;                   // block 0's qkv [B,tokens,3D], NULL: values are not mixed
+    const int *ids;                     // [B,T] original token of each token, NULL: itself
+    int tokens, cls;                    // T of the full sequence; 1: token 0 is CLS
+    const float *wq, *wk, *lambda;      // [Dh], [Dh], [1]; wq, wk NULL: no norm
+    const float *rope_cos, *rope_sin;   // [P,Dh], NULL: no rotation
+    const float2 *rope;   // [G,Dh/4] (cos, sin) of position * w_j, for the tensor cores' kernels
     int T, H, Dh, G;
 } Attention;
 typedef struct {
-    floatX *dqkv;                      // [B,T,3D]
-    float *dv1;                        // [B,tokens,D]: += lambda dv at the original token; block 0 adds it up
-    int is_first;                      // this is block 0
-    float *parts;                      // [attention_parts, 2 Dh + 1]: sums for wq, wk, lambda
+    floatX *dqkv;   // [B,T,3D]
+    float *dv1;     // [B,tokens,D]: += lambda dv at the original token; block 0 adds it up
+    int is_first;   // this is block 0
+    float *parts;   // [attention_parts, 2 Dh + 1]: sums for wq, wk, lambda
 } AttentionGrads;
 
 __device__ __forceinline__ int token_of(const Attention &a, int b, int t) {
@@ -826,15 +994,15 @@ __global__ void __launch_bounds__(256) qkv_mix_forward_kernel(floatX *out, const
     }
 }
 
-// Its backward, in place (derivation at qkv_mix_backward in train_srdit.c): out.dqkv comes in as the gradient
-// of what the forward wrote. A block takes some tokens of a sample; its sums for the weights are one row of
-// out.parts.
+// Its backward, in place (derivations at qk_norm_backward, rope_backward and value_residual_backward): out.dqkv comes in as the
+// gradient of what the forward wrote. A block takes some tokens of a sample; its sums for the
+// weights are one row of out.parts.
 __global__ void __launch_bounds__(256)
     qkv_mix_backward_kernel(const AttentionGrads out, const Attention a, int chunk) {
     __shared__ float sums[8][2][128];
     __shared__ float lambda_sums[8];
     int b = blockIdx.y, lane = threadIdx.x % 32, warp = threadIdx.x / 32, D = a.H * a.Dh;
-    float dw[2][2][2] = {}, dl = 0;    // of q or k, of this lane's pairs
+    float dw[2][2][2] = {}, dl = 0;   // of q or k, of this lane's pairs
     for (int t = blockIdx.x * chunk; t < min((int)(blockIdx.x + 1) * chunk, a.T); t++) {
         int token = token_of(a, b, t), patch = token - a.cls;
         size_t n = (size_t)b * a.T + t, full = (size_t)b * a.tokens + token;
@@ -901,10 +1069,11 @@ __global__ void __launch_bounds__(256)
     }
 }
 
-// Rows t0 ... t0+count of one head, from x (rows `ld` apart), as floats in shared memory; zeros past T and
-// past Dh
-template <int DH, int LD> __device__ __forceinline__ void load_rows(float *to, const floatX *x, size_t ld,
-                                                                    int t0, int count, int T, int Dh) {
+// Rows t0 ... t0+count of one head, from x (rows `ld` apart), as floats in shared memory;
+// zeros past T and past Dh
+template <int DH, int LD>
+__device__ __forceinline__ void load_rows(float *to, const floatX *x, size_t ld, int t0, int count, int T,
+                                          int Dh) {
     for (int i = threadIdx.x; i < count * DH; i += 32) {
         int t = t0 + i / DH, d = i % DH;
         to[i / DH * LD + d] = t < T && d < Dh ? to_float(x[(size_t)t * ld + d]) : 0;
@@ -914,8 +1083,9 @@ template <int DH, int LD> __device__ __forceinline__ void load_rows(float *to, c
 // The plain way, second part: a block is 32 queries of one head, a thread one query; the keys come by in
 // tiles. Softmax with a running maximum: what was summed shrinks by exp(old maximum - new one). Bound by its
 // arithmetic. out [B,T,D]; lse [B,H,T] = log sum exp, for the backward.
-template <int DH> __global__ void __launch_bounds__(32)
-attention_forward_kernel(floatX *out, float *lse, const floatX *qkv, int T, int H, int Dh) {
+template <int DH>
+__global__ void __launch_bounds__(32)
+    attention_forward_kernel(floatX *out, float *lse, const floatX *qkv, int T, int H, int Dh) {
     constexpr int TILE = DH > 64 ? 8 : 16;
     __shared__ float q[32 * (DH + 1)];
     __shared__ float k[TILE * DH];
@@ -947,9 +1117,11 @@ attention_forward_kernel(floatX *out, float *lse, const floatX *qkv, int T, int 
         if (d < Dh) store(&out[((size_t)b * T + t) * D + (size_t)h * Dh + d], acc[d] / sum);
 }
 
-// With p = exp(s - lse) and delta = sum do o:  ds = p (do v - delta) / sqrt(Dh),  dq = ds k. A thread one
-// query.
-template <int DH> __global__ void __launch_bounds__(32)
+// With p = exp(s - lse) and delta = sum do o:
+//   ds = p (do v - delta) / sqrt(Dh),  dq = ds k.
+// A thread one query.
+template <int DH>
+__global__ void __launch_bounds__(32)
     attention_backward_query_kernel(floatX *dqkv, float *delta, const floatX *dout, const floatX *out,
                                     const float *lse, const floatX *qkv, int T, int H, int Dh) {
     constexpr int TILE = DH > 64 ? 8 : 16, OWN = DH > 64 ? 1 : 32 * (DH + 1);   // OWN: do, if it fits
@@ -989,7 +1161,8 @@ template <int DH> __global__ void __launch_bounds__(32)
 }
 
 // The other two gradients, dk = ds^T q, dv = p^T do: a thread one key, the queries come by in tiles.
-template <int DH> __global__ void __launch_bounds__(32)
+template <int DH>
+__global__ void __launch_bounds__(32)
     attention_backward_key_kernel(floatX *dqkv, const float *delta, const floatX *dout, const float *lse,
                                   const floatX *qkv, int T, int H, int Dh) {
     constexpr int TILE = DH > 64 ? 4 : 16;
@@ -1035,7 +1208,7 @@ template <int DH> __global__ void __launch_bounds__(32)
 enum { HD = 64, TMAX_SMALL = 64, TMAX_LARGE = 272 };   // head width; longest sequences of the two variants
 #ifndef FP32
 
-#ifndef CUDA_ON_CPU     // the PTX this file uses; the emulator has the same functions for the CPU
+#ifndef CUDA_ON_CPU   // the PTX this file uses; the emulator has the same functions for the CPU
 __device__ __forceinline__ unsigned shared_address(const void *p) {
     return (unsigned)__cvta_generic_to_shared(p);
 }
@@ -1047,11 +1220,15 @@ __device__ __forceinline__ void mma_bf16(float (&d)[4], const unsigned (&a)[4], 
 }
 __device__ __forceinline__ void ldmatrix(unsigned (&r)[4], const void *row) {   // four 8 x 8 tiles of bf16
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
 }
 __device__ __forceinline__ void ldmatrix_trans(unsigned (&r)[4], const void *row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
 }
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -1060,13 +1237,13 @@ __device__ __forceinline__ float exp2_approx(float x) {
 }
 #endif
 
-constexpr float SCALE = 0.125f;              // 1 / sqrt(HD)
+constexpr float SCALE = 0.125f;   // 1 / sqrt(HD)
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
-enum Kind { Q, K, V };                       // the three parts of a qkv row
+enum Kind { Q, K, V };   // the three parts of a qkv row
 enum { FORWARD_WARPS = 4 };
 
-// Lanes: in fragments g = lane / 4 is the row (and g + 8), c = lane % 4 the pair of columns (2c, 2c+1) of
-// each 8.
+// Lanes: in fragments g = lane / 4 is the row (and g + 8), c = lane % 4 the pair of columns
+// (2c, 2c+1) of each 8.
 __device__ __forceinline__ void unpack8(float (&x)[8], uint4 p) {
     float2 a = unpack(p.x), b = unpack(p.y), c = unpack(p.z), d = unpack(p.w);
     x[0] = a.x, x[1] = a.y, x[2] = b.x, x[3] = b.y, x[4] = c.x, x[5] = c.y, x[6] = d.x, x[7] = d.y;
@@ -1081,8 +1258,8 @@ typedef bf16 Row[HD];
 __device__ __forceinline__ bf16 *tile_at(Row *tile, int row, int chunk) {
     return &tile[row][(chunk ^ (row & 7)) * 8];
 }
-// B fragments of two neighbouring n-tiles (f[0..1], f[2..3]). For X U^T: n = 16 rows of U, k = its columns
-// 16kk..16kk+15.
+// B fragments of two neighbouring n-tiles (f[0..1], f[2..3]). For X U^T: n = 16 rows of U,
+// k = its columns 16kk..16kk+15.
 __device__ __forceinline__ void load_b(unsigned (&f)[4], Row *u, int row0, int kk, int lane) {
     ldmatrix(f, tile_at(u, row0 + lane % 8 + lane / 16 * 8, kk * 2 + lane / 8 % 2));
 }
@@ -1130,7 +1307,7 @@ __device__ __forceinline__ uint4 load_row(const Attention &a, int b, int h, int 
 }
 __device__ __forceinline__ uint4 load_plain(const bf16 *x, const Attention &a, int b, int h, int t,
                                             int lane) {
-    const size_t row = (size_t)b * a.T + t;                                    // x [B,T,H,64]
+    const size_t row = (size_t)b * a.T + t;   // x [B,T,H,64]
     return t < a.T ? __ldg((const uint4 *)(x + row * a.H * HD + h * HD + lane % 8 * 8))
                    : make_uint4(0, 0, 0, 0);
 }
@@ -1158,9 +1335,9 @@ __device__ __forceinline__ void load_queries(unsigned (&f)[4][4], Row *stage, co
 
 template <int TMAX> struct ForwardShared { Row k[TMAX], v[TMAX], stage[FORWARD_WARPS][8]; };
 
-// QK-norm bounds the scores: |q| <= 8 max|wq|, so |s| <= bound = 8 max|wq| max|wk|. exp(s - bound) needs no
-// running maximum and cannot overflow; it cannot vanish either while the bound is small. For larger weights:
-// online softmax.
+// QK-norm bounds the scores: |q| <= 8 max|wq|, so |s| <= bound = 8 max|wq| max|wk|. exp(s - bound)
+// needs no running maximum and cannot overflow; it cannot vanish either while the bound is small. For
+// larger weights: online softmax.
 __device__ __forceinline__ float score_bound(const Attention &a, int lane) {
     float mq = fmaxf(fabsf(__ldg(a.wq + lane)), fabsf(__ldg(a.wq + lane + 32)));
     float mk = fmaxf(fabsf(__ldg(a.wk + lane)), fabsf(__ldg(a.wk + lane + 32)));
@@ -1172,13 +1349,13 @@ __device__ __forceinline__ float score_bound(const Attention &a, int lane) {
 }
 
 // MT * 16 query rows from t0 on, against all keys, 16 at a time
-template <int MT> __device__ __forceinline__ void forward_rows(bf16 *o, float *lse, const Attention &a, int b,
-                                                               int h, int t0, Row *k, Row *v, Row *stage,
-                                                               float bound, int lane) {
+template <int MT>
+__device__ __forceinline__ void forward_rows(bf16 *o, float *lse, const Attention &a, int b, int h, int t0,
+                                             Row *k, Row *v, Row *stage, float bound, int lane) {
     const int g = lane / 4, c = lane % 4;
     const bool online = !(bound < 40);
     unsigned q[MT][4][4];
-    float acc[MT][8][4] = {}, sum[MT][2] = {}, shift[MT][2];       // shift in units of log 2
+    float acc[MT][8][4] = {}, sum[MT][2] = {}, shift[MT][2];   // shift in units of log 2
 #pragma unroll
     for (int m = 0; m < MT; m++) {
         load_queries(q[m], stage, a, b, h, t0 + m * 16, lane);
@@ -1213,7 +1390,7 @@ template <int MT> __device__ __forceinline__ void forward_rows(bf16 *o, float *l
                     top = fmaxf(top, shift[m][i]);
                     top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
                     top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-                    float shrink = exp2_approx(shift[m][i] - top);         // key n is real: top is finite
+                    float shrink = exp2_approx(shift[m][i] - top);   // key n is real: top is finite
                     shift[m][i] = top;
                     sum[m][i] *= shrink;
 #pragma unroll
@@ -1255,11 +1432,12 @@ template <int MT> __device__ __forceinline__ void forward_rows(bf16 *o, float *l
         }
 }
 
-// o [B,T,H,64], lse [B,H,T]: k and v whole in shared memory (73 KB at T = 257, 3 blocks an SM), a warp MT *
-// 16 query rows at a time. Reads 6 (+ 2 for v1), writes 2 bytes an element: 0.51 GB, 0.17 ms; bound by
-// memory.
-template <int TMAX, int MT> __global__ void __launch_bounds__(FORWARD_WARPS * 32, TMAX > 64 ? 3 : 4)
-tensor_attention_forward_kernel(bf16 *__restrict__ o, float *__restrict__ lse, const Attention a) {
+// o [B,T,H,64], lse [B,H,T]: k and v whole in shared memory (73 KB at T = 257, 3 blocks an
+// SM), a warp MT * 16 query rows at a time. Reads 6 (+ 2 for v1), writes 2 bytes an element:
+// 0.51 GB, 0.17 ms; bound by memory.
+template <int TMAX, int MT>
+__global__ void __launch_bounds__(FORWARD_WARPS * 32, TMAX > 64 ? 3 : 4)
+    tensor_attention_forward_kernel(bf16 *__restrict__ o, float *__restrict__ lse, const Attention a) {
     extern __shared__ __align__(128) unsigned char raw[];
     ForwardShared<TMAX> &s = *reinterpret_cast<ForwardShared<TMAX> *>(raw);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, b = blockIdx.x / a.H, h = blockIdx.x % a.H;
@@ -1278,18 +1456,19 @@ tensor_attention_forward_kernel(bf16 *__restrict__ o, float *__restrict__ lse, c
         else forward_rows<MT>(o, lse, a, b, h, t, s.k, s.v, s.stage[warp], bound, lane);
 }
 
-// Backward. With delta_i = do_i . o_i:    P = exp(S - lse),  dP = do v^T,  dS = P (dP - delta),
-//     dv = P^T do,  dk = dS^T q / 8,  dq = dS k / 8.
+// Backward, with delta_i = do_i . o_i:
+//   P = exp(S - lse),  dP = do v^T,  dS = P (dP - delta),
+//   dv = P^T do,  dk = dS^T q / 8,  dq = dS k / 8.
 // q, k, v, do lie whole in shared memory. The work is two kinds of jobs, so that a warp owns what it sums and
-// nothing is exchanged:  a block of keys: P^T and dS^T from k q^T and v do^T, over all queries;  dv += P^T
-// do,  dk += dS^T q
-//             a block of queries: P and dS from q k^T and do v^T, over all keys;      dq += dS k
+// nothing is exchanged:
+//   a block of keys: P^T and dS^T from k q^T and v do^T, over all queries;  dv += P^T do,  dk += dS^T q
+//   a block of queries: P and dS from q k^T and do v^T, over all keys;      dq += dS k
 // S and dP are computed twice (7 products instead of 5); in return no dS or dq goes through shared memory, no
 // warp waits for another, and nothing needs an atomic.
 template <int TMAX, int NW> struct BackwardShared {
     Row q[TMAX], k[TMAX], v[TMAX], dout[TMAX];
-    float lse[TMAX], delta[TMAX];                   // lse in units of log 2
-    float dw[2][NW][HD], dlambda[NW];               // each warp's sums
+    float lse[TMAX], delta[TMAX];       // lse in units of log 2
+    float dw[2][NW][HD], dlambda[NW];   // each warp's sums
 };
 
 // x -> n = w x r(x) -> y = R n. Given dy/8 (rows t0 + g, + 8 of fragments d):
@@ -1465,9 +1644,11 @@ __device__ __forceinline__ void query_rows(const AttentionGrads &out, float (&dw
 // o, dout [B,T,H,64], lse [B,H,T]. NW warps; a job is 16 keys or MQ * 16 queries. 146 KB of shared memory at
 // T = 257, one block an SM; at T <= 64 35 KB, 3 an SM. Reads 6 (+ 2) + 4, writes 6, adds 4 + 4 bytes an
 // element: 1.2 GB, 0.4 ms; memory and shared memory bound it about equally.
-template <int TMAX, int NW, int MQ, int CTAS> __global__ void __launch_bounds__(NW * 32, CTAS)
-tensor_attention_backward_kernel(const AttentionGrads out, const Attention a, const bf16 *__restrict__ dout,
-                                 const bf16 *__restrict__ o, const float *__restrict__ lse) {
+template <int TMAX, int NW, int MQ, int CTAS>
+__global__ void __launch_bounds__(NW * 32, CTAS)
+    tensor_attention_backward_kernel(const AttentionGrads out, const Attention a,
+                                     const bf16 *__restrict__ dout, const bf16 *__restrict__ o,
+                                     const float *__restrict__ lse) {
     extern __shared__ __align__(128) unsigned char raw[];
     typedef BackwardShared<TMAX, NW> Shared;
     Shared &s = *reinterpret_cast<Shared *>(raw);
@@ -1510,7 +1691,7 @@ tensor_attention_backward_kernel(const AttentionGrads out, const Attention a, co
     }
 
     // the weights' gradients: the warps' sums, added in order
-    *(float2 *)&s.dw[0][warp][lane * 2] = make_float2(dwq[0], dwq[1]);     // columns 8g + 2c = 2 lane
+    *(float2 *)&s.dw[0][warp][lane * 2] = make_float2(dwq[0], dwq[1]);   // columns 8g + 2c = 2 lane
     *(float2 *)&s.dw[1][warp][lane * 2] = make_float2(dwk[0], dwk[1]);
     dl = sum_lanes<32>(dl);
     if (lane == 0) s.dlambda[warp] = dl;
@@ -1565,13 +1746,13 @@ static int attention_parts(const Attention *a, int B) {   // rows of AttentionGr
     return tensor_attention(a) ? B * a->H : B * div_up(a->T, MIX_CHUNK);
 }
 
-#define BY_HEAD(KERNEL, ...)                                            \
-    do {                                                                \
-        if (a->Dh <= 16) KERNEL<16><<<grid, 32, 0, stream>>>(__VA_ARGS__);       \
-        else if (a->Dh <= 32) KERNEL<32><<<grid, 32, 0, stream>>>(__VA_ARGS__);  \
-        else if (a->Dh <= 64) KERNEL<64><<<grid, 32, 0, stream>>>(__VA_ARGS__);  \
-        else KERNEL<128><<<grid, 32, 0, stream>>>(__VA_ARGS__);                  \
-        LAUNCHED();                                                     \
+#define BY_HEAD(KERNEL, ...)                                                                                 \
+    do {                                                                                                     \
+        if (a->Dh <= 16) KERNEL<16><<<grid, 32, 0, stream>>>(__VA_ARGS__);                                   \
+        else if (a->Dh <= 32) KERNEL<32><<<grid, 32, 0, stream>>>(__VA_ARGS__);                              \
+        else if (a->Dh <= 64) KERNEL<64><<<grid, 32, 0, stream>>>(__VA_ARGS__);                              \
+        else KERNEL<128><<<grid, 32, 0, stream>>>(__VA_ARGS__);                                              \
+        LAUNCHED();                                                                                          \
     } while (0)
 
 // out [B,T,D], lse [B,H,T]; mix [B,T,3D] is scratch of the plain way
@@ -1609,25 +1790,33 @@ static void attention_backward(const AttentionGrads *g, floatX *mix, float *delt
 #undef BY_HEAD
 
 // ----------------------------------------------------------------------------------------------------------
-// Input: what a step brings from the host, and what it draws on the device from the same addresses as the CPU
+// Input and draws: what a step brings from the host, and what it draws on the device from the
+// same addresses as the CPU
 
 // Where a micro-batch's random numbers lie
-typedef struct { uint64_t seed; uint32_t step, first, whole; } Draw;
-typedef struct {                             // laid out alike in pinned host memory and on the device
+typedef struct {
+    uint64_t seed;
+    uint32_t step, first, whole;
+} Draw;
+typedef struct {   // laid out alike in pinned host memory and on the device
     Draw *draw;
-    float *x, *v_before, *cls, *t;           // as in Batch
+    float *x, *v_before, *cls, *t;   // as in Batch
     int *y;
     floatX *feats;
-    float *noise, *noise_cls;                // from here on: copied if the batch brings them, else drawn here
+    float *noise, *noise_cls;   // from here on: copied if the batch brings them, else drawn here
     int *ids;
 } Input;
 static void input_layout(Input *in, DeviceArena *m, const Config *c, int B, size_t *copied) {
     size_t b = (size_t)B, latent = (size_t)latent_of(c), Z = (size_t)c->z_dim, T = (size_t)tokens_of(c);
-    take(in->draw, m, 1), take(in->x, m, b * latent), take(in->v_before, m, latent);
+    take(in->draw, m, 1);
+    take(in->x, m, b * latent);
+    take(in->v_before, m, latent);
     take(in->cls, m, b * Z), take(in->t, m, b), take(in->y, m, b),
         take(in->feats, m, c->align ? b * T * Z : 0);
     *copied = m->used;
-    take(in->noise, m, b * latent), take(in->noise_cls, m, b * Z), take(in->ids, m, b * (size_t)kept_of(c));
+    take(in->noise, m, b * latent);
+    take(in->noise_cls, m, b * Z);
+    take(in->ids, m, b * (size_t)kept_of(c));
 }
 
 // out[samples, n] (add: +=) standard normals of samples first + shift + y, as fill_normal; a thread draws
@@ -1671,177 +1860,143 @@ __global__ void __launch_bounds__(256) route_kernel(int *ids, const Draw *draw, 
     }
 }
 
-// rows[B T]: the row of G that each token reads: its own if g kept it, else the mask token's, which is row
-// `mask`. ids [B,n] (NULL: all tokens, in order); path_drop: none. A block a sample.
-__global__ void __launch_bounds__(256)
-    rows_kernel(int *rows, const int *ids, int n, int T, int mask, int path_drop) {
-    int b = blockIdx.x;
-    for (int t = threadIdx.x; t < T; t += 256) rows[(size_t)b * T + t] = ids || path_drop ? mask : b * T + t;
-    __syncthreads();
-    for (int i = threadIdx.x; i < n && ids && !path_drop; i += 256)
-        rows[(size_t)b * T + ids[(size_t)b * n + i]] = b * n + i;
+// How batches reach the device: by way of pinned memory and a stream of its own, so that the host can go on at
+// once and the copy runs under the step before. There are two of each buffer, used in turn; the host waits only
+// when it is two batches ahead.
+typedef struct {
+    char *memory[2], *pinned[2];
+    Input on_device[2], on_host[2];
+    cudaEvent_t sent[2], done[2];   // the copy is over; the step that reads it is over
+    size_t bytes, copied;
+    int turn;
+} InputQueue;
+static void queue_create(InputQueue *q, const Config *c, int B) {
+    DeviceArena size = {NULL, 0, 1, NULL};
+    input_layout(&q->on_device[0], &size, c, B, &q->copied);
+    q->bytes = size.used;
+    for (int i = 0; i < 2; i++) {
+        DeviceArena device = {NULL, q->bytes, 1, NULL};
+        q->memory[i] = memory_take(&device, NULL);
+        input_layout(&q->on_device[i], &device, c, B, &q->copied);
+        CHECK(cudaMallocHost((void **)&q->pinned[i], q->bytes));
+        DeviceArena host = {q->pinned[i], 0, 1, NULL};
+        input_layout(&q->on_host[i], &host, c, B, &q->copied);
+        CHECK(cudaEventCreate(&q->sent[i]));
+        CHECK(cudaEventCreate(&q->done[i]));
+    }
 }
-
-// patches[B,P,C p p] of x_t = (1 - t) x + t noise [B,C,S,S] (noise NULL: x itself), features in the order
-// (channel, row, column) of a convolution's weight. A thread an element; 8 bytes read, 2 written; bound by
-// memory, small.
-__global__ void __launch_bounds__(256) patchify_kernel(floatX *patches, const float *x, const float *noise,
-                                                       const float *t, int C, int S, int p, size_t count) {
-    size_t e = (size_t)blockIdx.x * 256 + threadIdx.x;
-    if (e >= count) return;
-    int X = C * p * p, G = S / p, i = (int)(e % X), patch = (int)(e / X % (G * G)),
-        b = (int)(e / X / (G * G));
-    int ch = i / (p * p), y = patch / G * p + i / p % p, z = patch % G * p + i % p;
-    size_t at = (((size_t)b * C + ch) * S + y) * S + z;
-    store(&patches[e], noise ? (1 - t[b]) * x[at] + t[b] * noise[at] : x[at]);
-}
-// The same for the CLS vectors [B,Z]
-__global__ void __launch_bounds__(256)
-    cls_input_kernel(floatX *out, const float *cls, const float *noise, const float *t, int Z, int count) {
-    int e = blockIdx.x * 256 + threadIdx.x;
-    if (e < count) store(&out[e], noise ? (1 - t[e / Z]) * cls[e] + t[e / Z] * noise[e] : cls[e]);
-}
-
-// Where feature i of patch row n lies in [B,C,S,S], in the order (row, column, channel) of the final layer
-__device__ __forceinline__ size_t pixel_of(size_t n, int i, int C, int S, int p) {
-    int G = S / p, patch = (int)(n % (G * G)), y = patch / G * p + i / C / p, z = patch % G * p + i / C % p;
-    return ((n / (G * G) * C + i % C) * S + y) * S + z;
-}
-__global__ void __launch_bounds__(256)
-    unpatchify_kernel(float *x, const float *patches, int C, int S, int p, size_t count) {
-    size_t e = (size_t)blockIdx.x * 256 + threadIdx.x;
-    int X = C * p * p;
-    if (e < count) x[pixel_of(e / X, (int)(e % X), C, S, p)] = patches[e];
-}
-
-// e(t)[B,256] = [cos(t f_k), sin(t f_k)], f_k = 10000^(-k/128). A block a sample.
-__global__ void __launch_bounds__(128) time_features_kernel(floatX *out, const float *t) {
-    int b = blockIdx.x, k = threadIdx.x;
-    double angle = (double)t[b] * pow(10000, -k / 128.0);
-    store(&out[b * 256 + k], (float)cos(angle));
-    store(&out[b * 256 + 128 + k], (float)sin(angle));
-}
-
-// cond [B,D] += the label's row, and its SiLU
-__global__ void __launch_bounds__(256)
-    label_kernel(float *cond, floatX *cond_silu, const float *label, const int *y, int D, int count) {
-    int e = blockIdx.x * 256 + threadIdx.x;
-    if (e >= count) return;
-    float x = cond[e] += label[(size_t)y[e / D] * D + e % D];
-    store(&cond_silu[e], activate<SILU>(x));
-}
-// d_cond [B,D] = silu'(cond) times the sum of the `count` parts [B,D] that the blocks' and the final adaLN
-// left
-__global__ void __launch_bounds__(256)
-    condition_backward_kernel(floatX *d_cond, const float *parts, const float *cond, int count, int n) {
-    int e = blockIdx.x * 256 + threadIdx.x;
-    if (e >= n) return;
-    float sum = 0;
-    for (int i = 0; i < count; i++) sum += parts[(size_t)i * n + e];
-    store(&d_cond[e], sum * slope<SILU>(cond[e]));
-}
-// dlabel[y[b]] += d_cond[b]: the block of the first sample with a label adds up all samples that have it, in
-// order
-__global__ void __launch_bounds__(256)
-    label_backward_kernel(float *dlabel, const floatX *d_cond, const int *y, int B, int D) {
-    int b = blockIdx.x;
-    for (int i = 0; i < b; i++)
-        if (y[i] == y[b]) return;
-    for (int d = threadIdx.x; d < D; d += 256) {
-        float sum = 0;
-        for (int i = b; i < B; i++)
-            if (y[i] == y[b]) sum += to_float(d_cond[(size_t)i * D + d]);
-        dlabel[(size_t)y[b] * D + d] += sum;
+static void queue_destroy(InputQueue *q) {
+    for (int i = 0; i < 2; i++) {
+        CHECK(cudaEventDestroy(q->sent[i]));
+        CHECK(cudaEventDestroy(q->done[i]));
+        CHECK(cudaFreeHost(q->pinned[i]));
+        memory_free(q->memory[i], NULL);
     }
 }
 
-// After the `rows` rows of g's output [padded,D]: the mask token, once more, and zeros up to a multiple of 64
-// rows.
-__global__ void __launch_bounds__(256) mask_rows_kernel(floatX *g, const float *mask, int rows, int D) {
-    for (int d = threadIdx.x; d < D; d += 256)
-        store(&g[(size_t)(rows + blockIdx.x) * D + d], blockIdx.x < 2 ? mask[d] : 0);
-}
-// The gradient of those rows: the sum of many tokens' is too much for one rounded number, so that it is kept
-// as two, sum = row 0 + row 1 (which is why the mask token stands there twice).
-__global__ void __launch_bounds__(256)
-    mask_rows_backward_kernel(floatX *dG, const float *sum, int rows, int D) {
-    for (int d = threadIdx.x; d < D; d += 256) {
-        floatX *to = dG + (size_t)(rows + blockIdx.x) * D + d, high;
-        store(&high, sum[d]);
-        store(to, blockIdx.x == 0 ? sum[d] : blockIdx.x == 1 ? sum[d] - to_float(high) : 0);
+// Where the batch will lie for the kernels that are launched from here on; batch_done follows the last of them.
+static Input batch_upload(InputQueue *q, const Batch *batch, const Config *c) {
+    size_t b = (size_t)batch->B, latent = (size_t)latent_of(c), Z = (size_t)c->z_dim;
+    size_t feats = b * (size_t)tokens_of(c) * Z;
+    int k = q->turn;
+    Input *to = &q->on_host[k];
+    CHECK(cudaEventSynchronize(q->sent[k]));
+    Draw draw = {batch->seed, (uint32_t)batch->step, (uint32_t)batch->first, (uint32_t)batch->whole};
+    *to->draw = draw;
+    memcpy(to->x, batch->x, b * latent * sizeof(float));
+    memcpy(to->v_before, batch->v_before, latent * sizeof(float));
+    memcpy(to->t, batch->t, b * sizeof(float));
+    memcpy(to->y, batch->y, b * sizeof(int));
+    if (c->cls) memcpy(to->cls, batch->cls, b * Z * sizeof(float));
+    if (c->align) {
+#pragma omp parallel for
+        for (size_t i = 0; i < feats; i++) to->feats[i] = (floatX)batch->feats[i];
     }
+    if (!batch->on_device) {
+        memcpy(to->noise, batch->noise, b * latent * sizeof(float));
+        if (c->cls) memcpy(to->noise_cls, batch->noise_cls, b * Z * sizeof(float));
+        memcpy(to->ids, batch->ids, b * (size_t)kept_of(c) * sizeof(int));
+    }
+    CHECK(cudaStreamWaitEvent(copy_stream, q->done[k], 0));
+    CHECK(cudaMemcpyAsync(q->memory[k], q->pinned[k], batch->on_device ? q->copied : q->bytes,
+                          cudaMemcpyHostToDevice, copy_stream));
+    CHECK(cudaEventRecord(q->sent[k], copy_stream));
+    CHECK(cudaStreamWaitEvent(stream, q->sent[k], 0));
+    q->turn = !k;
+    return q->on_device[k];
 }
+static void batch_done(InputQueue *q) { CHECK(cudaEventRecord(q->done[!q->turn], stream)); }
 
-// dG[rows[n]] = dY[n] for the kept tokens; the sum of dY over the others, which all read the mask token's
-// row, goes to parts [chunks,D]. A block takes `chunk` rows, a thread four columns. 2 bytes read, 2/4
-// written; bound by memory.
-__global__ void __launch_bounds__(256)
-    fusion_gather_kernel(floatX *dG, float *parts, const floatX *dY, const int *rows, int mask, int N, int D,
-                         int chunk) {
-    int n0 = blockIdx.x * chunk, n1 = min(n0 + chunk, N);
-    for (int d = threadIdx.x * 4; d < D; d += 1024) {
-        Vec4 sum = {};
-        for (int n = n0; n < n1; n++) {
-            Vec4 v = load4(dY + (size_t)n * D + d);
-            if (rows[n] < mask) store4(dG + (size_t)rows[n] * D + d, v);
-            else
-                for (int j = 0; j < 4; j++) sum.x[j] += v.x[j];
-        }
-        store4(parts + (size_t)blockIdx.x * D + d, sum);
+// The draws that the CPU makes in batch_load, from the same addresses
+static void draw_on_device(const Input *in, const Config *c, int B) {
+    int latent = latent_of(c), T = tokens_of(c);
+    dim3 grid((unsigned)div_up(div_up(latent, 4), 256), (unsigned)B), one(grid.x, 1);
+    noise_kernel<<<grid, 256, 0, stream>>>(in->noise, latent, in->draw, STREAM_NOISE, 0, 0);
+    LAUNCHED();
+    noise_kernel<<<one, 256, 0, stream>>>(in->v_before, latent, in->draw, STREAM_NOISE, -1, 1);   // held -x
+    LAUNCHED();
+    if (c->cls) {
+        dim3 cls_grid((unsigned)div_up(div_up(c->z_dim, 4), 256), (unsigned)B);
+        noise_kernel<<<cls_grid, 256, 0, stream>>>(in->noise_cls, c->z_dim, in->draw, STREAM_NOISE_CLS, 0, 0);
+        LAUNCHED();
     }
+    size_t keys = 2 * (size_t)T * sizeof(uint32_t);
+    route_kernel<<<(unsigned)B, 256, keys, stream>>>(in->ids, in->draw, kept_of(c), T);
+    LAUNCHED();
 }
 
 // ----------------------------------------------------------------------------------------------------------
 // The model
 
-typedef struct {                             // of one block, with n tokens a sample; what its backward needs
-    float *x, *mid, *r1, *r2, *lse;          // [B,n,D] twice: the stream at its start, middle; [B,n]; [B,H,n]
-    floatX *h1, *qkv, *a, *proj;             // [B,n,D], [B,n,3D], [B,n,D], [B,n,D]
-    floatX *h2, *fc1, *gelu, *fc2;           // [B,n,D], [B,n,F], [B,n,F], [B,n,D]
+typedef struct {                      // of one block, with n tokens a sample; what its backward needs
+    float *x, *mid, *r1, *r2, *lse;   // [B,n,D] twice: the stream at its start, middle; [B,n]; [B,H,n]
+    floatX *h1, *qkv, *a, *proj;      // [B,n,D], [B,n,3D], [B,n,D], [B,n,D]
+    floatX *h2, *fc1, *gelu, *fc2;    // [B,n,D], [B,n,F], [B,n,F], [B,n,D]
 } BlockActs;
 typedef struct {
-    floatX *patches, *patch_tokens, *cls_t;                       // [B,P,Cpp], [B,P,D], [B,Z]
-    float *cls_proj, *cls_r;                                      // [B,D], [B]
-    floatX *t_features, *t0_silu, *cond_silu;                     // [B,W], [B,D], [B,D]
-    float *t0, *cond, *mod, *final_mod;                           // [B,D], [B,D], [L,B,6D], [B,2D]
-    BlockActs block[MAX_DEPTH + 1];                               // one more for evaluation, if h is empty
-    float *E;                                                     // [B,T,D] f's output, in float
-    floatX *E_low, *g_out;                                        // [B,T,D] rounded; [B Tk + mask + pads, D]
-    int *rows;                                                    // [B,T] row of g_out that a token reads
-    float *fused, *last, *final_r;                                // [B,T,D], [B,T,D], [B,T]
-    floatX *p0, *p0_silu, *p2, *p2_silu, *zs;                     // [B,T,M] four times, [B,T,Z]
-    floatX *final_h;                                              // [B,T,D], patches first
-    float *out_patches, *cls_out;                                 // [B,P,ppC], [B,Z]
+    floatX *patches, *patch_tokens, *cls_t;     // [B,P,X], [B,P,D], [B,Z]
+    float *cls_proj, *cls_r;                    // [B,D], [B]
+    floatX *t_features, *t0_silu, *cond_silu;   // [B,W], [B,D], [B,D]
+    float *t0, *cond, *mod, *final_mod;         // [B,D], [B,D], [L,B,6D], [B,2D]
+    BlockActs block[MAX_DEPTH + 1];             // one more for evaluation, if h is empty
+    float *E;                                   // [B,T,D] f's output, in float
+    floatX *E_low, *g_out;                      // [B,T,D] rounded; [B Tk + mask + pads, D]
+    int *rows;                                  // [B,T] row of g_out that a token reads
+    float *fused, *last, *final_r;              // [B,T,D], [B,T,D], [B,T]
+    floatX *p0, *p0_silu, *p2, *p2_silu, *zs;   // [B,T,M] four times, [B,T,Z]
+    floatX *final_h;                            // [B,T,D], patches first
+    float *out_patches, *cls_out;               // [B,P,X], [B,Z]
     // gradients, and scratch that all share
-    float *dx, *d_E, *d_v1, *d_g;                                 // [B,T,D] three times, [B Tk + ..., D]
-    floatX *dy, *dh, *dG, *wide, *wide2;                          // [B,T,D] twice, as g_out, [B,T,F|M|3D]
-    floatX *d_mod, *d_final_mod, *d_out, *d_cls_out;              // [L,B,6D], [B,2D], [B,P,ppC], [B,Z]
-    floatX *d_cond, *d_t0;                                        // [B,D] twice
-    float *d_cond_parts, *bias_parts, *parts, *delta;             // [L+1,B,D], [B,D], sums of chunks, [B,H,T]
-    floatX *mix;                                                  // [B,T,3D], where attention is plain
+    float *dx, *d_E, *d_v1, *d_g;                       // [B,T,D] three times, [B Tk + ..., D]
+    floatX *dy, *dh, *dG, *wide, *wide2;                // [B,T,D] twice, as g_out, [B,T,F|M|3D]
+    floatX *d_mod, *d_final_mod, *d_out, *d_cls_out;    // [L,B,6D], [B,2D], [B,P,X], [B,Z]
+    floatX *d_cond, *d_t0;                              // [B,D] twice
+    float *d_cond_parts, *bias_parts, *parts, *delta;   // [L+1,B,D], [B,D], sums of chunks, [B,H,T]
+    floatX *mix;                                        // [B,T,3D], where attention is plain
 } Acts;
 
 enum { LOSS_BLOCKS = 512, NORM_BLOCKS = 1024 };
 // Sums over the steps since they were read, the last step's gradient norm, and the first step that was not
 // finite (0: none), which stays
-typedef struct { double denoise, cls, align, cfm, grad_norm; int bad_step; } DeviceLosses;
 typedef struct {
-    Model base;                              // its configuration and table are what shared code reads
+    double denoise, cls, align, cfm, grad_norm;
+    int bad_step;
+} DeviceLosses;
+typedef struct {
+    Model base;   // its configuration and table are what shared code reads
     char *memory;
-    float *params, *grads, *m, *v, *ema;     // one block each, in table order
-    floatX *weights;                         // params (for sampling, ema) rounded; NULL in the float build
+    float *params, *grads, *m, *v, *ema;   // one block each, in table order
+    floatX *weights;                       // params (for sampling, ema) rounded; NULL in the float build
     enum Block weights_of;
     Params w, dw, w_ema;
-    float2 *rope;                            // [G,Dh/4] for attention on tensor cores
+    float2 *rope;   // [G,Dh/4] for attention on tensor cores
     Acts a;
     DeviceLosses *losses;
-    float *loss_parts, *norm_parts;          // [4, ...], [NORM_BLOCKS]
-    char *input_memory[2], *pinned[2];       // used in turn: one is filled while the other is read
-    size_t input_bytes, copied_bytes;
-    Input in, on_device[2], on_host[2];      // in: the one of this step
-    cudaEvent_t sent[2], done[2];            // the copy is over; the step that reads it is over
-    int turn, fresh;                         // fresh: gradients count as zero, the next ones overwrite
-    float *host;                             // what `activation` returns lies here
+    float *loss_parts, *norm_parts;   // [4, ...], [NORM_BLOCKS]
+    InputQueue queue;
+    Input in;      // the one of this step
+    int fresh;     // 1: gradients count as zero, the next ones overwrite
+    float *host;   // what `activation` returns lies here
     size_t host_size;
 } GpuModel;
 static GpuModel *gpu_of(Model *m) { return (GpuModel *)m; }
@@ -1859,36 +2014,70 @@ static void acts_layout(Acts *a, DeviceArena *m, const Config *c, int B) {
            Z = (size_t)c->z_dim;
     size_t H = (size_t)c->num_heads, X = (size_t)patch_dim_of(c), N = b * T,
            pad = (size_t)padded_rows(B * (int)Tk);
-    take(a->patches, m, b * P * X), take(a->patch_tokens, m, b * P * D), take(a->cls_t, m, b * Z);
-    take(a->cls_proj, m, b * D), take(a->cls_r, m, b);
-    take(a->t_features, m, b * TIME_FEATURES), take(a->t0_silu, m, b * D), take(a->cond_silu, m, b * D);
-    take(a->t0, m, b * D), take(a->cond, m, b * D), take(a->mod, m, L * b * 6 * D),
-        take(a->final_mod, m, b * 2 * D);
+    take(a->patches, m, b * P * X);
+    take(a->patch_tokens, m, b * P * D);
+    take(a->cls_t, m, b * Z);
+    take(a->cls_proj, m, b * D);
+    take(a->cls_r, m, b);
+    take(a->t_features, m, b * TIME_FEATURES);
+    take(a->t0_silu, m, b * D);
+    take(a->cond_silu, m, b * D);
+    take(a->t0, m, b * D);
+    take(a->cond, m, b * D);
+    take(a->mod, m, L * b * 6 * D);
+    take(a->final_mod, m, b * 2 * D);
     take(a->fused, m, N * D);
     for (int i = 0; i < c->depth + (c->num_h == 0); i++) {
         BlockActs *k = &a->block[i];
         size_t n = b * (is_sparse(c, i) ? Tk : T);
         if (i == c->depth - c->num_h && c->num_h) k->x = a->fused;   // where the fusion ends
         else take(k->x, m, n * D);
-        take(k->mid, m, n * D), take(k->r1, m, n), take(k->r2, m, n), take(k->lse, m, n * H);
-        take(k->h1, m, n * D), take(k->qkv, m, n * 3 * D), take(k->a, m, n * D), take(k->proj, m, n * D);
-        take(k->h2, m, n * D), take(k->fc1, m, n * F), take(k->gelu, m, n * F), take(k->fc2, m, n * D);
+        take(k->mid, m, n * D);
+        take(k->r1, m, n);
+        take(k->r2, m, n);
+        take(k->lse, m, n * H);
+        take(k->h1, m, n * D);
+        take(k->qkv, m, n * 3 * D);
+        take(k->a, m, n * D);
+        take(k->proj, m, n * D);
+        take(k->h2, m, n * D);
+        take(k->fc1, m, n * F);
+        take(k->gelu, m, n * F);
+        take(k->fc2, m, n * D);
     }
-    take(a->E, m, N * D), take(a->E_low, m, N * D), take(a->g_out, m, pad * D), take(a->rows, m, N);
+    take(a->E, m, N * D);
+    take(a->E_low, m, N * D);
+    take(a->g_out, m, pad * D);
+    take(a->rows, m, N);
     take(a->last, m, c->num_h ? N * D : 0), take(a->final_r, m, N);
     size_t n_align = c->align ? N : 0;
-    take(a->p0, m, n_align * M), take(a->p0_silu, m, n_align * M), take(a->p2, m, n_align * M);
-    take(a->p2_silu, m, n_align * M), take(a->zs, m, n_align * Z);
-    take(a->final_h, m, N * D), take(a->out_patches, m, b * P * X), take(a->cls_out, m, b * Z);
-    take(a->dx, m, N * D), take(a->d_E, m, N * D), take(a->d_v1, m, N * D), take(a->d_g, m, pad * D);
+    take(a->p0, m, n_align * M);
+    take(a->p0_silu, m, n_align * M);
+    take(a->p2, m, n_align * M);
+    take(a->p2_silu, m, n_align * M);
+    take(a->zs, m, n_align * Z);
+    take(a->final_h, m, N * D);
+    take(a->out_patches, m, b * P * X);
+    take(a->cls_out, m, b * Z);
+    take(a->dx, m, N * D);
+    take(a->d_E, m, N * D);
+    take(a->d_v1, m, N * D);
+    take(a->d_g, m, pad * D);
     size_t wide = F > D ? F : D, wide2 = 3 * D;
     if (c->align) wide = wide > M ? wide : M, wide2 = wide2 > M ? wide2 : M, wide2 = wide2 > Z ? wide2 : Z;
-    take(a->dy, m, N * D), take(a->dh, m, N * D), take(a->dG, m, pad * D);
-    take(a->wide, m, N * wide + 64 * D), take(a->wide2, m, N * wide2 + 64 * D);
-    take(a->d_mod, m, L * b * 6 * D), take(a->d_final_mod, m, b * 2 * D);
-    take(a->d_out, m, b * P * X), take(a->d_cls_out, m, b * Z), take(a->d_cond, m, b * D),
-        take(a->d_t0, m, b * D);
-    take(a->d_cond_parts, m, (L + 1) * b * D), take(a->bias_parts, m, b * D);
+    take(a->dy, m, N * D);
+    take(a->dh, m, N * D);
+    take(a->dG, m, pad * D);
+    take(a->wide, m, N * wide + 64 * D);
+    take(a->wide2, m, N * wide2 + 64 * D);
+    take(a->d_mod, m, L * b * 6 * D);
+    take(a->d_final_mod, m, b * 2 * D);
+    take(a->d_out, m, b * P * X);
+    take(a->d_cls_out, m, b * Z);
+    take(a->d_cond, m, b * D);
+    take(a->d_t0, m, b * D);
+    take(a->d_cond_parts, m, (L + 1) * b * D);
+    take(a->bias_parts, m, b * D);
     // the largest of: norm backward's sums, bias sums, attention's sums
     size_t columns = 3 * D > F ? 3 * D : F, Dh = D / H, parts = b * (size_t)norm_chunks((int)T) * 4 * D;
     columns = columns > M ? columns : M, columns = columns > Z ? columns : Z,
@@ -1901,21 +2090,28 @@ static void acts_layout(Acts *a, DeviceArena *m, const Config *c, int B) {
     float some = 0;
     longest.T = (int)T, longest.Dh = (int)Dh, longest.wq = c->qk_norm ? &some : NULL;
     size_t plain = !tensor_attention(&longest);
-    take(a->delta, m, plain * N * H), take(a->mix, m, plain * N * 3 * D);
+    take(a->delta, m, plain * N * H);
+    take(a->mix, m, plain * N * 3 * D);
 }
 
-// All device memory of a model but its input, walked twice: first to count, then to set the pointers
-static void memory_layout(GpuModel *g, DeviceArena *m, int B, size_t part[3]) {
+// All device memory of a model but its input, walked twice: first to count, then to set the pointers.
+// Returns the parameters' share.
+static size_t memory_layout(GpuModel *g, DeviceArena *m, int B) {
     const Config *c = &g->base.c;
     size_t n = g->base.table.total;
-    take(g->params, m, n), take(g->grads, m, n), take(g->m, m, n), take(g->v, m, n), take(g->ema, m, n);
+    take(g->params, m, n);
+    take(g->grads, m, n);
+    take(g->m, m, n);
+    take(g->v, m, n);
+    take(g->ema, m, n);
     take(g->weights, m, sizeof(floatX) == 4 ? 0 : n);
-    part[0] = m->used;
+    size_t parameters = m->used;
     take(g->rope, m, (size_t)grid_of(c) * (size_t)(c->hidden_size / c->num_heads / 4));
-    take(g->losses, m, 1), take(g->loss_parts, m, 4 * loss_parts_of(c, B)),
-        take(g->norm_parts, m, NORM_BLOCKS);
+    take(g->losses, m, 1);
+    take(g->loss_parts, m, 4 * loss_parts_of(c, B));
+    take(g->norm_parts, m, NORM_BLOCKS);
     acts_layout(&g->a, m, c, B);
-    part[1] = m->used - part[0];
+    return parameters;
 }
 
 // The floatX twin of a weight
@@ -1937,27 +2133,27 @@ static void use_weights(GpuModel *g, enum Block which) {
 static Attention attention_of(const GpuModel *g, const Params *all, const BlockParams *w, const BlockActs *k,
                               const floatX *v1, const int *ids, int n) {
     const Config *c = &g->base.c;
-    int H = c->num_heads;
-    Attention a = {k->qkv,
-                   v1,
-                   ids,
-                   tokens_of(c),
-                   c->cls,
-                   w->q_norm,
-                   w->k_norm,
-                   w->v1_lambda,
-                   c->rope ? all->rope_cos : NULL,
-                   c->rope ? all->rope_sin : NULL,
-                   g->rope,
-                   n,
-                   H,
-                   c->hidden_size / H,
-                   grid_of(c)};
+    Attention a;
+    a.qkv = k->qkv;
+    a.v1 = v1;
+    a.ids = ids;
+    a.tokens = tokens_of(c);
+    a.cls = c->cls;
+    a.wq = w->q_norm;
+    a.wk = w->k_norm;
+    a.lambda = w->v1_lambda;
+    a.rope_cos = c->rope ? all->rope_cos : NULL;
+    a.rope_sin = c->rope ? all->rope_sin : NULL;
+    a.rope = g->rope;
+    a.T = n;
+    a.H = c->num_heads;
+    a.Dh = c->hidden_size / a.H;
+    a.G = grid_of(c);
     return a;
 }
 
-// Distance of a block's parameters from those of the block before it: the same for all tensors that all
-// blocks have
+// Distance of a block's parameters from those of the block before it: the same for all
+// tensors that all blocks have
 static size_t block_stride(const GpuModel *g) {
     return g->base.c.depth > 1 ? (size_t)(g->w.block[1].adaln_w - g->w.block[0].adaln_w) : 0;
 }
@@ -1968,16 +2164,43 @@ static void adaln_forward(GpuModel *g, const Params *w, int B) {
     Acts *a = &g->a;
     int D = c->hidden_size;
     GemmKey k = gemm_key(B, 6 * D, D, 0, 1);
-    k.float_out = 1, k.epilogue = CUBLASLT_EPILOGUE_BIAS, k.batch = c->depth;
-    k.stepb = k.step_bias = (int64_t)block_stride(g), k.stepc = (int64_t)B * 6 * D;
+    k.float_out = 1;
+    k.epilogue = CUBLASLT_EPILOGUE_BIAS;
+    k.batch = c->depth;
+    k.stepb = k.step_bias = (int64_t)block_stride(g);
+    k.stepc = (int64_t)B * 6 * D;
     if (matmul(&k, a->mod, a->cond_silu, low(g, w->block[0].adaln_w), w->block[0].adaln_b, NULL)) return;
     for (int i = 0; i < c->depth; i++)
         linear_forward<float>(a->mod + (size_t)i * B * 6 * D, a->cond_silu, low(g, w->block[i].adaln_w),
                               w->block[i].adaln_b, B, D, 6 * D);
 }
 
-// Block i on n tokens a sample: its output is the returned residual. v1: block 0's qkv, NULL where values are
-// not mixed.
+// The gradients of those layers from a->d_mod, all blocks at once; into a->d_cond_parts [L,B,D] each block's
+// part of the gradient of cond_silu
+static void adaln_backward(GpuModel *g, int B) {
+    Acts *a = &g->a;
+    int D = g->base.c.hidden_size, L = g->base.c.depth, add = !g->fresh;
+    const BlockParams *w = &g->w.block[0], *dw = &g->dw.block[0];
+    size_t step = block_stride(g), mod_step = (size_t)B * 6 * D;
+    GemmKey k = gemm_key(6 * D, D, B, 1, 0);
+    k.float_out = 1;
+    k.add = add;
+    k.batch = L;
+    k.stepa = (int64_t)mod_step;
+    k.stepc = (int64_t)step;
+    matmul_sure(&k, dw->adaln_w, a->d_mod, a->cond_silu, NULL);
+    column_sum<floatX, float>(dw->adaln_b, a->d_mod, B, 6 * D, 6 * D, add, L, mod_step, step);
+    k = gemm_key(B, D, 6 * D, 0, 0);
+    k.float_out = 1;
+    k.batch = L;
+    k.stepa = (int64_t)mod_step;
+    k.stepb = (int64_t)step;
+    k.stepc = (int64_t)B * D;
+    matmul_sure(&k, a->d_cond_parts, a->d_mod, low(g, w->adaln_w), NULL);
+}
+
+// Block i on n tokens a sample: its output is the returned residual. v1: block 0's qkv, NULL
+// where values are not mixed.
 static Residual block_forward(GpuModel *g, int i, BlockActs *k, const Residual &in, const floatX *v1,
                               const int *ids, const Params *all, int B, int n) {
     const Config *c = &g->base.c;
@@ -1995,7 +2218,8 @@ static Residual block_forward(GpuModel *g, int i, BlockActs *k, const Residual &
     norm_modulate_forward(k->mid, k->h2, k->r2, residual_of(k->x, gate1, 6 * D, k->proj), shift2, scale2,
                           6 * D, -1, B, n, D);
     GemmKey fused = gemm_key(N, F, D, 0, 1);
-    fused.epilogue = CUBLASLT_EPILOGUE_GELU_AUX_BIAS, fused.aux_ld = F;
+    fused.epilogue = CUBLASLT_EPILOGUE_GELU_AUX_BIAS;
+    fused.aux_ld = F;
     if (!use_gelu_epilogue || F % 8 ||
         !matmul(&fused, k->gelu, k->h2, low(g, w->fc1_w), low(g, w->fc1_b), k->fc1)) {
         linear_forward<floatX>(k->fc1, k->h2, low(g, w->fc1_w), low(g, w->fc1_b), N, D, F);
@@ -2005,13 +2229,17 @@ static Residual block_forward(GpuModel *g, int i, BlockActs *k, const Residual &
     return residual_of(k->mid, gate2, 6 * D, k->fc2);
 }
 
-// The norm backward of a residual that is x + gate fc2 of block i, without or with the norm that read it: dx
-// [B,n,D] is updated, a->dy becomes the gradient of fc2, and the gradients of gate2 and of fc2's bias are
-// taken.
+// The norm backward of a residual that is x + gate fc2 of block i, without or with the norm
+// that read it: dx [B,n,D] is updated, a->dy becomes the gradient of fc2, and the gradients of
+// gate2 and of fc2's bias are taken.
 static NormBackward norm_backward_of(GpuModel *g, float *dx, int n) {
     NormBackward a;
     memset(&a, 0, sizeof(a));
-    a.dx = dx, a.dh_cls = a.dy_cls = -1, a.T = n, a.D = g->base.c.hidden_size, a.parts = g->a.parts,
+    a.dx = dx;
+    a.dh_cls = a.dy_cls = -1;
+    a.T = n;
+    a.D = g->base.c.hidden_size;
+    a.parts = g->a.parts;
     a.dy = g->a.dy;
     a.gate_stride = 6 * a.D;
     return a;
@@ -2019,15 +2247,16 @@ static NormBackward norm_backward_of(GpuModel *g, float *dx, int n) {
 static void norm_backward_behind(NormBackward *a, GpuModel *g, int i, floatX *dshift, floatX *dscale, int B) {
     int D = a->D;
     size_t at = (size_t)i * B * 6 * D + 5 * D;
-    a->y = g->a.block[i].fc2, a->gate = g->a.mod + at;
+    a->y = g->a.block[i].fc2;
+    a->gate = g->a.mod + at;
     norm_modulate_backward(a, dshift, dscale, g->a.d_mod + at, g->dw.block[i].fc2_b, g->a.bias_parts,
                            !g->fresh, B);
 }
 
-// Block i: dx [B,n,D] comes in as the gradient of its output and leaves as that of its input; a->dy comes in
-// as that of fc2's output. before: the block whose fc2 this one's input added, and a->dy then leaves as the
-// gradient of that; -1: none, and a->dy leaves as dx rounded, patches first if dy_cls >= 0, with db (NULL:
-// none) its sum.
+// Block i: dx [B,n,D] comes in as the gradient of its output and leaves as that of its input; a->dy
+// comes in as that of fc2's output. before: the block whose fc2 this one's input added, and a->dy then
+// leaves as the gradient of that; -1: none, and a->dy leaves as dx rounded, patches first if
+// dy_cls >= 0, with db (NULL: none) its sum.
 static void block_backward(GpuModel *g, int i, float *dx, const floatX *v1, const int *ids, int B, int n,
                            int before, int dy_cls, float *db) {
     const Config *c = &g->base.c;
@@ -2041,7 +2270,8 @@ static void block_backward(GpuModel *g, int i, float *dx, const floatX *v1, cons
     // out = mid + gate2 fc2(gelu(fc1(h2)))
     linear_backward_weight(dw->fc2_w, a->dy, k->gelu, N, F, D, add);
     GemmKey fused = gemm_key(N, F, D, 0, 0);
-    fused.epilogue = CUBLASLT_EPILOGUE_DGELU, fused.aux_ld = F;
+    fused.epilogue = CUBLASLT_EPILOGUE_DGELU;
+    fused.aux_ld = F;
     if (use_gelu_epilogue && F % 8 == 0 && matmul(&fused, a->wide, a->dy, low(g, w->fc2_w), NULL, k->fc1))
         bias_backward(dw->fc1_b, a->parts, a->wide, N, F, add);
     else {
@@ -2051,8 +2281,13 @@ static void block_backward(GpuModel *g, int i, float *dx, const floatX *v1, cons
     linear_backward_weight(dw->fc1_w, a->wide, k->h2, N, D, F, add);
     linear_backward_input<floatX>(a->dh, a->wide, low(g, w->fc1_w), N, D, F, 0);
     NormBackward nb = norm_backward_of(g, dx, n);
-    nb.dh = a->dh, nb.x = k->mid, nb.r = k->r2, nb.scale = mod + 4 * D, nb.stride = 6 * D;
-    nb.y = k->proj, nb.gate = mod + 2 * D;
+    nb.dh = a->dh;
+    nb.x = k->mid;
+    nb.r = k->r2;
+    nb.scale = mod + 4 * D;
+    nb.stride = 6 * D;
+    nb.y = k->proj;
+    nb.gate = mod + 2 * D;
     norm_modulate_backward(&nb, d_mod + 3 * D, d_mod + 4 * D, d_mod + 2 * D, dw->proj_b, a->bias_parts, add,
                            B);
     // mid = in + gate1 proj(attention(qkv(h1)))
@@ -2071,13 +2306,117 @@ static void block_backward(GpuModel *g, int i, float *dx, const floatX *v1, cons
     linear_backward_weight(dw->qkv_w, a->wide2, k->h1, N, D, 3 * D, add);
     linear_backward_input<floatX>(a->dh, a->wide2, low(g, w->qkv_w), N, D, 3 * D, 0);
     nb = norm_backward_of(g, dx, n);
-    nb.dh = a->dh, nb.x = k->x, nb.r = k->r1, nb.scale = mod + D, nb.stride = 6 * D;
+    nb.dh = a->dh;
+    nb.x = k->x;
+    nb.r = k->r1;
+    nb.scale = mod + D;
+    nb.stride = 6 * D;
     if (before >= 0) {
         norm_backward_behind(&nb, g, before, d_mod, d_mod + D, B);
         return;
     }
     nb.dy_cls = dy_cls;
     norm_modulate_backward(&nb, d_mod, d_mod + D, NULL, db, a->bias_parts, add, B);
+}
+
+// zs [B,T,Z] = p4(silu(p2(silu(p0(E))))): what is compared with the frozen encoder's features
+static void projector_forward(GpuModel *g, const Params *w, int N) {
+    const Config *c = &g->base.c;
+    Acts *a = &g->a;
+    int D = c->hidden_size, M = c->projector_dim, Z = c->z_dim;
+    linear_forward<floatX>(a->p0, a->E_low, low(g, w->p0_w), low(g, w->p0_b), N, D, M);
+    silu_forward<floatX>(a->p0_silu, a->p0, (size_t)N * M);
+    linear_forward<floatX>(a->p2, a->p0_silu, low(g, w->p2_w), low(g, w->p2_b), N, M, M);
+    silu_forward<floatX>(a->p2_silu, a->p2, (size_t)N * M);
+    linear_forward<floatX>(a->zs, a->p2_silu, low(g, w->p4_w), low(g, w->p4_b), N, M, Z);
+}
+// a->d_E = its gradient, from that of zs in a->wide2
+static void projector_backward(GpuModel *g, int N) {
+    const Config *c = &g->base.c;
+    Acts *a = &g->a;
+    const Params *w = &g->w, *dw = &g->dw;
+    int D = c->hidden_size, M = c->projector_dim, Z = c->z_dim, add = !g->fresh;
+    linear_backward_weight(dw->p4_w, a->wide2, a->p2_silu, N, M, Z, add);
+    bias_backward(dw->p4_b, a->parts, a->wide2, N, Z, add);
+    linear_backward_input<floatX>(a->wide, a->wide2, low(g, w->p4_w), N, M, Z, 0);
+    activation_backward<SILU, floatX>(a->wide, dw->p2_b, a->parts, a->wide, a->p2, N, M, add);
+    linear_backward_weight(dw->p2_w, a->wide, a->p0_silu, N, M, M, add);
+    linear_backward_input<floatX>(a->wide2, a->wide, low(g, w->p2_w), N, M, M, 0);
+    activation_backward<SILU, floatX>(a->wide2, dw->p0_b, a->parts, a->wide2, a->p0, N, M, add);
+    linear_backward_weight(dw->p0_w, a->wide2, a->E_low, N, D, M, add);
+    linear_backward_input<float>(a->d_E, a->wide2, low(g, w->p0_w), N, D, M, 0);
+}
+
+// c = mlp(e(t)) + label, and silu(c), which all adaLN layers read
+static void condition_forward(GpuModel *g, const Params *w, int B) {
+    Acts *a = &g->a;
+    int D = g->base.c.hidden_size, W = TIME_FEATURES, count = B * D;
+    time_features_kernel<<<(unsigned)B, W / 2, 0, stream>>>(a->t_features, g->in.t);
+    LAUNCHED();
+    linear_forward<float>(a->t0, a->t_features, low(g, w->t0_w), w->t0_b, B, W, D);
+    silu_forward<float>(a->t0_silu, a->t0, (size_t)count);
+    linear_forward<float>(a->cond, a->t0_silu, low(g, w->t2_w), w->t2_b, B, D, D);
+    unsigned blocks = (unsigned)div_up(count, 256);
+    label_kernel<<<blocks, 256, 0, stream>>>(a->cond, a->cond_silu, w->label, g->in.y, D, count);
+    LAUNCHED();
+}
+// From a->d_cond_parts, what each adaLN layer asks of silu(c)
+static void condition_backward(GpuModel *g, int B) {
+    const Config *c = &g->base.c;
+    Acts *a = &g->a;
+    const Params *w = &g->w, *dw = &g->dw;
+    int D = c->hidden_size, W = TIME_FEATURES, add = !g->fresh, parts = c->depth + 1, count = B * D;
+    unsigned blocks = (unsigned)div_up(count, 256);
+    condition_backward_kernel<<<blocks, 256, 0, stream>>>(a->d_cond, a->d_cond_parts, a->cond, parts, count);
+    LAUNCHED();
+    label_backward_kernel<<<(unsigned)B, 256, 0, stream>>>(dw->label, a->d_cond, g->in.y, B, D);
+    LAUNCHED();
+    linear_backward_weight(dw->t2_w, a->d_cond, a->t0_silu, B, D, D, add);
+    bias_backward(dw->t2_b, a->parts, a->d_cond, B, D, add);
+    linear_backward_input<floatX>(a->d_t0, a->d_cond, low(g, w->t2_w), B, D, D, 0);
+    activation_backward<SILU, float>(a->d_t0, dw->t0_b, a->parts, a->d_t0, a->t0, B, D, add);
+    linear_backward_weight(dw->t0_w, a->d_t0, a->t_features, B, W, D, add);
+}
+
+// fusion_proj([E, G]) = E W1^T + (G W2^T + b), G being g_out's `rows` rows where g has a token and the mask
+// token elsewhere: that is one more row of g_out, and each token reads the product of its own row or of that
+// one. The norm that comes next does the reading and the sum.
+static Residual fusion_forward(GpuModel *g, const Params *w, floatX *g_out, const int *ids, int path_drop,
+                               int rows, int n, int B) {
+    Acts *a = &g->a;
+    int T = tokens_of(&g->base.c), D = g->base.c.hidden_size, N = B * T, padded = padded_rows(rows);
+    floatX *product = a->wide;
+    rows_kernel<<<(unsigned)B, 256, 0, stream>>>(a->rows, ids, n, T, rows, path_drop);
+    LAUNCHED();
+    mask_rows_kernel<<<(unsigned)(padded - rows), 256, 0, stream>>>(g_out, w->mask_token, rows, D);
+    LAUNCHED();
+    const floatX *w1 = low(g, w->fusion_w), *w2 = w1 + D;
+    linear_forward<float>(a->fused, a->E_low, w1, NULL, N, D, D, 2 * D);
+    linear_forward<floatX>(product, g_out, w2, low(g, w->fusion_b), padded, D, D, 2 * D);
+    Residual x = residual_of(a->fused, NULL, 0, product);
+    x.y_rows = a->rows;
+    return x;
+}
+// From a->dy, the gradient of the fused tokens: a->d_E (added to, if the projector has been there) and a->d_g,
+// of g_out's rows. The bias's gradient is taken by the norm that read the sum.
+static void fusion_backward(GpuModel *g, int rows, int N) {
+    const Config *c = &g->base.c;
+    Acts *a = &g->a;
+    const Params *dw = &g->dw;
+    int D = c->hidden_size, add = !g->fresh, padded = padded_rows(rows);
+    int chunk = imax(32, div_up(N, BIAS_CHUNKS));
+    unsigned chunks = (unsigned)div_up(N, chunk), pads = (unsigned)(padded - rows);
+    const floatX *w1 = low(g, g->w.fusion_w), *w2 = w1 + D;
+    fusion_gather_kernel<<<chunks, 256, 0, stream>>>(a->dG, a->parts, a->dy, a->rows, rows, N, D, chunk);
+    LAUNCHED();
+    column_sum<float, float>(a->bias_parts, a->parts, (int)chunks, D, D, 0);
+    mask_rows_backward_kernel<<<pads, 256, 0, stream>>>(a->dG, a->bias_parts, rows, D);
+    LAUNCHED();
+    linear_backward_weight(dw->fusion_w, a->dy, a->E_low, N, D, D, add, 2 * D);
+    linear_backward_weight(dw->fusion_w + D, a->dG, a->g_out, padded, D, D, add, 2 * D);
+    linear_backward_input<float>(a->d_E, a->dy, w1, N, D, D, c->align, 2 * D);
+    linear_backward_input<float>(a->d_g, a->dG, w2, padded, D, D, 0, 2 * D);
+    column_sum<float, float>(dw->mask_token, a->d_g + (size_t)rows * D, 2, D, D, add);
 }
 
 // Velocity of the input at its times and labels into a->out_patches, a->cls_out. training: x_t is made from x
@@ -2087,9 +2426,9 @@ static void network_forward(GpuModel *g, const Params *w, int training, int path
     const Config *c = &g->base.c;
     Acts *a = &g->a;
     const Input *in = &g->in;
-    int T = tokens_of(c), P = patches_of(c), D = c->hidden_size, M = c->projector_dim, Z = c->z_dim,
-        X = patch_dim_of(c);
-    int n = training ? kept_of(c) : T, first_h = c->depth - c->num_h, N = B * T, rows = path_drop ? 0 : B * n;
+    int T = tokens_of(c), P = patches_of(c), D = c->hidden_size, Z = c->z_dim, X = patch_dim_of(c), N = B * T;
+    int n = training ? kept_of(c) : T, first_h = c->depth - c->num_h, rows = path_drop ? 0 : B * n;
+    const int *ids = training ? in->ids : NULL;
     size_t latent = (size_t)B * (size_t)latent_of(c);
     // tokens: patches, CLS before them, positions
     patchify_kernel<<<(unsigned)((latent + 255) / 256), 256, 0, stream>>>(
@@ -2106,56 +2445,32 @@ static void network_forward(GpuModel *g, const Params *w, int training, int path
     embed_kernel<<<(unsigned)div_up(N, 8), 256, 0, stream>>>(
         a->block[0].x, a->cls_r, a->patch_tokens, a->cls_proj, w->cls_norm, w->pos_embed, c->cls, N, T, D);
     LAUNCHED();
-    // condition: c = mlp(e(t)) + label; all blocks' modulation
-    time_features_kernel<<<(unsigned)B, 128, 0, stream>>>(a->t_features, in->t);
-    LAUNCHED();
-    linear_forward<float>(a->t0, a->t_features, low(g, w->t0_w), w->t0_b, B, TIME_FEATURES, D);
-    silu_forward<float>(a->t0_silu, a->t0, (size_t)B * D);
-    linear_forward<float>(a->cond, a->t0_silu, low(g, w->t2_w), w->t2_b, B, D, D);
-    label_kernel<<<(unsigned)div_up(B * D, 256), 256, 0, stream>>>(a->cond, a->cond_silu, w->label, in->y, D,
-                                                                   B * D);
-    LAUNCHED();
+    condition_forward(g, w, B);
     adaln_forward(g, w, B);
-    linear_forward<float>(a->final_mod, a->cond_silu, low(g, w->final_adaln_w), w->final_adaln_b, B, D,
-                          2 * D);
     // encoder f on all tokens
     const floatX *v1 = c->value_residual ? a->block[0].qkv : NULL;
     Residual x = residual_of(a->block[0].x, NULL, 0, NULL);
     for (int i = 0; i < c->num_f; i++) x = block_forward(g, i, &a->block[i], x, i ? v1 : NULL, NULL, w, B, T);
     norm_modulate_forward(a->E, a->E_low, NULL, x, NULL, NULL, 0, -1, B, T, D);
-    if (training && c->align) {   // zs = projector(E)
-        linear_forward<floatX>(a->p0, a->E_low, low(g, w->p0_w), low(g, w->p0_b), N, D, M);
-        silu_forward<floatX>(a->p0_silu, a->p0, (size_t)N * M);
-        linear_forward<floatX>(a->p2, a->p0_silu, low(g, w->p2_w), low(g, w->p2_b), N, M, M);
-        silu_forward<floatX>(a->p2_silu, a->p2, (size_t)N * M);
-        linear_forward<floatX>(a->zs, a->p2_silu, low(g, w->p4_w), low(g, w->p4_b), N, M, Z);
-    }
+    if (training && c->align) projector_forward(g, w, N);
     // sparse middle g on the kept tokens; its first norm gathers them
-    floatX *g_out = training ? a->g_out : a->wide2, *G = a->wide;
+    floatX *g_out = training ? a->g_out : a->wide2;
     if (!path_drop) {
         x = residual_of(a->E, NULL, 0, NULL);
-        if (training) x.x_ids = in->ids, x.x_tokens = T;
+        x.x_ids = ids;
+        x.x_tokens = T;
         for (int i = c->num_f; i < first_h; i++) {
             BlockActs *k = training ? &a->block[i] : &a->block[c->num_h ? c->depth - 1 : c->depth];
-            x = block_forward(g, i, k, x, v1, training ? in->ids : NULL, w, B, n);
+            x = block_forward(g, i, k, x, v1, ids, w, B, n);
         }
         norm_modulate_forward(NULL, g_out, NULL, x, NULL, NULL, 0, -1, B, n, D);
     }
-    // fusion_proj([E, G]) = E W1^T + G W2^T + b. Most rows of G are the mask token: it is one more row of g's
-    // output, and each token reads the product of its own row or of that one. The reading is done by the norm
-    // that comes next.
-    int pads = padded_rows(rows) - rows;
-    rows_kernel<<<(unsigned)B, 256, 0, stream>>>(a->rows, training ? in->ids : NULL, n, T, rows, path_drop);
-    LAUNCHED();
-    mask_rows_kernel<<<(unsigned)pads, 256, 0, stream>>>(g_out, w->mask_token, rows, D);
-    LAUNCHED();
-    linear_forward<float>(a->fused, a->E_low, low(g, w->fusion_w), NULL, N, D, D, 2 * D);
-    linear_forward<floatX>(G, g_out, low(g, w->fusion_w) + D, low(g, w->fusion_b), rows + pads, D, D, 2 * D);
+    x = fusion_forward(g, w, g_out, ids, path_drop, rows, n, B);
     // decoder h on all tokens
-    x = residual_of(a->fused, NULL, 0, G);
-    x.y_rows = a->rows;
     for (int i = first_h; i < c->depth; i++) x = block_forward(g, i, &a->block[i], x, v1, NULL, w, B, T);
-    // final layer
+    // final layer: out = linear(final_h[patches]), cls_out = linear_cls(final_h[CLS]); patches lie first
+    linear_forward<float>(a->final_mod, a->cond_silu, low(g, w->final_adaln_w), w->final_adaln_b, B, D,
+                          2 * D);
     norm_modulate_forward(c->num_h ? a->last : a->fused, a->final_h, a->final_r, x, a->final_mod,
                           a->final_mod + D, 2 * D, c->cls, B, T, D);
     linear_forward<float>(a->out_patches, a->final_h, low(g, w->final_w), w->final_b, B * P, D, X);
@@ -2164,86 +2479,74 @@ static void network_forward(GpuModel *g, const Params *w, int training, int path
                               w->final_cls_b, B, D, Z);
 }
 
-// Zeros into the gradients of the sparse blocks' tensors, neighbours in the table at once
-static void clear_sparse_gradients(GpuModel *g) {
+// Zeros where a step's backward writes nothing or only adds: values' and labels' gradients, and, where the
+// sparse path was dropped, all of g's
+static void clear_gradients(GpuModel *g, int path_drop, int B) {
+    const Config *c = &g->base.c;
     const Table *table = &g->base.table;
-    for (int i = 0, last; i < table->count; i = last + 1) {
-        for (last = i; last < table->count && is_sparse(&g->base.c, table->tensors[last].block); last++) continue;
-        if (last == i) continue;
+    size_t D = (size_t)c->hidden_size, N = (size_t)B * (size_t)tokens_of(c), mod = (size_t)B * 6 * D;
+    int first_h = c->depth - c->num_h, sparse = first_h - c->num_f;
+    CHECK(cudaMemsetAsync(g->a.d_v1, 0, N * D * sizeof(float), stream));
+    if (g->fresh)
+        CHECK(cudaMemsetAsync(g->dw.label, 0, (size_t)(c->num_classes + 1) * D * sizeof(float), stream));
+    if (!path_drop || !sparse) return;
+    CHECK(cudaMemsetAsync(g->a.d_mod + c->num_f * mod, 0, sparse * mod * sizeof(floatX), stream));
+    for (int i = 0, next; i < table->count && g->fresh; i = next) {   // neighbours in the table at once
+        for (next = i; next < table->count && is_sparse(c, table->tensors[next].block); next++) continue;
+        if (next == i) {
+            next++;
+            continue;
+        }
         size_t begin = table->tensors[i].offset;
-        size_t end = table->tensors[last - 1].offset + table->tensors[last - 1].size;
+        size_t end = table->tensors[next - 1].offset + table->tensors[next - 1].size;
         CHECK(cudaMemsetAsync(g->grads + begin, 0, (end - begin) * sizeof(float), stream));
     }
 }
 
-// Gradients of all parameters from those of the outputs (a->d_out, a->d_cls_out, and in a->wide2 that of zs),
-// after a training network_forward. E has three readers: the projector, the fusion and the sparse path; they
-// meet in a->d_E.
+// Gradients of all parameters from those of the outputs (a->d_out, a->d_cls_out, and in a->wide2 that
+// of zs), after a training network_forward. E has three readers: the projector, the fusion and the
+// sparse path; they meet in a->d_E.
 static void network_backward(GpuModel *g, int path_drop, int B) {
     const Config *c = &g->base.c;
     Acts *a = &g->a;
-    const Params *w = &g->w;
-    Params *dw = &g->dw;
+    const Params *w = &g->w, *dw = &g->dw;
     const Input *in = &g->in;
-    int T = tokens_of(c), P = patches_of(c), D = c->hidden_size, M = c->projector_dim, Z = c->z_dim,
-        X = patch_dim_of(c);
-    int n = kept_of(c), first_h = c->depth - c->num_h, N = B * T, add = !g->fresh, L = c->depth,
-        last = c->depth - 1;
-    int rows = path_drop ? 0 : B * n, padded = padded_rows(rows);
+    int T = tokens_of(c), P = patches_of(c), D = c->hidden_size, Z = c->z_dim, X = patch_dim_of(c), N = B * T;
+    int n = kept_of(c), first_h = c->depth - c->num_h, last = c->depth - 1, add = !g->fresh;
+    int rows = path_drop ? 0 : B * n;
     const floatX *v1 = c->value_residual ? a->block[0].qkv : NULL;
-    CHECK(cudaMemsetAsync(a->d_v1, 0, (size_t)N * D * sizeof(float), stream));
-    if (g->fresh)
-        CHECK(cudaMemsetAsync(dw->label, 0, (size_t)(c->num_classes + 1) * D * sizeof(float), stream));
-    if (path_drop && first_h > c->num_f) {   // g's blocks get no gradient
-        CHECK(cudaMemsetAsync(a->d_mod + (size_t)c->num_f * B * 6 * D, 0,
-                              (size_t)(first_h - c->num_f) * B * 6 * D * sizeof(floatX), stream));
-        if (g->fresh) clear_sparse_gradients(g);
-    }
-    // zs = p4(silu(p2(silu(p0(E)))))
-    if (c->align) {
-        linear_backward_weight(dw->p4_w, a->wide2, a->p2_silu, N, M, Z, add);
-        bias_backward(dw->p4_b, a->parts, a->wide2, N, Z, add);
-        linear_backward_input<floatX>(a->wide, a->wide2, low(g, w->p4_w), N, M, Z, 0);
-        activation_backward<SILU, floatX>(a->wide, dw->p2_b, a->parts, a->wide, a->p2, N, M, add);
-        linear_backward_weight(dw->p2_w, a->wide, a->p0_silu, N, M, M, add);
-        linear_backward_input<floatX>(a->wide2, a->wide, low(g, w->p2_w), N, M, M, 0);
-        activation_backward<SILU, floatX>(a->wide2, dw->p0_b, a->parts, a->wide2, a->p0, N, M, add);
-        linear_backward_weight(dw->p0_w, a->wide2, a->E_low, N, D, M, add);
-        linear_backward_input<float>(a->d_E, a->wide2, low(g, w->p0_w), N, D, M, 0);
-    }
-    // final layer: out = linear(final_h[patches]), cls_out = linear_cls(final_h[CLS]); patches lie first
+    size_t patches = (size_t)B * P * D;   // CLS's rows lie behind those
+    clear_gradients(g, path_drop, B);
+    if (c->align) projector_backward(g, N);
+    // final layer: out = linear(final_h[patches]), cls_out = linear_cls(final_h[CLS])
     linear_backward_weight(dw->final_w, a->d_out, a->final_h, B * P, D, X, add);
     bias_backward(dw->final_b, a->parts, a->d_out, B * P, X, add);
     linear_backward_input<floatX>(a->dh, a->d_out, low(g, w->final_w), B * P, D, X, 0);
     if (c->cls) {
-        size_t cls_rows = (size_t)B * P * D;
-        linear_backward_weight(dw->final_cls_w, a->d_cls_out, a->final_h + cls_rows, B, D, Z, add);
+        linear_backward_weight(dw->final_cls_w, a->d_cls_out, a->final_h + patches, B, D, Z, add);
         bias_backward(dw->final_cls_b, a->parts, a->d_cls_out, B, Z, add);
-        linear_backward_input<floatX>(a->dh + cls_rows, a->d_cls_out, low(g, w->final_cls_w), B, D, Z, 0);
+        linear_backward_input<floatX>(a->dh + patches, a->d_cls_out, low(g, w->final_cls_w), B, D, Z, 0);
     }
     NormBackward nb = norm_backward_of(g, a->dx, T);
-    nb.fresh = 1, nb.dh = a->dh, nb.dh_cls = c->cls, nb.x = c->num_h ? a->last : a->fused, nb.r = a->final_r;
-    nb.scale = a->final_mod + D, nb.stride = 2 * D;
+    nb.fresh = 1;
+    nb.dh = a->dh;
+    nb.dh_cls = c->cls;
+    nb.x = c->num_h ? a->last : a->fused;
+    nb.r = a->final_r;
+    nb.scale = a->final_mod + D;
+    nb.stride = 2 * D;
     if (c->num_h) norm_backward_behind(&nb, g, last, a->d_final_mod, a->d_final_mod + D, B);
     else
         norm_modulate_backward(&nb, a->d_final_mod, a->d_final_mod + D, NULL, dw->fusion_b, a->bias_parts,
                                add, B);
+    linear_backward_weight(dw->final_adaln_w, a->d_final_mod, a->cond_silu, B, D, 2 * D, add);
+    bias_backward(dw->final_adaln_b, a->parts, a->d_final_mod, B, 2 * D, add);
+    linear_backward_input<float>(a->d_cond_parts + (size_t)c->depth * B * D, a->d_final_mod,
+                                 low(g, w->final_adaln_w), B, D, 2 * D, 0);
     // decoder h
     for (int i = last; i >= first_h; i--)
         block_backward(g, i, a->dx, v1, NULL, B, T, i > first_h ? i - 1 : -1, -1, dw->fusion_b);
-    // fused = E W1^T + (g_out W2^T)[rows]: a->dy is its gradient
-    int chunk = imax(32, div_up(N, BIAS_CHUNKS)), chunks = div_up(N, chunk);
-    fusion_gather_kernel<<<(unsigned)chunks, 256, 0, stream>>>(a->dG, a->parts, a->dy, a->rows, rows, N, D,
-                                                               chunk);
-    LAUNCHED();
-    column_sum<float, float>(a->bias_parts, a->parts, chunks, D, D, 0);
-    mask_rows_backward_kernel<<<(unsigned)(padded - rows), 256, 0, stream>>>(a->dG, a->bias_parts, rows, D);
-    LAUNCHED();
-    linear_backward_weight(dw->fusion_w, a->dy, a->E_low, N, D, D, add, 2 * D);
-    linear_backward_weight(dw->fusion_w + D, a->dG, a->g_out, padded, D, D, add, 2 * D);
-    linear_backward_input<float>(a->d_E, a->dy, low(g, w->fusion_w), N, D, D, c->align, 2 * D);
-    linear_backward_input<float>(a->d_g, a->dG, low(g, w->fusion_w) + D, padded, D, D, 0, 2 * D);
-    column_sum<float, float>(dw->mask_token, a->d_g + (size_t)rows * D, 2, D, D, add);
+    fusion_backward(g, rows, N);
     // sparse middle g, on a path-drop step without gradient
     if (!path_drop && first_h > c->num_f) {
         nb = norm_backward_of(g, a->d_g, n);
@@ -2253,7 +2556,9 @@ static void network_backward(GpuModel *g, int path_drop, int B) {
     }
     // encoder f; the gradient of the gathered tokens comes back here
     nb = norm_backward_of(g, a->d_E, T);
-    nb.dx2 = a->d_g, nb.dx2_rows = a->rows, nb.dx2_count = rows;
+    nb.dx2 = a->d_g;
+    nb.dx2_rows = a->rows;
+    nb.dx2_count = rows;
     norm_backward_behind(&nb, g, c->num_f - 1, NULL, NULL, B);
     for (int i = c->num_f - 1; i >= 0; i--)
         block_backward(g, i, a->d_E, i ? v1 : NULL, NULL, B, T, i - 1, i ? -1 : c->cls, NULL);
@@ -2262,45 +2567,23 @@ static void network_backward(GpuModel *g, int path_drop, int B) {
     bias_backward(dw->x_b, a->parts, a->dy, B * P, D, add);
     if (c->cls) {
         rmsnorm_backward_kernel<<<(unsigned)div_up(B, 8), 256, 0, stream>>>(
-            a->dh, a->bias_parts, a->dy + (size_t)B * P * D, a->cls_proj, a->cls_r, w->cls_norm, B, D);
+            a->dh, a->bias_parts, a->dy + patches, a->cls_proj, a->cls_r, w->cls_norm, B, D);
         LAUNCHED();
         column_sum<float, float>(dw->cls_norm, a->bias_parts, B, D, D, add);
         linear_backward_weight(dw->cls_w, a->dh, a->cls_t, B, Z, D, add);
         bias_backward(dw->cls_b, a->parts, a->dh, B, D, add);
     }
-    // condition: the modulation of all blocks at once, the final one, then c = mlp(e(t)) + label
-    size_t step = block_stride(g), mod_step = (size_t)B * 6 * D;
-    GemmKey k = gemm_key(6 * D, D, B, 1, 0);
-    k.float_out = 1, k.add = add, k.batch = L, k.stepa = (int64_t)mod_step, k.stepc = (int64_t)step;
-    matmul_sure(&k, dw->block[0].adaln_w, a->d_mod, a->cond_silu, NULL);
-    column_sum<floatX, float>(dw->block[0].adaln_b, a->d_mod, B, 6 * D, 6 * D, add, L, mod_step, step);
-    k = gemm_key(B, D, 6 * D, 0, 0);
-    k.float_out = 1, k.batch = L, k.stepa = (int64_t)mod_step, k.stepb = (int64_t)step,
-    k.stepc = (int64_t)B * D;
-    matmul_sure(&k, a->d_cond_parts, a->d_mod, low(g, w->block[0].adaln_w), NULL);
-    linear_backward_weight(dw->final_adaln_w, a->d_final_mod, a->cond_silu, B, D, 2 * D, add);
-    bias_backward(dw->final_adaln_b, a->parts, a->d_final_mod, B, 2 * D, add);
-    linear_backward_input<float>(a->d_cond_parts + (size_t)L * B * D, a->d_final_mod,
-                                 low(g, w->final_adaln_w), B, D, 2 * D, 0);
-    condition_backward_kernel<<<(unsigned)div_up(B * D, 256), 256, 0, stream>>>(a->d_cond, a->d_cond_parts,
-                                                                                a->cond, L + 1, B * D);
-    LAUNCHED();
-    label_backward_kernel<<<(unsigned)B, 256, 0, stream>>>(dw->label, a->d_cond, in->y, B, D);
-    LAUNCHED();
-    linear_backward_weight(dw->t2_w, a->d_cond, a->t0_silu, B, D, D, add);
-    bias_backward(dw->t2_b, a->parts, a->d_cond, B, D, add);
-    linear_backward_input<floatX>(a->d_t0, a->d_cond, low(g, w->t2_w), B, D, D, 0);
-    activation_backward<SILU, float>(a->d_t0, dw->t0_b, a->parts, a->d_t0, a->t0, B, D, add);
-    linear_backward_weight(dw->t0_w, a->d_t0, a->t_features, B, TIME_FEATURES, D, add);
+    adaln_backward(g, B);
+    condition_backward(g, B);
 }
 
 // ----------------------------------------------------------------------------------------------------------
-// The loss (derivation at loss_and_gradients in train_srdit.c). Each kernel leaves one partial sum a block,
-// which loss_sum_kernel adds up in order; the gradients leave in floatX, as the products that follow read
-// them.
+// The loss (derivation at loss_and_gradients in train_srdit.c). Each kernel leaves one partial
+// sum a block, which loss_sum_kernel adds up in order; the gradients leave in floatX, as the
+// products that follow read them.
 
-// Velocity and contrastive loss over out [B,P,ppC]: reads 4 x 4, writes 2 bytes an element; 2 M elements in
-// B/1.
+// Velocity and contrastive loss over out [B,P,X]: reads 4 x 4, writes 2 bytes an element;
+// 2 M elements in B/1.
 __global__ void __launch_bounds__(256)
     velocity_loss_kernel(floatX *d_out, float *parts, float *cfm_parts, const float *out, const float *x,
                          const float *noise, const float *v_before, int C, int S, int p, float cfm,
@@ -2311,7 +2594,7 @@ __global__ void __launch_bounds__(256)
     int X = C * p * p;
     float sum = 0, cfm_sum = 0;
     for (size_t e = (size_t)blockIdx.x * 256 + threadIdx.x; e < count; e += (size_t)gridDim.x * 256) {
-        size_t at = pixel_of(e / X, (int)(e % X), C, S, p);
+        size_t at = unpatchify_place(e / X, (int)(e % X), C, S, p);
         float d = out[e] - (noise[at] - x[at]);
         float before = out[e] - (at >= latent ? noise[at - latent] - x[at - latent] : v_before[at]);
         sum += d * d, cfm_sum -= before * before;
@@ -2409,85 +2692,27 @@ static void loss_and_gradients(GpuModel *g, const Batch *batch) {
     }
 }
 
-// ----------------------------------------------------------------------------------------------------------
-// What a backend offers
-
 static void zero_gradients(Model *m) { gpu_of(m)->fresh = 1; }   // the next gradients overwrite
 static void zero_now(GpuModel *g) {                              // where nothing came after zero_gradients
     if (g->fresh) CHECK(cudaMemsetAsync(g->grads, 0, g->base.table.total * sizeof(float), stream));
     g->fresh = 0;
 }
 
-// The batch goes by way of pinned memory and a stream of its own, so that the host can go on at once and the
-// copy runs under the step before. There are two of each buffer; the host waits only when it is two batches
-// ahead.
-static void batch_upload(GpuModel *g, const Batch *batch) {
-    const Config *c = &g->base.c;
-    size_t b = (size_t)batch->B, latent = (size_t)latent_of(c), Z = (size_t)c->z_dim,
-           n = b * (size_t)tokens_of(c) * Z;
-    int k = g->turn;
-    Input *to = &g->on_host[k];
-    CHECK(cudaEventSynchronize(g->sent[k]));
-    Draw draw = {batch->seed, (uint32_t)batch->step, (uint32_t)batch->first, (uint32_t)batch->whole};
-    *to->draw = draw;
-    memcpy(to->x, batch->x, b * latent * sizeof(float));
-    memcpy(to->v_before, batch->v_before, latent * sizeof(float));
-    memcpy(to->t, batch->t, b * sizeof(float)), memcpy(to->y, batch->y, b * sizeof(int));
-    if (c->cls) memcpy(to->cls, batch->cls, b * Z * sizeof(float));
-    if (c->align) {
-#pragma omp parallel for
-        for (long i = 0; i < (long)n; i++) to->feats[i] = (floatX)batch->feats[i];
-    }
-    if (!batch->on_device) {
-        memcpy(to->noise, batch->noise, b * latent * sizeof(float));
-        if (c->cls) memcpy(to->noise_cls, batch->noise_cls, b * Z * sizeof(float));
-        memcpy(to->ids, batch->ids, b * (size_t)kept_of(c) * sizeof(int));
-    }
-    CHECK(cudaStreamWaitEvent(copy_stream, g->done[k], 0));
-    CHECK(cudaMemcpyAsync(g->input_memory[k], g->pinned[k],
-                          batch->on_device ? g->copied_bytes : g->input_bytes, cudaMemcpyHostToDevice,
-                          copy_stream));
-    CHECK(cudaEventRecord(g->sent[k], copy_stream));
-    CHECK(cudaStreamWaitEvent(stream, g->sent[k], 0));
-    g->in = g->on_device[k];
-    g->turn = !k;
-}
-
-// The draws that the CPU makes in batch_load, from the same addresses
-static void draw_on_device(GpuModel *g, int B) {
-    const Config *c = &g->base.c;
-    const Input *in = &g->in;
-    int latent = latent_of(c), T = tokens_of(c);
-    dim3 grid((unsigned)div_up(div_up(latent, 4), 256), (unsigned)B), one(grid.x, 1);
-    noise_kernel<<<grid, 256, 0, stream>>>(in->noise, latent, in->draw, STREAM_NOISE, 0, 0);
-    LAUNCHED();
-    noise_kernel<<<one, 256, 0, stream>>>(in->v_before, latent, in->draw, STREAM_NOISE, -1, 1);   // held -x
-    LAUNCHED();
-    if (c->cls) {
-        dim3 cls_grid((unsigned)div_up(div_up(c->z_dim, 4), 256), (unsigned)B);
-        noise_kernel<<<cls_grid, 256, 0, stream>>>(in->noise_cls, c->z_dim, in->draw, STREAM_NOISE_CLS, 0, 0);
-        LAUNCHED();
-    }
-    route_kernel<<<(unsigned)B, 256, 2 * (size_t)T * sizeof(uint32_t), stream>>>(in->ids, in->draw,
-                                                                                 kept_of(c), T);
-    LAUNCHED();
-}
-
 static void forward_backward(Model *model, const Batch *batch) {
     GpuModel *g = gpu_of(model);
     if (batch->B > model->max_batch) die("a batch of %d in a model made for %d", batch->B, model->max_batch);
     use_weights(g, PARAMS);
-    batch_upload(g, batch);
-    if (batch->on_device) draw_on_device(g, batch->B);
+    g->in = batch_upload(&g->queue, batch, &model->c);
+    if (batch->on_device) draw_on_device(&g->in, &model->c, batch->B);
     network_forward(g, &g->w, 1, batch->path_drop, batch->B);
     loss_and_gradients(g, batch);
     network_backward(g, batch->path_drop, batch->B);
-    CHECK(cudaEventRecord(g->done[!g->turn], stream));
+    batch_done(&g->queue);
     g->fresh = 0;
 }
 
-// Velocities v [B,C,S,S], v_cls [B,Z] at x, cls, t, y on all tokens: what the sampler asks for, max_batch at
-// a time
+// Velocities v [B,C,S,S], v_cls [B,Z] at x, cls, t, y on all tokens: what the sampler asks
+// for, max_batch at a time
 static void velocity(Model *model, real *v, real *v_cls, const real *x, const real *cls, const real *t,
                      const int *y, int use_ema, int path_drop, int B) {
     GpuModel *g = gpu_of(model);
@@ -2530,7 +2755,9 @@ __global__ void __launch_bounds__(256) grad_norm_kernel(float *parts, const floa
     sum = sum_block(sum, sums);
     if (threadIdx.x == 0) parts[blockIdx.x] = sum;
 }
-// The norm of the gradient, and whether this step (from 1) is the first one that is not finite. One block.
+// The norm of the gradient, and whether this step (from 1) is the first whose norm or losses are not
+// finite. The host reads the losses only now and then: what goes wrong in between is kept here, and no
+// later update covers it up. One block.
 __global__ void __launch_bounds__(256)
     root_kernel(DeviceLosses *losses, const float *parts, int count, int step) {
     __shared__ double sums[256];
@@ -2545,8 +2772,28 @@ __global__ void __launch_bounds__(256)
     if (!(all < (double)INFINITY) && !losses->bad_step) losses->bad_step = step;
 }
 
-// Constants of a step in float, by AdamW's of train_srdit.c
-typedef struct { float b1, b2, one1, one2, eps, rate, root, decay, ema, one_ema; double max_norm; } AdamWFloat;
+// The constants of a step, AdamW's of train_srdit.c in float
+typedef struct {
+    float b1, b2, one1, one2, eps, rate, root, decay, ema, one_ema;
+    double max_norm;
+} AdamWFloat;
+static AdamWFloat adamw_float(const Config *c, int step) {
+    AdamW d = adamw_of(c, step);
+    AdamWFloat o;
+    o.b1 = (float)d.b1;
+    o.b2 = (float)d.b2;
+    o.one1 = (float)(1 - d.b1);
+    o.one2 = (float)(1 - d.b2);
+    o.eps = (float)d.eps;
+    o.rate = (float)d.rate;
+    o.root = (float)d.root;
+    o.decay = (float)d.decay;
+    o.ema = (float)d.ema;
+    o.one_ema = (float)(1 - d.ema);
+    o.max_norm = d.max_norm;
+    return o;
+}
+
 // Reads 20, writes 16 + 2 bytes a parameter: 5.3 GB, 1.8 ms in B/1; bound by memory. From the first step that
 // is not finite on nothing is changed. n is a multiple of 64.
 __global__ void __launch_bounds__(256)
@@ -2570,29 +2817,16 @@ __global__ void __launch_bounds__(256)
 
 static void update(Model *model, int step) {
     GpuModel *g = gpu_of(model);
-    const Config *c = &model->c;
+    AdamWFloat o = adamw_float(&model->c, step);
     size_t n = model->table.trained;
     zero_now(g);
-    AdamW d = adamw_of(c, step);
-    AdamWFloat o;
-    o.b1 = (float)d.b1;
-    o.b2 = (float)d.b2;
-    o.one1 = (float)(1 - d.b1);
-    o.one2 = (float)(1 - d.b2);
-    o.eps = (float)d.eps;
-    o.rate = (float)d.rate;
-    o.root = (float)d.root;
-    o.decay = (float)d.decay;
-    o.ema = (float)d.ema;
-    o.one_ema = (float)(1 - d.ema);
-    o.max_norm = d.max_norm;
     use_weights(g, PARAMS);
     grad_norm_kernel<<<NORM_BLOCKS, 256, 0, stream>>>(g->norm_parts, g->grads, n);
     LAUNCHED();
     root_kernel<<<1, 256, 0, stream>>>(g->losses, g->norm_parts, NORM_BLOCKS, step);
     LAUNCHED();
-    adamw_kernel<<<(unsigned)((n / 4 + 255) / 256), 256, 0, stream>>>(
-        g->params, g->m, g->v, g->ema, g->weights, g->grads, g->losses, o, n);
+    adamw_kernel<<<(unsigned)((n / 4 + 255) / 256), 256, 0, stream>>>(g->params, g->m, g->v, g->ema,
+                                                                      g->weights, g->grads, g->losses, o, n);
     LAUNCHED();
 }
 
@@ -2605,12 +2839,19 @@ static Losses read_losses(Model *model) {
     CHECK(cudaMemsetAsync(g->losses, 0, offsetof(DeviceLosses, bad_step), stream));   // which stays
     CHECK(cudaStreamSynchronize(stream));
     Losses sum;
-    memset(&sum, 0, sizeof(sum));
-    sum.denoise = d.denoise, sum.cls = d.cls, sum.align = d.align, sum.cfm = d.cfm, sum.grad_norm = d.grad_norm, sum.bad_step = d.bad_step;
+    sum.denoise = d.denoise;
+    sum.cls = d.cls;
+    sum.align = d.align;
+    sum.cfm = d.cfm;
+    sum.grad_norm = d.grad_norm;
+    sum.bad_step = d.bad_step;
     sum.total =
         d.denoise + c->cls_coeff * d.cls + c->align_coeff * d.align + (c->cfm ? c->cfm_coeff : 0) * d.cfm;
     return sum;
 }
+
+// ----------------------------------------------------------------------------------------------------------
+// What a backend offers
 
 static float *device_block(GpuModel *g, enum Block which) {
     float *blocks[] = {g->params, g->grads, g->m, g->v, g->ema};
@@ -2631,10 +2872,11 @@ static void put_block(Model *m, const real *host, enum Block which) {
     CHECK(cudaMemcpyAsync(device_block(g, which), host, m->table.total * sizeof(real), cudaMemcpyHostToDevice,
                           stream));
     CHECK(cudaStreamSynchronize(stream));
-    g->weights_of = GRADS;       // neither: they are rounded again before their next use
+    g->weights_of = GRADS;   // neither: they are rounded again before their next use
 }
 
-// An activation of the last forward by its name in activation_names, copied to the host
+// An activation of the last forward by its name in activation_names, copied to the host. Only reports and
+// tests ask, so that it may allocate.
 static const real *activation(Model *m, const char *name) {
     GpuModel *g = gpu_of(m);
     const Config *c = &m->c;
@@ -2663,29 +2905,29 @@ static const real *activation(Model *m, const char *name) {
     }
     if (g->host_size < count) {
         free(g->host);
-        g->host = (float *)alloc_zero(count, sizeof(float)), g->host_size = count;
+        g->host = (float *)alloc_zero(count, sizeof(float));
+        g->host_size = count;
     }
-    if (rounded) {
-        floatX *half = (floatX *)alloc_zero(count, sizeof(floatX));
-        CHECK(cudaMemcpyAsync(half, rounded, count * sizeof(floatX), cudaMemcpyDeviceToHost, stream));
-        CHECK(cudaStreamSynchronize(stream));
-        for (size_t k = 0; k < count; k++) g->host[k] = (float)half[k];
-        free(half);
-    } else {
-        CHECK(cudaMemcpyAsync(g->host, x, count * sizeof(float), cudaMemcpyDeviceToHost, stream));
-        CHECK(cudaStreamSynchronize(stream));
-    }
+    floatX *narrow = rounded ? (floatX *)alloc_zero(count, sizeof(floatX)) : NULL;
+    if (rounded)
+        CHECK(cudaMemcpyAsync(narrow, rounded, count * sizeof(floatX), cudaMemcpyDeviceToHost, stream));
+    else CHECK(cudaMemcpyAsync(g->host, x, count * sizeof(float), cudaMemcpyDeviceToHost, stream));
+    CHECK(cudaStreamSynchronize(stream));
+    for (size_t i = 0; i < count && rounded; i++) g->host[i] = (float)narrow[i];
+    free(narrow);
     return g->host;
 }
 
 // ----------------------------------------------------------------------------------------------------------
 // Creation
 
-// One step of each kind on an empty batch, so that every matrix product gets its plan and its time is taken
+// One step of each kind on an empty batch, so that every matrix product of training gets its plan and its time
+// is taken: no step makes one later, nor allocates anything else.
 static void tune(GpuModel *g) {
     Model *m = &g->base;
     Batch *batch = batch_create(&m->c, m->max_batch);
-    tuning = 1, timed_count = 0;
+    tuning = 1;
+    timed_count = 0;
     batch->on_device = 1;
     for (int turn = 0; turn < 4; turn++) {
         if (turn % 2 == 0) gpu::zero_gradients(m);
@@ -2706,89 +2948,105 @@ static void tune(GpuModel *g) {
                plans_path());
 }
 
-static Model *model_create(const Config *c, int max_batch, uint64_t seed) {
-    GpuModel *g = (GpuModel *)alloc_zero(1, sizeof(GpuModel));
+static void device_open(void) {
+    int devices = 0;
+    cudaError_t found = cudaGetDeviceCount(&devices);
+    if (found == cudaErrorInsufficientDriver) {
+        int driver = 0, toolkit = 0;
+        cudaDriverGetVersion(&driver);
+        cudaRuntimeGetVersion(&toolkit);
+        die("the driver knows CUDA %d.%d at most, but this was built with %d.%d: update the driver, or build "
+            "with an older toolkit (make NVCC=...)",
+            driver / 1000, driver % 1000 / 10, toolkit / 1000, toolkit % 1000 / 10);
+    }
+    if (found != cudaSuccess || devices == 0)
+        die("no GPU was found: train_srdit runs the same model on the CPU");
+    CHECK(cudaStreamCreate(&stream));
+    CHECK(cudaStreamCreate(&copy_stream));
+    CHECK(cudaMalloc(&workspace, workspace_bytes));
+    CHECK_LT(cublasLtCreate(&lt));
+}
+
+// The bytes that a model with max_batch samples takes on the device
+typedef struct {
+    size_t parameters, activations, input, all;
+} MemoryPlan;
+static MemoryPlan memory_plan(GpuModel *g, int max_batch) {
+    MemoryPlan p;
+    DeviceArena arena = {NULL, 0, 0, NULL}, input = {NULL, 0, 1, NULL};
+    Input counted;
+    size_t copied;
+    input_layout(&counted, &input, &g->base.c, max_batch, &copied);
+    p.parameters = memory_layout(g, &arena, max_batch);
+    p.activations = arena.used - p.parameters;
+    p.input = 2 * input.used;
+    p.all = arena.used + p.input;
+    return p;
+}
+// Says what is taken; an error, with the batch that would fit, if there is not so much
+static void memory_check(GpuModel *g, const MemoryPlan *p, int max_batch) {
+    size_t free_bytes, all_bytes;
+    CHECK(cudaMemGetInfo(&free_bytes, &all_bytes));
+    if (verbose)
+        printf(
+            "GPU memory: parameters, gradients, moments, average %.3f GB, activations and scratch %.3f GB, "
+            "input %.3f GB, workspace %.3f GB; %.3f of %.1f GB\n",
+            (double)p->parameters / 1e9, (double)p->activations / 1e9, (double)p->input / 1e9,
+            (double)workspace_bytes / 1e9, (double)(p->all + workspace_bytes) / 1e9, (double)all_bytes / 1e9);
+    if (p->all <= free_bytes) return;
+    int fits = max_batch / 2;   // the largest of a half, a quarter, ... that fits
+    while (fits && memory_plan(g, fits).all > free_bytes) fits /= 2;
+    die("the GPU has %.1f GB free but %d samples at once need %.1f; %d fit (a smaller --batch, or --accum)",
+        (double)free_bytes / 1e9, max_batch, (double)p->all / 1e9, fits);
+}
+
+// Start values, and the angles of RoPE by position, for attention on tensor cores: patch (p,
+// 0) turns by those of p
+static void start_values(GpuModel *g, uint64_t seed) {
     Model *m = &g->base;
-    m->c = *c, m->max_batch = max_batch;
+    const Config *c = &m->c;
+    int G = grid_of(c), Dh = c->hidden_size / c->num_heads, quarter = Dh / 4;
+    real *start = (real *)alloc_zero(m->table.total, sizeof(real));
+    float2 *rope = (float2 *)alloc_zero((size_t)(G * quarter), sizeof(float2));
+    params_start(start, &m->table, c, seed);
+    gpu::put_block(m, start, PARAMS);
+    gpu::put_block(m, start, EMA);
+    const real *cosines = start + (g->w.rope_cos - g->params), *sines = start + (g->w.rope_sin - g->params);
+    for (int i = 0; i < G * quarter; i++) {
+        size_t from = (size_t)(i / quarter * G * Dh + i % quarter * 2);
+        rope[i] = c->rope ? make_float2(cosines[from], sines[from]) : make_float2(1, 0);
+    }
+    CHECK(cudaMemcpy(g->rope, rope, (size_t)(G * quarter) * sizeof(float2), cudaMemcpyHostToDevice));
+    free(start), free(rope);
+}
+
+static Model *model_create(const Config *c, int max_batch, uint64_t seed) {
     if (c->hidden_size > 8192) die("hidden_size %d: the GPU's kernels take at most 8192", c->hidden_size);
     if (c->hidden_size / c->num_heads > 128)
         die("a head width of %d: the GPU's kernels take at most 128", c->hidden_size / c->num_heads);
     if (tokens_of(c) > 6000) die("%d tokens: the GPU's kernels take at most 6000", tokens_of(c));
-    if (!stream) {
-        int devices = 0;
-        cudaError_t found = cudaGetDeviceCount(&devices);
-        if (found == cudaErrorInsufficientDriver) {
-            int driver = 0, toolkit = 0;
-            cudaDriverGetVersion(&driver), cudaRuntimeGetVersion(&toolkit);
-            die("the driver knows CUDA %d.%d at most, but this was built with %d.%d: update the driver, or "
-                "build with an older toolkit (make NVCC=...)", driver / 1000, driver % 1000 / 10,
-                toolkit / 1000, toolkit % 1000 / 10);
-        }
-        if (found != cudaSuccess || devices == 0)
-            die("no GPU was found: train_srdit runs the same model on the CPU");
-        CHECK(cudaStreamCreate(&stream)), CHECK(cudaStreamCreate(&copy_stream));
-        CHECK(cudaMalloc(&workspace, workspace_bytes));
-        CHECK_LT(cublasLtCreate(&lt));
-    }
+    if (!stream) device_open();
+    GpuModel *g = (GpuModel *)alloc_zero(1, sizeof(GpuModel));
+    Model *m = &g->base;
+    m->c = *c;
+    m->max_batch = max_batch;
     m->table = params_table(&g->w, c, NULL);
-    size_t part[3], free_bytes, all_bytes, n = m->table.total;
-    DeviceArena arena = {NULL, 0, 0, NULL}, in = {NULL, 0, 1, NULL};
-    memory_layout(g, &arena, max_batch, part);
-    input_layout(&g->in, &in, c, max_batch, &g->copied_bytes);
-    g->input_bytes = in.used;
-    CHECK(cudaMemGetInfo(&free_bytes, &all_bytes));
-    size_t need = arena.used + 2 * in.used;
-    m->parameter_bytes = part[0], m->activation_bytes = part[1] + 2 * in.used;
-    if (verbose)
-        printf("GPU memory: parameters, gradients, moments, average %.3f GB, activations and scratch %.3f "
-               "GB, input %.3f GB, "
-               "workspace %.3f GB; %.3f of %.1f GB\n",
-               (double)part[0] / 1e9, (double)part[1] / 1e9, 2e-9 * (double)in.used,
-               (double)workspace_bytes / 1e9, (double)(need + workspace_bytes) / 1e9,
-               (double)all_bytes / 1e9);
-    if (need > free_bytes) {
-        int fits = max_batch;   // the largest of a half, a quarter, ... that fits
-        for (size_t less = need; fits && less > free_bytes;) {
-            DeviceArena a = {NULL, 0, 0, NULL}, i = {NULL, 0, 1, NULL};
-            if (!(fits /= 2)) break;
-            memory_layout(g, &a, fits, part), input_layout(&g->in, &i, c, fits, &g->copied_bytes);
-            less = a.used + 2 * i.used;
-        }
-        die("the GPU has %.1f GB free but %d samples at once need %.1f; %d fit (a smaller --batch, or --accum)",
-            (double)free_bytes / 1e9, max_batch, (double)need / 1e9, fits);
-    }
-    size_t unused;
+    MemoryPlan plan = memory_plan(g, max_batch);
+    memory_check(g, &plan, max_batch);
+    m->parameter_bytes = plan.parameters;
+    m->activation_bytes = plan.activations + plan.input;
+    DeviceArena arena = {NULL, plan.all - plan.input, 0, NULL};
     g->memory = memory_take(&arena, g);
-    memory_layout(g, &arena, max_batch, part);
-    for (int i = 0; i < 2; i++) {
-        in.used = g->input_bytes;
-        g->input_memory[i] = memory_take(&in, g);
-        input_layout(&g->on_device[i], &in, c, max_batch, &unused);
-        CHECK(cudaMallocHost((void **)&g->pinned[i], g->input_bytes));
-        DeviceArena host = {g->pinned[i], 0, 1, NULL};
-        input_layout(&g->on_host[i], &host, c, max_batch, &unused);
-        CHECK(cudaEventCreate(&g->sent[i])), CHECK(cudaEventCreate(&g->done[i]));
-    }
-    g->in = g->on_device[0];
+    memory_layout(g, &arena, max_batch);
+    queue_create(&g->queue, c, max_batch);
+    g->in = g->queue.on_device[0];
     free(m->table.tensors);
     m->table = params_table(&g->w, c, g->params);
     free(params_table(&g->dw, c, g->grads).tensors);
     free(params_table(&g->w_ema, c, g->ema).tensors);
-
-    real *start = (real *)alloc_zero(n, sizeof(real));
-    params_start(start, &m->table, c, seed);
-    gpu::put_block(m, start, PARAMS), gpu::put_block(m, start, EMA);
-    int G = grid_of(c), Dh = c->hidden_size / c->num_heads, quarter = Dh / 4;   // patch (g, 0) turns by g
-    float2 *rope = (float2 *)alloc_zero((size_t)(G * quarter), sizeof(float2));
-    size_t cos_at = (size_t)(g->w.rope_cos - g->params), sin_at = (size_t)(g->w.rope_sin - g->params);
-    for (int i = 0; i < G * quarter; i++) {
-        size_t from = (size_t)(i / quarter * G * Dh + i % quarter * 2);
-        rope[i] = c->rope ? make_float2(start[cos_at + from], start[sin_at + from]) : make_float2(1, 0);
-    }
-    CHECK(cudaMemcpy(g->rope, rope, (size_t)(G * quarter) * sizeof(float2), cudaMemcpyHostToDevice));
-    free(start), free(rope);
+    start_values(g, seed);
     gpu::zero_gradients(m);
-#ifndef CUDA_ON_CPU              // the emulator proposes one algorithm
+#ifndef CUDA_ON_CPU   // the emulator proposes one algorithm
     tune(g);
 #else
     (void)tune;
@@ -2799,11 +3057,7 @@ static Model *model_create(const Config *c, int max_batch, uint64_t seed) {
 static void model_destroy(Model *m) {
     GpuModel *g = gpu_of(m);
     CHECK(cudaDeviceSynchronize());
-    for (int i = 0; i < 2; i++) {
-        CHECK(cudaEventDestroy(g->sent[i])), CHECK(cudaEventDestroy(g->done[i]));
-        CHECK(cudaFreeHost(g->pinned[i]));
-        memory_free(g->input_memory[i], NULL);
-    }
+    queue_destroy(&g->queue);
     memory_free(g->memory, g);
     free(g->host), free(m->table.tensors), free(g);
 }
@@ -2811,8 +3065,9 @@ static void model_destroy(Model *m) {
 }   // namespace gpu
 
 static const Backend gpu_backend = {
-    "GPU", gpu::model_create, gpu::model_destroy, gpu::zero_gradients, gpu::forward_backward, gpu::update,
-    gpu::read_losses, gpu::velocity, gpu::get_block, gpu::host_block, gpu::put_block, gpu::activation};
+    "GPU",          gpu::model_create, gpu::model_destroy, gpu::zero_gradients, gpu::forward_backward,
+    gpu::update,    gpu::read_losses,  gpu::velocity,      gpu::get_block,      gpu::host_block,
+    gpu::put_block, gpu::activation};
 
 #ifndef TRAIN_SRDIT_CU_NO_MAIN
 int main(int argc, char **argv) {
