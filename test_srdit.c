@@ -77,8 +77,11 @@ static void compare(Report *r, const char *name, const real *got, const double *
                     double tolerance, double extra) {
     double most = 0, error = 0;
     for (size_t i = 0; i < n; i++) {
-        double d = fabs((double)got[i] - want[i]);
-        worsens(&most, fabs(want[i])), worsens(&error, d);
+        if (isfinite(want[i])) {
+            worsens(&most, fabs(want[i]));
+            worsens(&error, fabs((double)got[i] - want[i]));
+        } else if (isnan(want[i]) ? !isnan(got[i]) : (double)got[i] != want[i])
+            error = NAN;   // exactly, or not at all
     }
     if (r->override_tolerance > 0) tolerance = r->override_tolerance, extra = 0;
     report_add(r, name, error, tolerance * most + extra + 1e-300);
@@ -723,7 +726,8 @@ static void test_batches(void) {
 static double tolerance_after(int argc, char **argv, int i) {
     if (i + 1 >= argc) die("--tolerance needs a value");
     double tolerance = text_number(argv[i + 1], "command line", "--tolerance");
-    if (!(tolerance > 0)) die("--tolerance is %g, which is not above 0", tolerance);
+    if (!(tolerance > 0 && tolerance < INFINITY))
+        die("--tolerance is %g, which is not a finite number above 0", tolerance);
     return tolerance;
 }
 
@@ -880,6 +884,10 @@ static void test_mistakes(void) {
     expect("unknown flag", run_self(0, "--as-trainer --stps 3"), "did you mean --steps");
     expect("no such file", run_self(0, "--as-trainer --data %s", in_folder("none")), "cannot be opened");
     expect("not a number", run_self(0, "--as-trainer --lr fast"), "not a number");
+    expect("a flag given twice", run_self(0, "--as-trainer --data a --batch 3 --data b"),
+           "--data is given twice");
+    expect("a switch given twice", run_self(0, "--as-trainer --no-cls --no-cls"), "--no-cls is given twice");
+    expect("tolerance", run_self(0, "--tolerance inf x"), "finite number");
     expect("out of range", run_self(0, "--as-trainer --batch 0"), "--batch is 0");
     expect("no such model", run_self(0, "--as-trainer --model B/3"), "no such model");
     expect("width and heads", run_self(0, "--as-trainer --hidden-size 30"), "multiple of 4");
@@ -1029,6 +1037,21 @@ static void test_late_threads(void) {
     result(good && above == T - KEPT, "routing, many tokens", "%d of %d, those with the smallest keys", KEPT,
            T);
     free(ids), free(keys);
+}
+
+// An expected value that is not finite must be met exactly, and makes nothing else pass
+static void test_comparisons(void) {
+    static const double want[][2] = {{1, 2}, {INFINITY, 2}, {NAN, 2}, {INFINITY, 2}, {-INFINITY, 2}};
+    static const real got[][2] = {{1, 2}, {(real)INFINITY, 3}, {1, 2}, {1, 2}, {(real)INFINITY, 2}};
+    int failed_ones = 0;
+    for (int i = 0; i < 5; i++) {
+        Report r;
+        memset(&r, 0, sizeof(r));
+        compare(&r, "x", got[i], want[i], 2, 1e-3, 0);
+        failed_ones += r.failed << i;
+        free(r.checks);
+    }
+    result(failed_ones == 30, "infinite references", "1 of 5 comparisons passes");
 }
 
 // A data set's name reaches the checkpoint as it was, and is cut between two characters
@@ -1651,6 +1674,7 @@ int main(int argc, char **argv) {
         test_mistakes();
         test_folders();
         test_damaged();
+        test_comparisons();
         test_late_threads();
         test_names();
         test_types();
