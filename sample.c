@@ -505,9 +505,8 @@ static void decoder_decode(real *image, const Decoder *d, const real *z, int B, 
 // dt. Heun: x' = x + v(x, t) dt, then x += (v(x, t) + v(x', t + dt)) / 2 dt; its last interval is Euler's, as
 // in the reference, so N steps are 2N - 1 evaluations (the error still falls with the square of the step,
 // since one interval's error does).
-static void sample_ode(double *x, double *cls, const Backend *backend, Model *model, const Sampling *s,
-                       int heun, const int *y, int n,
-                       void (*progress)(int step, int steps, const double *x, void *), void *user) {
+static int sample_ode(double *x, double *cls, const Backend *backend, Model *model, const Sampling *s,
+                      int heun, const int *y, int n, Progress *progress, void *user) {
     const Config *c = &model->c;
     size_t latent = (size_t)n * (size_t)latent_of(c), Z = c->cls ? (size_t)n * (size_t)c->z_dim : 0;
     SamplerWork w = sampler_work(c, n);
@@ -515,7 +514,8 @@ static void sample_ode(double *x, double *cls, const Backend *backend, Model *mo
            *x2 = (double *)alloc_zero(latent, sizeof(double));
     double *first_cls = (double *)alloc_zero(Z, sizeof(double)),
            *cls2 = (double *)alloc_zero(Z, sizeof(double));
-    for (int i = 0; i < s->steps; i++) {
+    int stopped = 0;
+    for (int i = 0; i < s->steps && !stopped; i++) {
         double t = shift_time(c, 1 - (double)i / s->steps),
                next = shift_time(c, 1 - (double)(i + 1) / s->steps), dt = next - t;
         int twice = heun && i < s->steps - 1;
@@ -526,9 +526,10 @@ static void sample_ode(double *x, double *cls, const Backend *backend, Model *mo
         for (size_t k = 0; k < latent; k++) x[k] = twice ? x[k] + dt * (first[k] + w.v[0][k]) / 2 : x2[k];
         for (size_t k = 0; k < Z; k++)
             cls[k] = twice ? cls[k] + dt * (first_cls[k] + w.v_cls[0][k]) / 2 : cls2[k];
-        if (progress) progress(i + 1, s->steps, x, user);
+        if (progress) stopped = progress(i + 1, s->steps, x, user);
     }
     free(first), free(x2), free(first_cls), free(cls2), sampler_work_free(&w);
+    return !stopped;
 }
 
 // What guidance costs is measured, by asking the network through here.
@@ -1168,7 +1169,7 @@ static void watch_draw(const Outputs *o, int step, int steps, const double *x, i
     free(pixels);
 }
 
-static void watch(int step, int steps, const double *x, void *user) {
+static int watch(int step, int steps, const double *x, void *user) {
     Watch *w = (Watch *)user;
     const Outputs *o = w->out;
     int total = o->classes->num, slow = o->source->decoder != NULL;
@@ -1187,12 +1188,13 @@ static void watch(int step, int steps, const double *x, void *user) {
         if (step == steps) w->draw = 0;
     }
     double now = now_seconds(), part = w->done + w->n * (double)step / steps;
-    if (w->draw || !isatty(STDERR_FILENO) || (now - w->last < 0.1 && part < total)) return;
+    if (w->draw || !isatty(STDERR_FILENO) || (now - w->last < 0.1 && part < total)) return 0;
     double left = (now - w->begin) / (part - o->first) * (total - part);
     w->last = now;
     w->line = 1;
     fprintf(stderr, "\r%d of %d pictures, step %d/%d, %d:%02d left \x1b[K", w->done, total, step, steps,
             (int)left / 60, (int)left % 60);
+    return 0;
 }
 
 // How many pictures at a time: what was asked for, or what fits into a gigabyte

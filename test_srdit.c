@@ -911,6 +911,11 @@ static void test_mistakes(void) {
     char *after = file_text(in_folder("n/checkpoint.safetensors"), &m);
     result(n == m && !memcmp(before, after, n), "NaN and the checkpoint", "the last good one is untouched");
     free(after);
+    int status = run_self(0, NANO "--steps 2 --lr 1e6 --sample-steps 4 --out %s", in_folder("nan"));
+    result(status == 1 && complained("not made of finite numbers") &&
+               access(in_folder("nan/samples.png"), F_OK) &&
+               !access(in_folder("nan/checkpoint.safetensors"), F_OK),
+           "NaN in the pictures", "said, and none are written");
     // a full disk, played by /dev/full under the temporary name
     if (symlink("/dev/full", in_folder("n/checkpoint.safetensors.part")))
         die("cannot link: %s", strerror(errno));

@@ -1716,12 +1716,13 @@ static void euler_maruyama_step(double *x, const real *v, const double *eps, siz
     }
 }
 
-// n samples: x [n,C,S,S] and cls [n,Z] come in as noise and leave as data. progress (NULL: none) is called
-// after each of the N steps.
-static void sample_euler_maruyama(double *x, double *cls, const Backend *backend, Model *model,
-                                  const Sampling *s, const int *y, int n,
-                                  void (*progress)(int step, int steps, const double *x, void *),
-                                  void *user) {
+// What is called after each step with the state so far; not 0: stop here
+typedef int Progress(int step, int steps, const double *x, void *user);
+
+// n samples: x [n,C,S,S] and cls [n,Z] come in as noise and leave as data, N steps later. Returns 0 if progress
+// (NULL: none) stopped it.
+static int sample_euler_maruyama(double *x, double *cls, const Backend *backend, Model *model,
+                                 const Sampling *s, const int *y, int n, Progress *progress, void *user) {
     const Config *c = &model->c;
     size_t latent = (size_t)n * (size_t)latent_of(c), Z = (size_t)n * (size_t)c->z_dim;
     SamplerWork w = sampler_work(c, n);
@@ -1729,7 +1730,8 @@ static void sample_euler_maruyama(double *x, double *cls, const Backend *backend
     double *eps = (double *)alloc_zero(latent, sizeof(double)),
            *cls_eps = (double *)alloc_zero(Z, sizeof(double));
     sampling_times(t, c, s->steps);
-    for (int i = 0; i < s->steps; i++) {
+    int stopped = 0;
+    for (int i = 0; i < s->steps && !stopped; i++) {
         const double *e = eps, *e_cls = cls_eps;
         if (s->eps) e = s->eps + (size_t)i * latent, e_cls = s->cls_eps + (size_t)i * Z;
         else if (i < s->steps - 1) sampler_noise(eps, cls_eps, c, s, i + 1, n);
@@ -1737,9 +1739,10 @@ static void sample_euler_maruyama(double *x, double *cls, const Backend *backend
         int last = i == s->steps - 1;   // the last step takes the mean
         euler_maruyama_step(x, w.v[0], last ? NULL : e, latent, t[i], t[i + 1] - t[i]);
         if (c->cls) euler_maruyama_step(cls, w.v_cls[0], last ? NULL : e_cls, Z, t[i], t[i + 1] - t[i]);
-        if (progress) progress(i + 1, s->steps, x, user);
+        if (progress) stopped = progress(i + 1, s->steps, x, user);
     }
     free(t), free(eps), free(cls_eps), sampler_work_free(&w);
+    return !stopped;
 }
 
 // ----------------------------------------------------------------------------------------------------------
@@ -2051,14 +2054,19 @@ static void print_start(const Training *t) {
     fflush(stdout);
 }
 
-// 10 rows of samples, a column a class, as a PNG and in the terminal
-static void write_samples(const Training *t) {
+static int stop_if_interrupted(int step, int steps, const double *x, void *user) {
+    (void)step, (void)steps, (void)x, (void)user;
+    return interrupted;
+}
+// 10 rows of samples, a column a class, as a PNG and in the terminal. Returns 0 where there is nothing to show:
+// Ctrl-C came before, or the samples are not made of finite numbers.
+static int write_samples(const Training *t) {
     const Config *c = &t->c;
     const Data *d = t->data;
     int columns = imin(d->K, 10), n = 10 * columns, S = c->input_size, C = c->in_channels;
     if (strcmp(d->decoder, "pixels") || (C != 1 && C != 3)) {
         printf("pictures of this data need its decoder: ./sample %s --decoder FILE\n", t->folder.checkpoint);
-        return;
+        return 1;
     }
     double start = now_seconds();
     Sampling s = sampling_default();
@@ -2070,7 +2078,17 @@ static void write_samples(const Training *t) {
     int *y = (int *)alloc_zero((size_t)n, sizeof(int));
     for (int i = 0; i < n; i++) y[i] = i % columns;
     sampler_noise(x, cls, c, &s, 0, n);
-    sample_euler_maruyama(x, cls, t->backend, t->model, &s, y, n, NULL, NULL);
+    int whole = sample_euler_maruyama(x, cls, t->backend, t->model, &s, y, n, stop_if_interrupted, NULL),
+        finite = 1;
+    for (size_t i = 0; i < latent; i++) finite &= fabs(x[i]) < INFINITY;
+    if (!whole || !finite) {
+        fflush(stdout);
+        fprintf(stderr, "%s: not written, since %s\n", t->folder.picture,
+                whole ? "the samples are not made of finite numbers; try a smaller --lr"
+                      : "it was interrupted");
+        free(x), free(cls), free(y);
+        return 0;
+    }
     uint8_t *pixels = (uint8_t *)alloc_zero(latent, 1);
     pixels_of(pixels, x, n, C, S, S);
     Grid grid = grid_of_all(pixels, n, S, S, C, columns, imax(1, 48 / S), 2);
@@ -2082,6 +2100,7 @@ static void write_samples(const Training *t) {
     if (isatty(STDOUT_FILENO)) pictures_show(pixels, n, S, S, C, columns);
     fflush(stdout);
     free(grid.p.pixels), free(pixels), free(x), free(cls), free(y);
+    return 1;
 }
 
 // The first line of a run: a step has succeeded, so that a run that is overwritten can go. Checkpoint first,
@@ -2182,8 +2201,9 @@ static void train(Training *t) {
     if (t->step > t->first && t->saved != t->step) checkpoint_write(t);
 }
 
-// What was made, or how to go on
-static void report_end(Training *t, const char *program) {
+// What was made, or how to go on; the exit status
+static int report_end(Training *t, const char *program) {
+    int good = 1;
     if (interrupted && t->step == t->first)
         printf("\ninterrupted before the first step; nothing was written to %s\n", t->folder.name);
     else if (interrupted) {
@@ -2194,8 +2214,9 @@ static void report_end(Training *t, const char *program) {
     } else if (t->step > t->first) {
         printf("\n%s: written after step %d, %.1f s\n", t->folder.checkpoint, t->step,
                now_seconds() - t->log.begin);
-        write_samples(t);
+        good = write_samples(t);
     } else printf("no step was asked for, and nothing was written to %s\n", t->folder.name);
+    return interrupted ? 130 : !good;
 }
 
 // All that a run works on, from the settings; whatever is wrong is said here, before the first step.
@@ -2275,12 +2296,12 @@ static int train_main(int argc, char **argv, const Backend *backend) {
     print_start(&t);
     catch_interrupts();
     train(&t);
-    report_end(&t, argv[0]);
+    int status = report_end(&t, argv[0]);
     if (run.export_to) export_write(&t);
     training_close(&t);
     if (resume) safe_close(resume);
     if (fflush(stdout) || ferror(stdout)) die("standard output: %s", strerror(errno));
-    return interrupted ? 130 : 0;
+    return status;
 }
 
 #ifndef TRAIN_SRDIT_NO_MAIN

@@ -182,8 +182,8 @@ static const char *text_after(const char *flag, int argc, char **argv) {
 // ----------------------------------------------------------------------------------------------------------
 // Ctrl-C, threads
 
-static volatile sig_atomic_t
-    interrupted;   // 1 after the first Ctrl-C or SIGTERM; the second ends the program
+// 1 after the first Ctrl-C, SIGTERM or SIGHUP; the second ends the program
+static volatile sig_atomic_t interrupted;
 static void on_interrupt(int signal) { (void)signal, interrupted = 1; }
 static void catch_interrupts(void) {
     struct sigaction action;
