@@ -21,7 +21,7 @@
 //   biases, gelu                         fused: epilogues of cuBLASLt; the slope is made again from fc1
 //   *_backward of silu, gelu, biases     fused: activation_backward_kernel, slope and column sums in one pass
 //   x_t, patchify                        fused: patchify_kernel mixes x and noise as it reads
-//   rmsnorm of CLS, put_tokens, positions    fused: embed_kernel
+//   put_tokens of patches and CLS        fused: embed_kernel, with CLS's rmsnorm and the positions
 //   gather_rows of the kept tokens       fused: g's first norm reads at ids (Residual.x_ids)
 //   fusion_proj of pair, scatter_rows    two products, E W1^T + G W2^T, as most rows of G are the mask token: it
 //                                        is one more row of G, and a token's row is looked up (Residual.y_rows)
@@ -2259,9 +2259,7 @@ static Residual block_forward(GpuModel *g, int i, BlockActs *k, const Residual &
     return residual_of(k->mid, gate2, 6 * D, k->fc2);
 }
 
-// The norm backward of a residual that is x + gate fc2 of block i, without or with the norm
-// that read it: dx [B,n,D] is updated, a->dy becomes the gradient of fc2, and the gradients of
-// gate2 and of fc2's bias are taken.
+// The backward of a norm that reads n tokens a sample, before its caller says what it read
 static NormBackward norm_backward_of(GpuModel *g, float *dx, int n) {
     NormBackward a;
     memset(&a, 0, sizeof(a));
@@ -2274,6 +2272,8 @@ static NormBackward norm_backward_of(GpuModel *g, float *dx, int n) {
     a.gate_stride = 6 * a.D;
     return a;
 }
+// The same where the residual was x + gate fc2 of block i: a->dy becomes the gradient of fc2, and the gradients
+// of gate2 and of fc2's bias are taken. dshift, dscale: of the norm, NULL where there was none.
 static void norm_backward_behind(NormBackward *a, GpuModel *g, int i, floatX *dshift, floatX *dscale, int B) {
     int D = a->D;
     size_t at = (size_t)i * B * 6 * D + 5 * D;
