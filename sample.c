@@ -1,12 +1,13 @@
 // From a checkpoint to pictures: the sampler's front end, and the decoder of the INVAE latents.
 //
-// What this file is: the solvers that train_srdit.c lacks (Euler and Heun on the probability-flow ODE), the
-// convolutional decoder that turns ImageNet latents into pixels, the places where pictures can go (a PNG
-// grid, one PNG each, an .npz for the ADM evaluator, latents, the terminal), and the command line. What it
-// refuses to become: an image library. The network, Euler-Maruyama, random numbers, safetensors and PNG are
-// train_srdit.c's.
+// What this file is: the convolutional decoder that turns ImageNet latents into pixels, the solvers that
+// train_srdit.c lacks (Euler and Heun on the probability-flow ODE), the command line, and the places where
+// pictures can go (a PNG grid, one PNG each, an .npz for the ADM evaluator, latents, the terminal). What it
+// refuses to become: an image library. The network and Euler-Maruyama are train_srdit.c's; the formats of
+// files and terminals are dev/lib's.
 //
 //   make && ./sample out/checkpoint.safetensors --show
+//   ./sample --show             the newest run's checkpoint
 //   ./sample --help             every flag with its default
 //
 // Every number is addressed by (seed, step, global index of the sample), so sample 17 of a seed is the same
@@ -14,7 +15,7 @@
 #ifndef TRAIN_SRDIT_NO_MAIN
 #define TRAIN_SRDIT_NO_MAIN
 #endif
-#ifndef SAMPLE_NO_TRAINER               // test_srdit.c has included the trainer already
+#ifndef SAMPLE_NO_TRAINER   // test_srdit.c has included the trainer already
 #ifdef __GNUC__
 #pragma GCC diagnostic ignored "-Wunused-function"   // this program does not train
 #endif
@@ -40,17 +41,33 @@
 
 // A convolution of taps x taps, 1 or 3. w: for each row of the kernel and each block of at most KC of its
 // taps * in inputs, panels of NR outputs as matmul_rows wants them, made once when the file is opened.
-typedef struct { int taps, in, out; real *w, *b; } Conv;
-typedef struct { int channels; real *w, *b; } Norm;
-typedef struct { Norm norm1, norm2; Conv conv1, conv2, shortcut; } ResBlock;     // shortcut.w NULL: none
+typedef struct {
+    int taps, in, out;
+    real *w, *b;
+} Conv;
+typedef struct {
+    int channels;
+    real *w, *b;
+} Norm;
+typedef struct {
+    Norm norm1, norm2;
+    Conv conv1, conv2, shortcut;
+} ResBlock;   // shortcut.w NULL: none
 // [3C,C], [3C], [C,C], [C]; w NULL: none
-typedef struct { Norm norm; real *qkv_w, *qkv_b, *proj_w, *proj_b; } AttnBlock;
+typedef struct {
+    Norm norm;
+    real *qkv_w, *qkv_b, *proj_w, *proj_b;
+} AttnBlock;
 
 enum { MAX_LEVELS = 8, MAX_RES = 8 };
 // up.w NULL: no upsampling
-typedef struct { ResBlock block[MAX_RES]; AttnBlock attn[MAX_RES]; Conv up; } Level;
 typedef struct {
-    int levels, blocks, groups, z, out_ch, width;    // width: channels of the smallest map
+    ResBlock block[MAX_RES];
+    AttnBlock attn[MAX_RES];
+    Conv up;
+} Level;
+typedef struct {
+    int levels, blocks, groups, z, out_ch, width;   // width: channels of the smallest map
     double eps;
     Conv post_quant, conv_in, conv_out;
     ResBlock mid1, mid2;
@@ -67,7 +84,9 @@ static size_t map_at(int y, int x, int W, int C) {
 }
 
 // The name of a tensor, put together; good to the end of the expression that it stands in
-typedef struct { char text[160]; } Name;
+typedef struct {
+    char text[160];
+} Name;
 __attribute__((format(printf, 1, 2))) static Name name_of(const char *format, ...) {
     Name name;
     va_list args;
@@ -96,7 +115,7 @@ static real *decoder_tensor(Decoder *d, const SafeFile *f, const char *name, int
     int same = t->ndim == (taps ? 4 : 1);
     for (int i = 0; same && i < t->ndim; i++) same = t->shape[i] == shape[i];
     if (!same) die("%s: tensor %s: its shape does not fit the tensors before it", f->path, name);
-    if (!strchr("FB", t->dtype[0]) || !strcmp(t->dtype, "BOOL"))
+    if (!is_floating(t->type))
         die("%s: tensor %s: dtype %s where floating point is expected", f->path, name, t->dtype);
     size_t n = safe_elements(t);
     real *out = decoder_alloc(d, n);
@@ -113,7 +132,7 @@ static int decoder_size(const SafeFile *f, const char *name, int dim) {
     return (int)t->shape[dim];
 }
 
-// The taps * in inputs of one row of the kernel are cut into blocks of at most KC; block q begins at conv_cut.
+// The taps * in inputs of one row of the kernel are cut into blocks of at most KC; where block q begins
 static int conv_blocks(const Conv *c) { return (c->taps * c->in + KC - 1) / KC; }
 static int conv_cut(const Conv *c, int q) { return (int)((long)c->taps * c->in * q / conv_blocks(c)); }
 
@@ -514,7 +533,7 @@ static void sample_ode(double *x, double *cls, const Backend *backend, Model *mo
 
 // What guidance costs is measured, by asking the network through here.
 static const Backend *timed_backend;
-static double timed_seconds[2];          // evaluations with a label, and without
+static double timed_seconds[2];   // evaluations with a label, and without
 static long timed_samples[2];
 static void timed_velocity(Model *m, real *v, real *v_cls, const real *x, const real *cls, const real *t,
                            const int *y, int use_ema, int path_drop, int B) {
@@ -522,6 +541,104 @@ static void timed_velocity(Model *m, real *v, real *v_cls, const real *x, const 
     int unconditional = y[0] == m->c.num_classes;
     timed_backend->velocity(m, v, v_cls, x, cls, t, y, use_ema, path_drop, B);
     timed_seconds[unconditional] += now_seconds() - start, timed_samples[unconditional] += B;
+}
+
+// ----------------------------------------------------------------------------------------------------------
+// Command line
+
+typedef struct {
+    const char *checkpoint, *sampler, *classes, *one_class, *decoder, *out, *separate, *npz, *latents;
+    int steps, num, batch, threads, scale, columns, raw, no_path_drop, random_classes, show, show_steps;
+    double cfg, cls_cfg, low, high;
+    uint64_t seed;
+    char newest[PATH_MAX];   // the checkpoint's path where none was given
+} SampleRun;
+
+#define SAMPLE_OPTION(name, field, kind, low, high, help)                                                    \
+    { name, kind, offsetof(SampleRun, field), low, high, FREE, help, 0 }
+static const Option sample_options[] = {
+    SAMPLE_OPTION("sampler", sampler, TEXT, 0, 0,
+                  "em: stochastic Euler-Maruyama, as the paper scores; or the ODE with euler or heun [em]"),
+    SAMPLE_OPTION("steps", steps, WHOLE, 1, 1e6, "steps from noise to data; 250 to score"),
+    SAMPLE_OPTION("cfg", cfg, NUMBER, 0, 1000, "classifier-free guidance; 1: none"),
+    SAMPLE_OPTION("cls_cfg", cls_cfg, NUMBER, -1, 1000,
+                  "guidance of the CLS vector, where --cfg is above 1; 0: none"),
+    SAMPLE_OPTION("guidance_low", low, NUMBER, 0, 1, "guide only at times t from here, 0 is data ..."),
+    SAMPLE_OPTION("guidance_high", high, NUMBER, 0, 1, "... to here, 1 is noise"),
+    SAMPLE_OPTION("no_path_drop", no_path_drop, SWITCH, 0, 0,
+                  "guide with the whole network instead of without its sparse blocks"),
+    SAMPLE_OPTION("class", one_class, TEXT, 0, 0, "all of this class, or none: without a class"),
+    SAMPLE_OPTION("classes", classes, TEXT, 0, 0, "these classes in turn, such as 0-9 or 1,4,7-9 [all]"),
+    SAMPLE_OPTION("random_classes", random_classes, SWITCH, 0, 0, "classes drawn at random"),
+    SAMPLE_OPTION("num", num, WHOLE, 0, 1e9,
+                  "pictures; 0: 8 of each class, or 8 in all where there are over 20 classes"),
+    SAMPLE_OPTION("seed", seed, SEED, 0, 9e15, "of everything random"),
+    SAMPLE_OPTION("raw", raw, SWITCH, 0, 0, "the weights themselves instead of their moving average"),
+    SAMPLE_OPTION("decoder", decoder, TEXT, 0, 0, "the decoder's weights, for checkpoints of INVAE latents"),
+    SAMPLE_OPTION("out", out, TEXT, 0, 0,
+                  "one PNG with all pictures [samples.png, where nothing below is asked for]"),
+    SAMPLE_OPTION("scale", scale, WHOLE, 0, 1000, "enlarge each pixel; 0: to 64 a side at least"),
+    SAMPLE_OPTION("columns", columns, WHOLE, 0, 1e6,
+                  "of the PNG; 0: one a class, up to 20, or nearly square"),
+    SAMPLE_OPTION("separate", separate, TEXT, 0, 0, "folder for one PNG each"),
+    SAMPLE_OPTION("npz", npz, TEXT, 0, 0,
+                  "for the ADM evaluator; the same command goes on with what an interrupted one left"),
+    SAMPLE_OPTION("latents", latents, TEXT, 0, 0, "safetensors with what the network made, undecoded"),
+    SAMPLE_OPTION("show", show, SWITCH, 0, 0, "show the pictures in the terminal"),
+    SAMPLE_OPTION("show_steps", show_steps, SWITCH, 0, 0, "and how they come out of the noise"),
+    SAMPLE_OPTION("batch", batch, WHOLE, 0, 1e5, "pictures at a time; 0: what fits into 1 GB, at most 64"),
+    SAMPLE_OPTION("threads", threads, WHOLE, 0, 4096, "CPU threads; 0: what OpenMP chooses"),
+};
+static OptionTable sample_table(SampleRun *r) {
+    OptionTable t = {sample_options, sizeof(sample_options) / sizeof(sample_options[0]), r, NULL};
+    return t;
+}
+
+static SampleRun sample_run_default(void) {
+    SampleRun r;
+    memset(&r, 0, sizeof(r));
+    r.sampler = "em";
+    r.steps = 50;
+    r.cfg = 1;
+    r.high = 1;
+    r.seed = 1;
+    return r;
+}
+
+static void sample_help(const char *program, SampleRun *r) {
+    OptionTable table = sample_table(r);
+    printf("Makes pictures from a checkpoint of train_srdit; without a path, from the newest run's.\n\n"
+           "  %s out/checkpoint.safetensors --show\n"
+           "  %s out/checkpoint.safetensors --classes 3,7 --cfg 2 --num 16 --out 3_and_7.png\n"
+           "  %s out/checkpoint.safetensors --sampler heun --steps 10 --show-steps\n"
+           "  %s out/checkpoint.safetensors --steps 250 --num 5000 --npz samples.npz\n\n"
+           "Options, with their defaults in brackets:\n",
+           program, program, program, program);
+    options_print(&table, 0, 17);
+    printf("\nThe same seed makes the same pictures whatever --batch and --threads are.\n");
+}
+
+// Reads the command line; what contradicts itself is a mistake. Without an output it will be samples.png;
+// without a checkpoint the newest run's, which is named.
+static void sample_flags(SampleRun *r, int argc, char **argv) {
+    OptionTable table = sample_table(r);
+    options_parse(&table, 1, &r->checkpoint, argc, argv);
+    if (strcmp(r->sampler, "em") && strcmp(r->sampler, "euler") && strcmp(r->sampler, "heun"))
+        die("--sampler %s: there is no such sampler; there are em, euler and heun", r->sampler);
+    if (r->low > r->high) die("--guidance-low %g is above --guidance-high %g", r->low, r->high);
+    if (!!r->classes + !!r->one_class + r->random_classes > 1)
+        die("--class, --classes and --random-classes exclude each other");
+    if (!r->out && !r->separate && !r->npz && !r->latents) r->out = "samples.png";
+    if (r->checkpoint) return;
+    if (!newest_run(r->newest))
+        die("which checkpoint? For example: %s out/checkpoint.safetensors (--help lists everything)",
+            argv[0]);
+    r->checkpoint = r->newest;
+    printf("%s is the newest run's checkpoint\n", r->checkpoint);
+}
+
+static int wants_pictures(const SampleRun *r) {
+    return r->out || r->separate || r->npz || r->show || r->show_steps;
 }
 
 // ----------------------------------------------------------------------------------------------------------
@@ -578,185 +695,99 @@ static uint64_t fingerprint(const SafeFile *f, const char *prefix) {
     return all;
 }
 
-// ----------------------------------------------------------------------------------------------------------
-// Where pictures go. Pictures are bytes, [height, width, channels], channels 1 (grey) or 3.
-
-// Ends the program early, before hours of sampling, where `path` cannot become a file.
-static void check_output(const char *path, const char *flag) {
-    char folder[PATH_MAX];
-    struct stat st;
-    if (!*path || snprintf(folder, sizeof(folder), "%s", path) >= PATH_MAX - 16)
-        die("%s: the name is empty or too long", flag);
-    if (!stat(path, &st) && !S_ISREG(st.st_mode))
-        die("%s %s: there is something of that name that is not a file", flag, path);
-    char *slash = strrchr(folder, '/');
-    if (!slash) snprintf(folder, sizeof(folder), ".");
-    else slash[slash == folder] = 0;
-    if (stat(folder, &st) || !S_ISDIR(st.st_mode))
-        die("%s %s: there is no folder %s; make it with: mkdir -p %s", flag, path, folder, folder);
-    if (access(folder, W_OK))
-        die("%s %s: the folder %s cannot be written to: %s", flag, path, folder, strerror(errno));
-}
-
-// Latents as a safetensors file, written as a stream: `latents` F32 [N,C,S,S] in the model's units, then
-// `labels` I32 [N]
-typedef struct { FILE *file; char temporary[PATH_MAX]; const char *path; } LatentsOut;
-static void latents_open(LatentsOut *l, const char *path, const Config *c, int n, const SafePair *pairs,
-                         int count) {
-    char *text = NULL;
-    size_t length = 0, bytes = (size_t)n * (size_t)latent_of(c) * 4;
-    FILE *head = open_memstream(&text, &length);
-    if (!head) die("%s: out of memory for its header", path);
-    fprintf(head, "{\"__metadata__\":{");
-    for (int i = 0; i < count; i++) {
-        if (i) fputc(',', head);
-        json_print(head, pairs[i].key), fputc(':', head), json_print(head, pairs[i].value);
-    }
-    fprintf(head, "},\"latents\":{\"dtype\":\"F32\",\"shape\":[%d,%d,%d,%d],\"data_offsets\":[0,%zu]}", n,
-            c->in_channels, c->input_size, c->input_size, bytes);
-    fprintf(head, ",\"labels\":{\"dtype\":\"I32\",\"shape\":[%d],\"data_offsets\":[%zu,%zu]}}", n, bytes,
-            bytes + 4 * (size_t)n);
-    while ((fflush(head), length % 8)) fputc(' ', head);
-    fclose(head);
-    l->path = path, l->file = file_begin(l->temporary, path);
-    put_le(l->file, 8, length), fwrite(text, 1, length, l->file);
-    free(text);
-}
-static void latents_put(LatentsOut *l, const double *x, size_t n) {
-    for (size_t i = 0; i < n; i++) {
-        float value = (float)x[i];
-        fwrite(&value, 4, 1, l->file);
-    }
-}
-
-// ----------------------------------------------------------------------------------------------------------
-// Command line
-
+// What is sampled from: a checkpoint and, where its latents are not pixels, their decoder
 typedef struct {
-    const char *sampler, *classes, *one_class, *decoder, *out, *separate, *npz, *latents;
-    int steps, num, batch, threads, scale, columns, raw, no_path_drop, random_classes, show, show_steps;
-    double cfg, cls_cfg, low, high;
-    uint64_t seed;
-} SampleRun;
+    SafeFile *file;
+    Config c;
+    const char *prefix;              // of the names of the weights that are used
+    const char *step, *data;         // what the file says of its training
+    Decoder *decoder;                // NULL: the latents are pixels, or stay latents
+    double scale, offset;            // model's units = decoder's * scale + offset
+    int H, W, channels;              // of a picture
+    uint64_t print, decoder_print;   // fingerprints
+} Source;
 
-typedef struct {
-    const char *name;
-    char kind;   // t text, i whole number, u seed, d number, s switch
-    size_t offset;
-    double low, high;
-    const char *help;
-} SampleOption;
-#define SAMPLE_OPTION(flag, field, kind, low, high, help) \
-    {flag, kind, offsetof(SampleRun, field), low, high, help}
-static const SampleOption sample_options[] = {
-    SAMPLE_OPTION("--sampler", sampler, 't', 0, 0,
-                  "em: stochastic Euler-Maruyama, as the paper scores; or the ODE with euler or heun [em]"),
-    SAMPLE_OPTION("--steps", steps, 'i', 1, 1e6, "steps from noise to data; 250 to score [50]"),
-    SAMPLE_OPTION("--cfg", cfg, 'd', 0, 1000, "classifier-free guidance; 1: none [1]"),
-    SAMPLE_OPTION("--cls-cfg", cls_cfg, 'd', -1, 1000,
-                  "guidance of the CLS vector, where --cfg is above 1; 0: none [0]"),
-    SAMPLE_OPTION("--guidance-low", low, 'd', 0, 1, "guide only at times t from here, 0 is data ... [0]"),
-    SAMPLE_OPTION("--guidance-high", high, 'd', 0, 1, "... to here, 1 is noise [1]"),
-    SAMPLE_OPTION("--no-path-drop", no_path_drop, 's', 0, 0,
-                  "guide with the whole network instead of without its sparse blocks"),
-    SAMPLE_OPTION("--class", one_class, 't', 0, 0, "all of this class, or none: without a class"),
-    SAMPLE_OPTION("--classes", classes, 't', 0, 0, "these classes in turn, such as 0-9 or 1,4,7-9 [all]"),
-    SAMPLE_OPTION("--random-classes", random_classes, 's', 0, 0, "classes drawn at random"),
-    SAMPLE_OPTION("--num", num, 'i', 1, 1e9,
-                  "pictures [8 of each class, or 8 in all where there are over 20 classes]"),
-    SAMPLE_OPTION("--seed", seed, 'u', 0, 9e15, "of everything random [1]"),
-    SAMPLE_OPTION("--raw", raw, 's', 0, 0, "the weights themselves instead of their moving average"),
-    SAMPLE_OPTION("--decoder", decoder, 't', 0, 0, "the decoder's weights, for checkpoints of INVAE latents"),
-    SAMPLE_OPTION("--out", out, 't', 0, 0,
-                  "one PNG with all pictures [samples.png, where nothing below is asked for]"),
-    SAMPLE_OPTION("--scale", scale, 'i', 0, 1000, "enlarge each pixel; 0: to 64 a side at least [0]"),
-    SAMPLE_OPTION("--columns", columns, 'i', 0, 1e6,
-                  "of the PNG; 0: one a class, up to 20, or nearly square [0]"),
-    SAMPLE_OPTION("--separate", separate, 't', 0, 0, "folder for one PNG each"),
-    SAMPLE_OPTION("--npz", npz, 't', 0, 0,
-                  "for the ADM evaluator; the same command goes on with what an interrupted one left"),
-    SAMPLE_OPTION("--latents", latents, 't', 0, 0, "safetensors with what the network made, undecoded"),
-    SAMPLE_OPTION("--show", show, 's', 0, 0, "show the pictures in the terminal"),
-    SAMPLE_OPTION("--show-steps", show_steps, 's', 0, 0, "and how they come out of the noise"),
-    SAMPLE_OPTION("--batch", batch, 'i', 0, 1e5,
-                  "pictures at a time; 0: what fits into 1 GB, at most 64 [0]"),
-    SAMPLE_OPTION("--threads", threads, 'i', 0, 4096, "CPU threads; 0: what OpenMP chooses [0]"),
-};
-enum { NUM_SAMPLE_OPTIONS = sizeof(sample_options) / sizeof(sample_options[0]) };
-
-static SampleRun sample_run_default(void) {
-    SampleRun r;
-    memset(&r, 0, sizeof(r));
-    r.sampler = "em", r.steps = 50, r.cfg = 1, r.high = 1, r.seed = 1;
-    return r;
+static void source_decoder(Source *s, const SampleRun *r) {
+    SafeFile *f = safe_open(r->decoder);
+    s->decoder = decoder_open(f, "");
+    if (safe_number(f, "latent_scale", s->scale) != s->scale)
+        die("%s: its latent_scale is %s, but that of %s is %g: they do not belong together", r->decoder,
+            safe_metadata(f, "latent_scale"), r->checkpoint, s->scale);
+    if (s->decoder->z != s->c.in_channels)
+        die("%s: it decodes %d channels, but %s makes %d", r->decoder, s->decoder->z, r->checkpoint,
+            s->c.in_channels);
+    if (s->decoder->out_ch != 1 && s->decoder->out_ch != 3)
+        die("%s: its pictures have %d channels", r->decoder, s->decoder->out_ch);
+    s->decoder_print = fingerprint(f, "");
+    safe_close(f);
+    s->channels = s->decoder->out_ch;
+    s->H = s->W = s->c.input_size * decoder_factor(s->decoder);
 }
 
-static void sample_help(const char *program) {
-    printf("Makes pictures from a checkpoint of train_srdit.\n\n"
-           "  %s out/checkpoint.safetensors --show\n"
-           "  %s out/checkpoint.safetensors --classes 3,7 --cfg 2 --num 16 --out 3_and_7.png\n"
-           "  %s out/checkpoint.safetensors --sampler heun --steps 10 --show-steps\n"
-           "  %s out/checkpoint.safetensors --steps 250 --num 5000 --npz samples.npz\n\n"
-           "Options, with their defaults in brackets:\n", program, program, program, program);
-    for (int i = 0; i < NUM_SAMPLE_OPTIONS; i++)
-        printf("  %-17s %s\n", sample_options[i].name, sample_options[i].help);
-    printf("\nThe same seed makes the same pictures whatever --batch and --threads are.\n");
+// Opens the checkpoint, and the decoder if pictures are wanted that need one; the network's weights are not
+// read yet.
+static void source_open(Source *s, const SampleRun *r) {
+    const char *path = r->checkpoint;
+    memset(s, 0, sizeof(*s));
+    s->c = config_default();
+    s->file = checkpoint_open(path, &s->c);
+    int is_export = !strcmp(safe_metadata(s->file, "format"), "srdit-export-1");
+    if (is_export && r->raw)
+        die("%s: an export holds only the moving average; --raw needs a checkpoint", path);
+    s->prefix = is_export ? "" : r->raw ? "model." : "ema.";
+    s->print = fingerprint(s->file, s->prefix);
+    s->step = safe_metadata(s->file, "step");
+    s->data = safe_metadata(s->file, "data");
+    s->H = s->W = s->c.input_size;
+    s->channels = s->c.in_channels;
+    s->scale = safe_number(s->file, "latent_scale", 1);
+    s->offset = safe_number(s->file, "latent_offset", 0);
+    if (s->scale == 0 || !(fabs(s->scale) < INFINITY) || !(fabs(s->offset) < INFINITY))
+        die("%s: latent_scale %g, latent_offset %g are not usable", path, s->scale, s->offset);
+
+    const char *kind = safe_metadata(s->file, "decoder");
+    int pixels = !kind || !strcmp(kind, "pixels");
+    if (!pixels && strcmp(kind, "invae"))
+        die("%s: its decoder is \"%s\", which is neither pixels nor invae", path, kind);
+    if (pixels && r->decoder)
+        die("--decoder %s: the checkpoint was trained on pixels, which need no decoder", r->decoder);
+    if (!wants_pictures(r)) return;
+    if (pixels && s->channels != 1 && s->channels != 3)
+        die("%s: %d channels are no picture; --latents FILE keeps them", path, s->channels);
+    if (!pixels && !r->decoder)
+        die("%s makes latents of the INVAE: --decoder FILE turns them into pictures (dev/convert.py makes "
+            "one), --latents FILE keeps them",
+            path);
+    if (!pixels) source_decoder(s, r);
 }
 
-// Reads the command line; returns the checkpoint's path.
-static const char *sample_flags(SampleRun *r, int argc, char **argv) {
-    const char *path = NULL;
-    for (int i = 1; i < argc; i++) {
-        const SampleOption *o = NULL;
-        for (int k = 0; k < NUM_SAMPLE_OPTIONS && !o; k++)
-            if (!strcmp(argv[i], sample_options[k].name)) o = &sample_options[k];
-        if (!o && argv[i][0] != '-') {
-            if (path) die("two checkpoints are given, %s and %s; one is enough", path, argv[i]);
-            path = argv[i];
-            continue;
-        }
-        if (!o) {   // the flag that shares most of its letters at both ends
-            const char *best = NULL;
-            size_t most = 4;
-            for (int k = 0; k < NUM_SAMPLE_OPTIONS; k++) {
-                const char *flag = sample_options[k].name;
-                size_t same = 0, back = 0, n = strlen(flag), m = strlen(argv[i]);
-                while (same < n && flag[same] == argv[i][same]) same++;
-                while (back < n && back < m && flag[n - 1 - back] == argv[i][m - 1 - back]) back++;
-                if (same + back > most) most = same + back, best = flag;
-            }
-            die("unknown argument %s%s%s%s (--help lists all)", argv[i], best ? "; did you mean " : "",
-                best ? best : "", best ? "?" : "");
-        }
-        char *at = (char *)r + o->offset;
-        if (o->kind == 's') {
-            *(int *)at = 1;
-            continue;
-        }
-        if (i + 1 >= argc) die("%s needs a value: %s", o->name, o->help);
-        const char *value = argv[++i];
-        if (o->kind == 't') {
-            *(const char **)at = value;
-            continue;
-        }
-        double x = text_number(value, "command line", o->name);
-        if (!(x >= o->low && x <= o->high) || (o->kind != 'd' && x != floor(x)))
-            die("%s is %s, which is not a %snumber from %.0f to %.0f", o->name, value,
-                o->kind == 'd' ? "" : "whole ", o->low, o->high);
-        if (o->kind == 'd') *(double *)at = x;
-        else if (o->kind == 'u') *(uint64_t *)at = (uint64_t)x;
-        else *(int *)at = (int)x;
+static void source_close(Source *s) {
+    if (s->decoder) decoder_close(s->decoder);
+    safe_close(s->file);
+}
+
+// pixels [n,H,W,channels] of x [n,C,S,S]
+static void view(uint8_t *pixels, const Source *s, const double *x, size_t n) {
+    if (!s->decoder) {
+        pixels_of(pixels, x, (int)n, s->channels, s->H, s->W);
+        return;
     }
-    if (!path)
-        die("which checkpoint? For example: %s out/checkpoint.safetensors (--help lists everything)",
-            argv[0]);
-    if (strcmp(r->sampler, "em") && strcmp(r->sampler, "euler") && strcmp(r->sampler, "heun"))
-        die("--sampler %s: there is no such sampler; there are em, euler and heun", r->sampler);
-    if (r->low > r->high) die("--guidance-low %g is above --guidance-high %g", r->low, r->high);
-    if (!!r->classes + !!r->one_class + r->random_classes > 1)
-        die("--class, --classes and --random-classes exclude each other");
-    return path;
+    size_t latent = (size_t)latent_of(&s->c), size = (size_t)s->H * (size_t)s->W * (size_t)s->channels;
+    real *z = (real *)alloc_zero(latent, sizeof(real)), *image = (real *)alloc_zero(size, sizeof(real));
+    double *planes = (double *)alloc_zero(size, sizeof(double));
+    for (size_t b = 0; b < n; b++) {
+        for (size_t i = 0; i < latent; i++) z[i] = (real)((x[b * latent + i] - s->offset) / s->scale);
+        decoder_decode(image, s->decoder, z, 1, s->c.input_size, s->c.input_size);
+        for (size_t i = 0; i < size; i++) planes[i] = image[i];
+        pixels_of(pixels + b * size, planes, 1, s->channels, s->H, s->W);
+    }
+    free(z);
+    free(image);
+    free(planes);
 }
+
+// ----------------------------------------------------------------------------------------------------------
+// What is drawn: classes, their places, and the settings that decide every bit of it
 
 // The classes of a list such as "1,4,7-9", and `none`, which is class K: they are counted; classes NULL: only
 // that.
@@ -787,345 +818,504 @@ static int class_list(int *classes, const char *list, int K) {
     return n;
 }
 
-// ----------------------------------------------------------------------------------------------------------
-// The run
-
 typedef struct {
-    const Config *c;
-    const Decoder *decoder;      // NULL: the latents are pixels
-    double scale, offset;        // model's units = decoder's * scale + offset
-    int H, W, channels;          // of a picture
-} Viewer;
+    int *y, num;        // a class for each picture; K is "no class"
+    int kinds;          // how many classes there are among them
+    const char *text;   // what was asked for
+} Classes;
 
-// pixels [n,H,W,channels] of x [n,C,S,S]
-static void view(uint8_t *pixels, const Viewer *v, const double *x, size_t n) {
-    size_t latent = (size_t)latent_of(v->c), plane = (size_t)v->H * (size_t)v->W, ch = (size_t)v->channels,
-           size = plane * ch;
-    real *z = (real *)alloc_zero(latent, sizeof(real)), *image = (real *)alloc_zero(size, sizeof(real));
-    for (size_t b = 0; b < n; b++) {
-        for (size_t i = 0; i < latent && v->decoder; i++)
-            z[i] = (real)((x[b * latent + i] - v->offset) / v->scale);
-        if (v->decoder) decoder_decode(image, v->decoder, z, 1, v->c->input_size, v->c->input_size);
-        for (size_t i = 0; i < size; i++)
-            pixels[b * size + i % plane * ch + i / plane] =
-                pixel_of(v->decoder ? (double)image[i] : x[b * latent + i]);
+static Classes choose_classes(const SampleRun *r, const Config *c) {
+    Classes k;
+    const char *list = r->one_class ? r->one_class : r->classes;
+    int K = c->num_classes, count = list ? class_list(NULL, list, K) : 0;
+    if (list && strlen(list) >= sizeof(((SafePair *)0)->value))
+        die("--classes: the list is longer than the %zu characters that are kept with the pictures",
+            sizeof(((SafePair *)0)->value) - 1);
+    if (r->one_class && count > 1)
+        die("--class %s is more than one class; --classes takes a list", r->one_class);
+    int *classes = (int *)alloc_zero((size_t)count, sizeof(int));
+    if (list) class_list(classes, list, K);
+    k.kinds = list ? count : K;
+    k.num = r->num ? r->num : k.kinds <= 20 ? 8 * k.kinds : 8;
+    k.text = list ? list : r->random_classes ? "random" : "balanced";
+    k.y = (int *)alloc_zero((size_t)k.num, sizeof(int));
+    for (int i = 0; i < k.num; i++) {
+        uint64_t random = draw4(r->seed, STREAM_SAMPLE_LABEL, 0, (uint32_t)i, 0).v[0];
+        k.y[i] = list ? classes[i % count] : r->random_classes ? (int)(random * (uint64_t)K >> 32) : i % K;
     }
-    free(z), free(image);
+    free(classes);
+    return k;
 }
 
-// What the callback of the samplers needs: it keeps the line with the time left, draws the steps, and ends on
-// Ctrl-C.
 typedef struct {
-    const Viewer *viewer;
-    const char *npz;             // NULL: none, or none that can go on
-    LatentsOut *latents;
-    int done, already, total, n, draw, columns, line;
-    double begin, last;
-} Watch;
+    int columns, scale, gap;
+} Layout;   // of the grid, in pictures and in pixels
 
-static void watch(int step, int steps, const double *x, void *user) {
-    Watch *w = (Watch *)user;
-    double now = now_seconds(), part = w->done + w->n * (double)step / steps;
-    if (interrupted) {
-        if (w->line) fprintf(stderr, "\n");
-        if (w->latents) unlink(w->latents->temporary);
-        fprintf(stderr, "interrupted after %d of %d pictures%s%s%s\n", w->done, w->total,
-                w->npz ? "; they are in " : "", w->npz ? w->npz : "",
-                w->npz ? ".part, and the same command goes on from there" : "");
-        exit(130);
-    }
-    int tty = isatty(STDOUT_FILENO), each = w->viewer->decoder || !tty ? imax(1, steps / 8) : 1;
-    if (w->draw && (step % each == 0 || step == steps)) {   // the first pictures of the first batch
-        int n = imin(w->n, w->viewer->decoder ? 1 : w->draw);
-        size_t bytes = (size_t)w->viewer->H * (size_t)w->viewer->W * (size_t)w->viewer->channels;
-        uint8_t *pixels = (uint8_t *)alloc_zero((size_t)n, bytes);
-        view(pixels, w->viewer, x, (size_t)n);
-        printf("step %d/%d\x1b[K\n", step, steps);
-        int lines = 1 + pictures_show(pixels, n, w->viewer->H, w->viewer->W, w->viewer->channels, w->columns);
-        if (tty && step < steps) printf("\x1b[%dA", lines);   // the next step is drawn over this one
-        fflush(stdout);
-        free(pixels);
-        if (step == steps) w->draw = 0;
-    }
-    if (w->draw || !isatty(STDERR_FILENO) || (now - w->last < 0.1 && part < w->total)) return;
-    double left = (now - w->begin) / (part - w->already) * (w->total - part);
-    w->last = now, w->line = 1;
-    fprintf(stderr, "\r%d of %d pictures, step %d/%d, %d:%02d left \x1b[K", w->done, w->total, step, steps,
-            (int)left / 60, (int)left % 60);
+static Layout choose_layout(const SampleRun *r, const Source *s, const Classes *k) {
+    Layout l;
+    l.scale = r->scale ? r->scale : imax(1, (63 + s->W) / s->W);
+    l.gap = imax(2, s->W * l.scale / 32);
+    int one_a_class = k->kinds > 1 && k->kinds <= 20 && !r->random_classes;
+    l.columns = r->columns ? r->columns : one_a_class ? k->kinds : (int)ceil(sqrt(k->num));
+    l.columns = imin(l.columns, k->num);
+    return l;
 }
 
-__attribute__((format(printf, 2, 3))) static SafePair pair_format(const char *key, const char *format, ...) {
+static Sampling sampling_of(const SampleRun *r) {
+    Sampling s = sampling_default();
+    s.steps = r->steps;
+    s.cfg = r->cfg;
+    s.cls_cfg = r->cls_cfg;
+    s.low = r->low;
+    s.high = r->high;
+    s.seed = r->seed;
+    s.use_ema = !r->raw;
+    s.path_drop = !r->no_path_drop;
+    return s;
+}
+
+static void warn_about_guidance(const Sampling *s, const Config *c) {
+    if (s->cfg <= 1) return;
+    if (!c->label_dropout)
+        fprintf(stderr, "warning: this checkpoint was trained without label dropout; guidance by a network "
+                        "that has never seen \"no class\" is arbitrary\n");
+    if (s->path_drop && !c->path_drop)
+        fprintf(stderr, "warning: this checkpoint was trained without path drop; --no-path-drop guides "
+                        "with the whole network\n");
+}
+
+// The settings that go into the PNG, the .npz and the latents: first those that pictures depend on, then what
+// the numbers of latents mean.
+enum { MAX_SETTINGS = 24 };
+typedef struct {
+    SafePair pairs[MAX_SETTINGS];
+    int count, decisive;
+} Settings;
+
+__attribute__((format(printf, 3, 4))) static void settings_add(Settings *s, const char *key,
+                                                               const char *format, ...) {
     SafePair p = pair_text(key, "");
     va_list args;
     va_start(args, format);
     vsnprintf(p.value, sizeof(p.value), format, args);
     va_end(args);
-    return p;
+    s->pairs[s->count++] = p;
+}
+
+static Settings settings_of(const SampleRun *r, const Source *s, const Classes *k, const Backend *backend) {
+    Settings t;
+    t.count = 0;
+    const char *base = strrchr(r->checkpoint, '/');
+    settings_add(&t, "Software", "SR-DiT in C and CUDA");
+    settings_add(&t, "checkpoint", "%s", base ? base + 1 : r->checkpoint);
+    settings_add(&t, "step", "%s", s->step ? s->step : "?");
+    settings_add(&t, "weights", "%s %016llx", r->raw ? "raw" : "EMA", (unsigned long long)s->print);
+    if (s->decoder) settings_add(&t, "decoder", "invae %016llx", (unsigned long long)s->decoder_print);
+    else settings_add(&t, "decoder", "pixels");
+    settings_add(&t, "seed", "%llu", (unsigned long long)r->seed);
+    settings_add(&t, "num", "%d", k->num);
+    settings_add(&t, "classes", "%s", k->text);
+    settings_add(&t, "sampler", "%s", r->sampler);
+    settings_add(&t, "steps", "%d", r->steps);
+    settings_add(&t, "cfg", "%.17g", r->cfg);
+    settings_add(&t, "cls_cfg", "%.17g", r->cls_cfg);
+    settings_add(&t, "guidance_low", "%.17g", r->low);
+    settings_add(&t, "guidance_high", "%.17g", r->high);
+    settings_add(&t, "path_drop", "%d", !r->no_path_drop);
+    settings_add(&t, "build", "%s, %s, vectors of %d bytes", backend->name, dtypes[real_dtype()].name,
+                 (int)VBYTES);
+    t.decisive = t.count;
+    settings_add(&t, "space", "model");
+    settings_add(&t, "latent_scale", "%.17g", s->scale);
+    settings_add(&t, "latent_offset", "%.17g", s->offset);
+    settings_add(&t, "data", "%s", s->data ? s->data : "unnamed");
+    return t;
+}
+
+// Those that pictures depend on, a line each; the caller frees.
+static char *settings_text(const Settings *s) {
+    char *text = NULL;
+    size_t bytes = 0;
+    FILE *out = open_memstream(&text, &bytes);
+    if (!out) die("out of memory");
+    for (int i = 0; i < s->decisive; i++) fprintf(out, "%s: %s\n", s->pairs[i].key, s->pairs[i].value);
+    fclose(out);
+    return text;
+}
+
+// ----------------------------------------------------------------------------------------------------------
+// Where pictures go. Pictures are bytes, [height, width, channels], channels 1 (grey) or 3.
+
+// Ends the program early, before hours of sampling, where `path` cannot become a file.
+static void check_output(const char *path, const char *flag) {
+    char folder[PATH_MAX];
+    struct stat st;
+    if (!*path || snprintf(folder, sizeof(folder), "%s", path) >= PATH_MAX - 16)
+        die("%s: the name is empty or too long", flag);
+    if (!stat(path, &st) && !S_ISREG(st.st_mode))
+        die("%s %s: there is something of that name that is not a file", flag, path);
+    char *slash = strrchr(folder, '/');
+    if (!slash) snprintf(folder, sizeof(folder), ".");
+    else slash[slash == folder] = 0;
+    if (stat(folder, &st) || !S_ISDIR(st.st_mode))
+        die("%s %s: there is no folder %s; make it with: mkdir -p %s", flag, path, folder, folder);
+    if (access(folder, W_OK))
+        die("%s %s: the folder %s cannot be written to: %s", flag, path, folder, strerror(errno));
+}
+
+// Latents as a safetensors file, written as a stream: `latents` F32 [N,C,S,S] in the model's units, then
+// `labels` I32 [N]
+typedef struct {
+    FILE *file;
+    char temporary[PATH_MAX];
+    const char *path;
+} LatentsOut;
+static void latents_open(LatentsOut *l, const char *path, const Config *c, int n, const SafePair *pairs,
+                         int count) {
+    char *text = NULL;
+    size_t length = 0, bytes = (size_t)n * (size_t)latent_of(c) * 4;
+    FILE *head = open_memstream(&text, &length);
+    if (!head) die("%s: out of memory for its header", path);
+    fprintf(head, "{\"__metadata__\":{");
+    for (int i = 0; i < count; i++) {
+        if (i) fputc(',', head);
+        json_print(head, pairs[i].key), fputc(':', head), json_print(head, pairs[i].value);
+    }
+    fprintf(head, "},\"latents\":{\"dtype\":\"F32\",\"shape\":[%d,%d,%d,%d],\"data_offsets\":[0,%zu]}", n,
+            c->in_channels, c->input_size, c->input_size, bytes);
+    fprintf(head, ",\"labels\":{\"dtype\":\"I32\",\"shape\":[%d],\"data_offsets\":[%zu,%zu]}}", n, bytes,
+            bytes + 4 * (size_t)n);
+    while ((fflush(head), length % 8)) fputc(' ', head);
+    fclose(head);
+    l->path = path, l->file = file_begin(l->temporary, path);
+    put_le(l->file, 8, length), fwrite(text, 1, length, l->file);
+    free(text);
+}
+static void latents_put(LatentsOut *l, const double *x, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        float value = (float)x[i];
+        fwrite(&value, 4, 1, l->file);
+    }
+}
+static void latents_close(LatentsOut *l, const int *y, int n) {
+    for (int i = 0; i < n; i++) put_le(l->file, 4, (uint64_t)(uint32_t)y[i]);
+    file_end(l->file, l->temporary, l->path);
+}
+
+typedef struct {
+    const SampleRun *r;
+    const Source *source;
+    const Classes *classes;
+    const Settings *settings;
+    Layout layout;
+    Grid grid;            // for --out
+    Npz npz;              // for --npz
+    LatentsOut latents;   // for --latents
+    uint8_t *shown;       // for --show, the first shown_count pictures
+    int shown_count;
+    int fresh;         // something other than the .npz wants all pictures
+    int first;         // those before it are in the .npz already
+    size_t size;       // bytes of a picture
+    uint8_t *pixels;   // a batch of them
+    double decoding;   // seconds
+} Outputs;
+
+// Ends the program early, before hours of sampling, where a picture could not be written.
+static void outputs_check(const SampleRun *r, const Source *s, const Layout *l, int num) {
+    if (r->out) {
+        check_output(r->out, "--out");
+        if (strlen(r->out) < 5 || strcmp(r->out + strlen(r->out) - 4, ".png"))
+            die("--out %s: pictures are PNG, so the name must end in .png", r->out);
+        double width = (double)l->columns * (s->W * l->scale + l->gap);
+        double rows = (num + l->columns - 1) / l->columns;
+        if (width * rows * (s->H * l->scale + l->gap) > 4e8 || width > 1e6)
+            die("--out %s: %d pictures in one are too many; --separate DIR or --npz FILE takes any number",
+                r->out, num);
+    }
+    if (r->npz) check_output(r->npz, "--npz");
+    if (r->latents) check_output(r->latents, "--latents");
+    if (r->separate) make_folder(r->separate);
+    if (r->separate && access(r->separate, W_OK))
+        die("--separate %s: the folder cannot be written to: %s", r->separate, strerror(errno));
+}
+
+// An .npz goes on where it stopped if nothing else wants the pictures that it has.
+static void outputs_open(Outputs *o, const SampleRun *r, const Source *s, const Classes *k,
+                         const Settings *settings, const Layout *l, int batch) {
+    memset(o, 0, sizeof(*o));
+    o->r = r;
+    o->source = s;
+    o->classes = k;
+    o->settings = settings;
+    o->layout = *l;
+    o->size = (size_t)s->H * (size_t)s->W * (size_t)s->channels;
+    o->pixels = (uint8_t *)alloc_zero((size_t)batch, o->size);
+    o->shown_count = r->show ? imin(k->num, s->decoder ? 4 : 10 * l->columns) : 0;
+    o->shown = (uint8_t *)alloc_zero((size_t)o->shown_count, o->size);
+    o->fresh = r->out || r->separate || r->latents || r->show;
+    if (r->npz) {
+        char *text = settings_text(settings);
+        o->first = (int)npz_open(&o->npz, r->npz, (uint64_t)k->num, s->H, s->W, text);
+        free(text);
+    }
+    if (o->first && o->fresh)
+        die("%s.part is what an interrupted run left; it goes on without --out, --separate, --latents and "
+            "--show, which need all pictures; delete it to begin anew",
+            r->npz);
+    if (o->first) printf("%s.part has the first %d pictures already\n", r->npz, o->first);
+    if (r->out) o->grid = grid_create(k->num, s->W, s->H, s->channels, l->columns, l->scale, l->gap);
+    if (r->latents) latents_open(&o->latents, r->latents, &s->c, k->num, settings->pairs, settings->count);
+}
+
+// Picture i in a file of its own, with its class and number among the settings
+static void put_separate(const Outputs *o, int i, const uint8_t *pixels) {
+    const Source *s = o->source;
+    char name[PATH_MAX];
+    if (snprintf(name, sizeof(name), "%s/%06d.png", o->r->separate, i) >= PATH_MAX)
+        die("%s: the name is too long", o->r->separate);
+    Settings t = *o->settings;
+    settings_add(&t, "index", "%d", i);
+    settings_add(&t, "class", "%d", o->classes->y[i]);
+    Grid one = grid_of_all(pixels, 1, s->W, s->H, s->channels, 1, o->r->scale ? o->r->scale : 1, 0);
+    png_write(name, &one.p, t.pairs, t.count);
+    free(one.p.pixels);
+}
+
+// Pictures i ... i + n - 1, x [n,C,S,S], to every place
+static void outputs_put(Outputs *o, const double *x, int i, int n) {
+    const SampleRun *r = o->r;
+    if (r->latents) latents_put(&o->latents, x, (size_t)n * (size_t)latent_of(&o->source->c));
+    if (!wants_pictures(r)) return;
+    double start = now_seconds();
+    view(o->pixels, o->source, x, (size_t)n);
+    o->decoding += now_seconds() - start;
+    if (r->npz) npz_put(&o->npz, o->pixels, (size_t)n, o->source->channels);
+    for (int k = 0; k < n; k++) {
+        const uint8_t *pixels = o->pixels + (size_t)k * o->size;
+        if (r->out) grid_put(&o->grid, i + k, pixels);
+        if (i + k < o->shown_count) memcpy(o->shown + (size_t)(i + k) * o->size, pixels, o->size);
+        if (r->separate) put_separate(o, i + k, pixels);
+    }
+}
+
+// Nothing is left of files that cannot go on; the .npz can.
+static void outputs_abandon(const Outputs *o) {
+    if (o->r->latents) unlink(o->latents.temporary);
+}
+
+// Gives the files their names, and says so.
+static void outputs_close(Outputs *o) {
+    const SampleRun *r = o->r;
+    const Config *c = &o->source->c;
+    int num = o->classes->num, columns = o->layout.columns;
+    if (r->latents) {
+        latents_close(&o->latents, o->classes->y, num);
+        printf("%s: latents [%d,%d,%d,%d] and labels\n", r->latents, num, c->in_channels, c->input_size,
+               c->input_size);
+    }
+    if (r->npz) {
+        npz_close(&o->npz);
+        printf("%s: arr_0 [%d,%d,%d,3]\n", r->npz, num, o->source->H, o->source->W);
+    }
+    if (r->out) {
+        png_write(r->out, &o->grid.p, o->settings->pairs, o->settings->count);
+        printf("%s: %d x %d pixels, %d pictures in %d column%s\n", r->out, o->grid.p.width, o->grid.p.height,
+               num, columns, columns > 1 ? "s" : "");
+        free(o->grid.p.pixels);
+    }
+    if (r->separate) printf("%s/000000.png ... %06d.png\n", r->separate, num - 1);
+    free(o->pixels);
+}
+
+// The first pictures, in the terminal
+static void outputs_show(Outputs *o) {
+    const Source *s = o->source;
+    const Layout *l = &o->layout;
+    enum Terminal terminal = terminal_kind();
+    if (o->shown_count && terminal == HALF_BLOCKS)
+        pictures_show(o->shown, o->shown_count, s->H, s->W, s->channels, l->columns);
+    else if (o->shown_count) {
+        Grid g = grid_of_all(o->shown, o->shown_count, s->W, s->H, s->channels,
+                             imin(l->columns, o->shown_count), imax(1, l->scale / 2), imax(1, l->gap / 2));
+        picture_send(&g.p, terminal);
+        free(g.p.pixels);
+    }
+    free(o->shown);
+}
+
+// ----------------------------------------------------------------------------------------------------------
+// The run
+
+// What the callback of the samplers needs: it keeps the line with the time left, draws the steps, and ends on
+// Ctrl-C.
+typedef struct {
+    const Outputs *out;
+    int done, n;          // pictures before this batch, and in it
+    int draw;             // pictures of the first batch whose steps are drawn; 0 from the second on
+    int line;             // the line with the time left stands there
+    double begin, last;   // times: of the start, of that line
+} Watch;
+
+// The first n pictures of x after this step, in the terminal, over those of the step before
+static void watch_draw(const Outputs *o, int step, int steps, const double *x, int n) {
+    const Source *s = o->source;
+    uint8_t *pixels = (uint8_t *)alloc_zero((size_t)n, o->size);
+    view(pixels, s, x, (size_t)n);
+    printf("step %d/%d\x1b[K\n", step, steps);
+    int lines = 1 + pictures_show(pixels, n, s->H, s->W, s->channels, o->layout.columns);
+    if (isatty(STDOUT_FILENO) && step < steps) printf("\x1b[%dA", lines);
+    fflush(stdout);
+    free(pixels);
+}
+
+static void watch(int step, int steps, const double *x, void *user) {
+    Watch *w = (Watch *)user;
+    const Outputs *o = w->out;
+    int total = o->classes->num, slow = o->source->decoder != NULL;
+    if (interrupted) {
+        const char *npz = o->fresh ? NULL : o->r->npz;   // that can go on
+        if (w->line) fprintf(stderr, "\n");
+        outputs_abandon(o);
+        fprintf(stderr, "interrupted after %d of %d pictures%s%s%s\n", w->done, total,
+                npz ? "; they are in " : "", npz ? npz : "",
+                npz ? ".part, and the same command goes on from there" : "");
+        exit(130);
+    }
+    int each = slow || !isatty(STDOUT_FILENO) ? imax(1, steps / 8) : 1;
+    if (w->draw && (step % each == 0 || step == steps)) {
+        watch_draw(o, step, steps, x, imin(w->n, slow ? 1 : w->draw));
+        if (step == steps) w->draw = 0;
+    }
+    double now = now_seconds(), part = w->done + w->n * (double)step / steps;
+    if (w->draw || !isatty(STDERR_FILENO) || (now - w->last < 0.1 && part < total)) return;
+    double left = (now - w->begin) / (part - o->first) * (total - part);
+    w->last = now;
+    w->line = 1;
+    fprintf(stderr, "\r%d of %d pictures, step %d/%d, %d:%02d left \x1b[K", w->done, total, step, steps,
+            (int)left / 60, (int)left % 60);
+}
+
+// How many pictures at a time: what was asked for, or what fits into a gigabyte
+static int choose_batch(const SampleRun *r, const Config *c, int num) {
+    Acts none;
+    Arena count = {NULL, 0};
+    acts_layout(&none, &count, c, 1, 1);
+    double fit = 1e9 / ((double)count.used * sizeof(real));
+    return imin(r->batch ? r->batch : imax(1, imin(64, (int)fit)), num);
+}
+
+static void print_plan(const SampleRun *r, const Source *s, const Model *m, const Classes *k, double loaded) {
+    int S = s->c.input_size;
+    printf("%s: step %s of %s, %s weights, %.1f MB read in %.2f s\n", r->checkpoint, s->step ? s->step : "?",
+           s->data ? s->data : "unnamed data", r->raw ? "raw" : "EMA", (double)m->parameter_bytes / 1e6,
+           loaded);
+    if (s->decoder)
+        printf("%s: %d x %d to %d x %d pixels, %.0f MB of weights, %.0f MB of maps\n", r->decoder, S, S, s->H,
+               s->W, (double)s->decoder->weight_bytes / 1e6,
+               3.0 * (double)decoder_map_elements(s->decoder, S, S) * sizeof(real) / 1e6);
+    printf("sampler %s, %d steps, %d evaluations; ", r->sampler, r->steps,
+           strcmp(r->sampler, "heun") ? r->steps : 2 * r->steps - 1);
+    if (r->cfg > 1)
+        printf("cfg %g, cls-cfg %g, t %g to %g, path drop %s; ", r->cfg, r->cls_cfg, r->low, r->high,
+               r->no_path_drop ? "off" : "on");
+    else printf("no guidance; ");
+    printf("%d pictures, classes %s, seed %llu\n", k->num, k->text, (unsigned long long)r->seed);
+    fflush(stdout);
+}
+
+// One batch, s->first and the y of its pictures on: x [n,C,S,S], cls [n,Z]
+static void draw_batch(double *x, double *cls, const Backend *backend, Model *m, const Sampling *s,
+                       const char *sampler, const int *y, Watch *w) {
+    size_t latent = (size_t)latent_of(&m->c);
+    sampler_noise(x, cls, &m->c, s, 0, w->n);
+    if (!strcmp(sampler, "em")) sample_euler_maruyama(x, cls, backend, m, s, y, w->n, watch, w);
+    else sample_ode(x, cls, backend, m, s, !strcmp(sampler, "heun"), y, w->n, watch, w);
+    for (size_t i = 0; i < (size_t)w->n * latent; i++)
+        if (!(fabs(x[i]) < INFINITY)) {
+            outputs_abandon(w->out);
+            die("picture %zu is not made of finite numbers: the checkpoint's weights are of no use, or "
+                "guidance is too strong",
+                (size_t)s->first + i / latent);
+        }
+}
+
+// Draws all pictures, batch by batch, into the outputs; returns the seconds that it took.
+static double draw_all(Outputs *o, const Backend *backend, Model *m, Sampling *s, int batch) {
+    const Config *c = &m->c;
+    int num = o->classes->num;
+    double *x = (double *)alloc_zero((size_t)batch * (size_t)latent_of(c), sizeof(double));
+    double *cls = (double *)alloc_zero((size_t)batch * (size_t)c->z_dim, sizeof(double));
+    Backend timed = *backend;
+    timed_backend = backend;
+    timed.velocity = timed_velocity;
+    Watch w;
+    memset(&w, 0, sizeof(w));
+    w.out = o;
+    w.draw = o->r->show_steps ? 2 * o->layout.columns : 0;
+    w.begin = now_seconds();
+    for (int i = o->first; i < num; i += w.n) {
+        w.n = imin(batch, num - i);
+        w.done = s->first = i;
+        draw_batch(x, cls, &timed, m, s, o->r->sampler, o->classes->y + i, &w);
+        outputs_put(o, x, i, w.n);
+    }
+    if (w.line) fprintf(stderr, "\r\x1b[K");
+    free(x);
+    free(cls);
+    return now_seconds() - w.begin;
+}
+
+// What it took, and what guidance adds
+static void print_times(const Outputs *o, const Sampling *s, double seconds) {
+    const Config *c = &o->source->c;
+    int made = o->classes->num - o->first;
+    printf("%.2f s, %.1f pictures/s", seconds, made / seconds);
+    if (o->source->decoder && made) printf(", of which decoding %.2f s a picture", o->decoding / made);
+    printf("\n");
+    if (!timed_samples[0] || !timed_samples[1]) return;
+    double with = 1e3 * timed_seconds[0] / (double)timed_samples[0];
+    double without = 1e3 * timed_seconds[1] / (double)timed_samples[1];
+    printf("guidance: an evaluation with the class takes %.3f ms a picture, one without %.3f ms "
+           "(%.0f %%), %d of %d blocks%s\n",
+           with, without, 100 * without / with, s->path_drop ? c->num_f + c->num_h : c->depth, c->depth,
+           s->path_drop ? ": path drop" : "");
 }
 
 static int sample_main(int argc, char **argv, const Backend *backend) {
     SampleRun r = sample_run_default();
-    for (int i = 1; i < argc; i++)
-        if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h")) {
-            sample_help(argv[0]);
-            return 0;
-        }
-    const char *path = sample_flags(&r, argc, argv);
+    if (wants_help(argc, argv)) {
+        sample_help(argv[0], &r);
+        return 0;
+    }
+    sample_flags(&r, argc, argv);
     if (r.threads) omp_set_num_threads(r.threads);
 
-    // the checkpoint and, where its latents are not pixels, the decoder
     double begin = now_seconds();
-    Config c = config_default();
-    SafeFile *f = checkpoint_open(path, &c);
-    int is_export = !strcmp(safe_metadata(f, "format"), "srdit-export-1"), K = c.num_classes,
-        S = c.input_size;
-    if (is_export && r.raw)
-        die("%s: an export holds only the moving average; --raw needs a checkpoint", path);
-    const char *prefix = is_export ? "" : r.raw ? "model." : "ema.", *kind = safe_metadata(f, "decoder");
-    Viewer viewer = {&c, NULL, safe_number(f, "latent_scale", 1), safe_number(f, "latent_offset", 0), S, S,
-                     c.in_channels};
-    if (viewer.scale == 0 || !(fabs(viewer.scale) < INFINITY) || !(fabs(viewer.offset) < INFINITY))
-        die("%s: latent_scale %g, latent_offset %g are not usable", path, viewer.scale, viewer.offset);
-    int pixels_kind = !kind || !strcmp(kind, "pixels"),
-        wants_pictures = r.out || r.separate || r.npz || r.show || r.show_steps;
-    if (!r.out && !r.separate && !r.npz && !r.latents) r.out = "samples.png", wants_pictures = 1;
-    if (!pixels_kind && strcmp(kind, "invae"))
-        die("%s: its decoder is \"%s\", which is neither pixels nor invae", path, kind);
-    if (pixels_kind && r.decoder)
-        die("--decoder %s: the checkpoint was trained on pixels, which need no decoder", r.decoder);
-    if (pixels_kind && wants_pictures && c.in_channels != 1 && c.in_channels != 3)
-        die("%s: %d channels are no picture; --latents FILE keeps them", path, c.in_channels);
-    if (!pixels_kind && !r.decoder && wants_pictures)
-        die("%s makes latents of the INVAE: --decoder FILE turns them into pictures (dev/convert.py makes "
-            "one), --latents FILE keeps them", path);
-    uint64_t decoder_print = 0;
-    Decoder *decoder = NULL;
-    if (!pixels_kind && wants_pictures) {
-        SafeFile *d = safe_open(r.decoder);
-        decoder = decoder_open(d, "");
-        if (safe_number(d, "latent_scale", viewer.scale) != viewer.scale)
-            die("%s: its latent_scale is %s, but that of %s is %g: they do not belong together", r.decoder,
-                safe_metadata(d, "latent_scale"), path, viewer.scale);
-        if (decoder->z != c.in_channels)
-            die("%s: it decodes %d channels, but %s makes %d", r.decoder, decoder->z, path, c.in_channels);
-        if (decoder->out_ch != 1 && decoder->out_ch != 3)
-            die("%s: its pictures have %d channels", r.decoder, decoder->out_ch);
-        decoder_print = fingerprint(d, "");
-        safe_close(d);
-        viewer.decoder = decoder, viewer.channels = decoder->out_ch;
-        viewer.H = viewer.W = S * decoder_factor(decoder);
-    }
-
-    // labels, places
-    const char *list = r.one_class ? r.one_class : r.classes;
-    int list_count = list ? class_list(NULL, list, K) : 0;
-    if (list && strlen(list) >= sizeof(((SafePair *)0)->value))
-        die("--classes: the list is longer than the %zu characters that are kept with the pictures",
-            sizeof(((SafePair *)0)->value) - 1);
-    int *classes = (int *)alloc_zero((size_t)list_count, sizeof(int)), kinds = list ? list_count : K;
-    if (list) class_list(classes, list, K);
-    if (r.one_class && list_count > 1)
-        die("--class %s is more than one class; --classes takes a list", r.one_class);
-    if (!r.num) r.num = kinds <= 20 ? 8 * kinds : 8;
-    int scale = r.scale ? r.scale : imax(1, (63 + viewer.W) / viewer.W), gap = imax(2, viewer.W * scale / 32);
-    int columns = (int)ceil(sqrt(r.num));
-    if (kinds <= 20 && kinds > 1 && !r.random_classes) columns = kinds;
-    if (r.columns) columns = r.columns;
-    columns = imin(columns, r.num);
-    if (r.out) {
-        check_output(r.out, "--out");
-        if (strlen(r.out) < 5 || strcmp(r.out + strlen(r.out) - 4, ".png"))
-            die("--out %s: pictures are PNG, so the name must end in .png", r.out);
-        double area = (double)columns * (viewer.W * scale + gap) * ((r.num + columns - 1) / columns) *
-                      (viewer.H * scale + gap);
-        if (area > 4e8 || (double)columns * (viewer.W * scale + gap) > 1e6)
-            die("--out %s: %d pictures in one are too many; --separate DIR or --npz FILE takes any number",
-                r.out, r.num);
-    }
-    if (r.npz) check_output(r.npz, "--npz");
-    if (r.latents) check_output(r.latents, "--latents");
-    if (r.separate) make_folder(r.separate);
-    if (r.separate && access(r.separate, W_OK))
-        die("--separate %s: the folder cannot be written to: %s", r.separate, strerror(errno));
-
-    // the model
-    Acts none;
-    Arena count = {NULL, 0};
-    acts_layout(&none, &count, &c, 1, 1);
-    int batch = r.batch ? r.batch : imax(1, imin(64, (int)(1e9 / ((double)count.used * sizeof(real)))));
-    batch = imin(batch, r.num);
-    Model *m = sampling_model(backend, &c, batch, f, prefix, r.raw);
-    uint64_t print = fingerprint(f, prefix);
+    Source source;
+    source_open(&source, &r);
+    Classes classes = choose_classes(&r, &source.c);
+    Layout layout = choose_layout(&r, &source, &classes);
+    outputs_check(&r, &source, &layout, classes.num);
+    int batch = choose_batch(&r, &source.c, classes.num);
+    Model *m = sampling_model(backend, &source.c, batch, source.file, source.prefix, r.raw);
     double loaded = now_seconds() - begin;
-    const char *step_text = safe_metadata(f, "step"), *data = safe_metadata(f, "data"),
-               *base = strrchr(path, '/');
-    base = base ? base + 1 : path;
 
-    Sampling s = sampling_default();
-    s.steps = r.steps, s.cfg = r.cfg, s.cls_cfg = r.cls_cfg, s.low = r.low, s.high = r.high, s.seed = r.seed,
-    s.use_ema = !r.raw;
-    s.path_drop = !r.no_path_drop;
-    int stochastic = !strcmp(r.sampler, "em"), heun = !strcmp(r.sampler, "heun"), guided = s.cfg > 1;
-    if (guided && !c.label_dropout)
-        fprintf(stderr, "warning: this checkpoint was trained without label dropout; guidance by a network "
-                        "that has never seen \"no class\" is arbitrary\n");
-    if (guided && s.path_drop && !c.path_drop)
-        fprintf(stderr, "warning: this checkpoint was trained without path drop; --no-path-drop guides "
-                        "with the whole network\n");
+    Sampling sampling = sampling_of(&r);
+    Settings settings = settings_of(&r, &source, &classes, backend);
+    warn_about_guidance(&sampling, &source.c);
+    print_plan(&r, &source, m, &classes, loaded);
 
-    // every setting that pictures depend on: into the PNG, the .npz, the latents, and on the terminal
-    SafePair pairs[24];
-    int n = 0;
-    pairs[n++] = pair_text("Software", "SR-DiT in C and CUDA");
-    pairs[n++] = pair_text("checkpoint", base), pairs[n++] = pair_text("step", step_text ? step_text : "?");
-    pairs[n++] = pair_format("weights", "%s %016llx", r.raw ? "raw" : "EMA", (unsigned long long)print);
-    pairs[n++] = pair_format("decoder", viewer.decoder ? "invae %016llx" : "pixels",
-                             (unsigned long long)decoder_print);
-    pairs[n++] = pair_format("seed", "%llu", (unsigned long long)r.seed);
-    pairs[n++] = pair_format("num", "%d", r.num);
-    pairs[n++] = pair_text("classes", list ? list : r.random_classes ? "random" : "balanced");
-    pairs[n++] = pair_text("sampler", r.sampler), pairs[n++] = pair_format("steps", "%d", r.steps);
-    pairs[n++] = pair_format("cfg", "%.17g", r.cfg), pairs[n++] = pair_format("cls_cfg", "%.17g", r.cls_cfg);
-    pairs[n++] = pair_format("guidance_low", "%.17g", r.low);
-    pairs[n++] = pair_format("guidance_high", "%.17g", r.high);
-    pairs[n++] = pair_format("path_drop", "%d", s.path_drop);
-    pairs[n++] =
-        pair_format("build", "%s, %s, vectors of %d bytes", backend->name, real_dtype(), (int)VBYTES);
-    int settings_count = n;
-    pairs[n++] = pair_text("space", "model"), pairs[n++] = pair_number("latent_scale", viewer.scale);
-    pairs[n++] = pair_number("latent_offset", viewer.offset);
-    pairs[n++] = pair_text("data", data ? data : "unnamed");
-    char *settings = NULL;
-    size_t settings_bytes = 0;
-    FILE *text = open_memstream(&settings, &settings_bytes);
-    if (!text) die("out of memory");
-    for (int i = 0; i < settings_count; i++) fprintf(text, "%s: %s\n", pairs[i].key, pairs[i].value);
-    fclose(text);
+    Outputs outputs;
+    outputs_open(&outputs, &r, &source, &classes, &settings, &layout, batch);
+    catch_interrupts();
+    double seconds = draw_all(&outputs, backend, m, &sampling, batch);
+    outputs_close(&outputs);
+    print_times(&outputs, &sampling, seconds);
+    outputs_show(&outputs);
 
-    int per_step = heun ? 2 * r.steps - 1 : r.steps;
-    printf("%s: step %s of %s, %s weights, %.1f MB read in %.2f s\n", path, step_text ? step_text : "?",
-           data ? data : "unnamed data", r.raw ? "raw" : "EMA", (double)m->parameter_bytes / 1e6, loaded);
-    if (decoder)
-        printf("%s: %d x %d to %d x %d pixels, %.0f MB of weights, %.0f MB of maps\n", r.decoder, S, S,
-               viewer.H, viewer.W, (double)decoder->weight_bytes / 1e6,
-               3.0 * (double)decoder_map_elements(decoder, S, S) * sizeof(real) / 1e6);
-    printf("sampler %s, %d steps, %d evaluations; ", r.sampler, r.steps, per_step);
-    if (guided)
-        printf("cfg %g, cls-cfg %g, t %g to %g, path drop %s; ", r.cfg, r.cls_cfg, r.low, r.high,
-               s.path_drop ? "on" : "off");
-    else printf("no guidance; ");
-    printf("%d pictures, classes %s, seed %llu\n", r.num, pairs[7].value, (unsigned long long)r.seed);
-    fflush(stdout);
-
-    // where they go. An .npz goes on where it stopped if nothing else wants the pictures that it has.
-    Npz npz;
-    LatentsOut latents;
-    Grid grid;
-    int show_n = r.show ? imin(r.num, viewer.decoder ? 4 : 10 * columns) : 0, first = 0;
-    size_t size = (size_t)viewer.H * (size_t)viewer.W * (size_t)viewer.channels,
-           latent = (size_t)latent_of(&c), Z = (size_t)c.z_dim;
-    uint8_t *shown = (uint8_t *)alloc_zero((size_t)show_n, size);
-    int fresh = r.out || r.separate || r.latents || r.show;
-    if (r.npz) {
-        first = (int)npz_open(&npz, r.npz, (uint64_t)r.num, viewer.H, viewer.W, settings);
-        if (first && fresh)
-            die("%s.part is what an interrupted run left; it goes on without --out, --separate, --latents and "
-                "--show, which need all pictures; delete it to begin anew", r.npz);
-        if (first) printf("%s.part has the first %d pictures already\n", r.npz, first);
-    }
-    if (r.out) grid = grid_create(r.num, viewer.W, viewer.H, viewer.channels, columns, scale, gap);
-    if (r.latents) latents_open(&latents, r.latents, &c, r.num, pairs, n);
-
-    // the pictures
-    double *x = (double *)alloc_zero((size_t)batch * latent, sizeof(double)),
-           *cls = (double *)alloc_zero((size_t)batch * Z, sizeof(double));
-    int *y = (int *)alloc_zero((size_t)r.num, sizeof(int));
-    for (int i = 0; i < r.num; i++)
-        y[i] = list ? classes[i % list_count] : !r.random_classes ? i % K
-            : (int)((uint64_t)draw4(r.seed, STREAM_SAMPLE_LABEL, 0, (uint32_t)i, 0).v[0] * (uint64_t)K >> 32);
-    uint8_t *pixels = (uint8_t *)alloc_zero((size_t)batch, size);
-    Backend timed = *backend;
-    timed_backend = backend, timed.velocity = timed_velocity;
-    struct sigaction action;
-    memset(&action, 0, sizeof(action));
-    action.sa_handler = on_interrupt, action.sa_flags = (int)SA_RESETHAND;   // a second Ctrl-C ends at once
-    sigaction(SIGINT, &action, NULL), sigaction(SIGTERM, &action, NULL);
-    Watch w = {&viewer, fresh ? NULL : r.npz, r.latents ? &latents : NULL, first, first, r.num, 0,
-               r.show_steps ? 2 * columns : 0, columns, 0, now_seconds(), 0};
-    double decoding = 0;
-    for (int i = first; i < r.num; i += w.n) {
-        w.n = imin(batch, r.num - i), w.done = s.first = i;
-        size_t b = (size_t)w.n;
-        sampler_noise(x, cls, &c, &s, 0, w.n);
-        if (stochastic) sample_euler_maruyama(x, cls, &timed, m, &s, y + i, w.n, watch, &w);
-        else sample_ode(x, cls, &timed, m, &s, heun, y + i, w.n, watch, &w);
-        for (size_t k = 0; k < b * latent; k++)
-            if (!(fabs(x[k]) < INFINITY))
-                die("picture %zu is not made of finite numbers: the checkpoint's weights are of no use, or "
-                    "guidance is too strong", (size_t)i + k / latent);
-        if (r.latents) latents_put(&latents, x, b * latent);
-        if (!wants_pictures) continue;
-        double start = now_seconds();
-        view(pixels, &viewer, x, b);
-        decoding += now_seconds() - start;
-        if (r.npz) npz_put(&npz, pixels, b, viewer.channels);
-        for (size_t k = 0; k < b; k++) {
-            int index = i + (int)k;
-            if (r.out) grid_put(&grid, index, pixels + k * size);
-            if (index < show_n) memcpy(shown + (size_t)index * size, pixels + k * size, size);
-            if (!r.separate) continue;
-            char name[PATH_MAX];
-            Grid one = grid_create(1, viewer.W, viewer.H, viewer.channels, 1, r.scale ? r.scale : 1, 0);
-            grid_put(&one, 0, pixels + k * size);
-            if (snprintf(name, sizeof(name), "%s/%06d.png", r.separate, index) >= PATH_MAX)
-                die("%s: the name is too long", r.separate);
-            pairs[n] = pair_number("index", index), pairs[n + 1] = pair_number("class", y[index]);
-            png_write(name, &one.p, pairs, n + 2);
-            free(one.p.pixels);
-        }
-    }
-    if (w.line) fprintf(stderr, "\r\x1b[K");
-    double seconds = now_seconds() - w.begin;
-    if (r.latents) {
-        for (int i = 0; i < r.num; i++) put_le(latents.file, 4, (uint64_t)(uint32_t)y[i]);
-        file_end(latents.file, latents.temporary, r.latents);
-        printf("%s: latents [%d,%d,%d,%d] and labels\n", r.latents, r.num, c.in_channels, S, S);
-    }
-    if (r.npz) {
-        npz_close(&npz);
-        printf("%s: arr_0 [%d,%d,%d,3]\n", r.npz, r.num, viewer.H, viewer.W);
-    }
-    if (r.out) {
-        png_write(r.out, &grid.p, pairs, n);
-        printf("%s: %d x %d pixels, %d pictures in %d column%s\n", r.out, grid.p.width, grid.p.height, r.num,
-               columns, columns > 1 ? "s" : "");
-    }
-    if (r.separate) printf("%s/000000.png ... %06d.png\n", r.separate, r.num - 1);
-    int made = r.num - first;
-    printf("%.2f s, %.1f pictures/s", seconds, made / seconds);
-    if (decoder && made) printf(", of which decoding %.2f s a picture", decoding / made);
-    printf("\n");
-    if (timed_samples[1] && timed_samples[0]) {
-        double with = 1e3 * timed_seconds[0] / (double)timed_samples[0],
-               without = 1e3 * timed_seconds[1] / (double)timed_samples[1];
-        printf("guidance: an evaluation with the class takes %.3f ms a picture, one without %.3f ms "
-               "(%.0f %%), %d of %d blocks%s\n", with, without, 100 * without / with,
-               s.path_drop ? c.num_f + c.num_h : c.depth, c.depth, s.path_drop ? ": path drop" : "");
-    }
-    enum Terminal terminal = terminal_kind();
-    if (r.show && terminal == HALF_BLOCKS)
-        pictures_show(shown, show_n, viewer.H, viewer.W, viewer.channels, columns);
-    else if (r.show) {
-        Grid g = grid_of_all(shown, show_n, viewer.W, viewer.H, viewer.channels, imin(columns, show_n),
-                             imax(1, scale / 2), imax(1, gap / 2));
-        picture_send(&g.p, terminal);
-        free(g.p.pixels);
-    }
-    if (r.out) free(grid.p.pixels);
-    if (decoder) decoder_close(decoder);
-    free(x), free(cls), free(y), free(pixels), free(shown), free(classes), free(settings);
     backend->destroy(m);
-    safe_close(f);
+    source_close(&source);
+    free(classes.y);
     return 0;
 }
 

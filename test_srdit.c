@@ -77,8 +77,11 @@ static void compare(Report *r, const char *name, const real *got, const double *
                     double tolerance, double extra) {
     double most = 0, error = 0;
     for (size_t i = 0; i < n; i++) {
-        double d = fabs((double)got[i] - want[i]);
-        worsens(&most, fabs(want[i])), worsens(&error, d);
+        if (isfinite(want[i])) {
+            worsens(&most, fabs(want[i]));
+            worsens(&error, fabs((double)got[i] - want[i]));
+        } else if (isnan(want[i]) ? !isnan(got[i]) : (double)got[i] != want[i])
+            error = NAN;   // exactly, or not at all
     }
     if (r->override_tolerance > 0) tolerance = r->override_tolerance, extra = 0;
     report_add(r, name, error, tolerance * most + extra + 1e-300);
@@ -90,7 +93,7 @@ static double *want_read(const SafeFile *f, const char *name, size_t n) {
     if (safe_elements(t) != n)
         die("%s: tensor %s: %zu elements where %zu are expected", f->path, name, safe_elements(t), n);
     double *out = (double *)alloc_zero(n, sizeof(double));
-    for (size_t i = 0; i < n; i++) out[i] = element(safe_data(f, t), t->dtype, i);
+    for (size_t i = 0; i < n; i++) out[i] = element(safe_data(f, t), t->type, i);
     return out;
 }
 
@@ -723,7 +726,8 @@ static void test_batches(void) {
 static double tolerance_after(int argc, char **argv, int i) {
     if (i + 1 >= argc) die("--tolerance needs a value");
     double tolerance = text_number(argv[i + 1], "command line", "--tolerance");
-    if (!(tolerance > 0)) die("--tolerance is %g, which is not above 0", tolerance);
+    if (!(tolerance > 0 && tolerance < INFINITY))
+        die("--tolerance is %g, which is not a finite number above 0", tolerance);
     return tolerance;
 }
 
@@ -880,6 +884,10 @@ static void test_mistakes(void) {
     expect("unknown flag", run_self(0, "--as-trainer --stps 3"), "did you mean --steps");
     expect("no such file", run_self(0, "--as-trainer --data %s", in_folder("none")), "cannot be opened");
     expect("not a number", run_self(0, "--as-trainer --lr fast"), "not a number");
+    expect("a flag given twice", run_self(0, "--as-trainer --data a --batch 3 --data b"),
+           "--data is given twice");
+    expect("a switch given twice", run_self(0, "--as-trainer --no-cls --no-cls"), "--no-cls is given twice");
+    expect("tolerance", run_self(0, "--tolerance inf x"), "finite number");
     expect("out of range", run_self(0, "--as-trainer --batch 0"), "--batch is 0");
     expect("no such model", run_self(0, "--as-trainer --model B/3"), "no such model");
     expect("width and heads", run_self(0, "--as-trainer --hidden-size 30"), "multiple of 4");
@@ -915,8 +923,8 @@ static void test_mistakes(void) {
     free(before), free(after);
 }
 
-// A command typed twice loses nothing: a new run goes to a free folder, and one that holds a run is replaced only
-// where the command says so and a step has succeeded
+// A command typed twice loses nothing: a new run goes to a free folder, and one that holds a run is
+// replaced only where the command says so and a step has succeeded
 static void test_folders(void) {
     char *made[3], *now[3], here[PATH_MAX];
     static const char *const names[] = {"free/out/checkpoint.safetensors",
@@ -965,6 +973,29 @@ static void test_folders(void) {
     step = safe_number(f, "step", 0);
     safe_close(f);
     result(!status && step == 2, "--overwrite", "replaces the run");
+    // a second run that dies after its first step leaves a folder that is its own throughout
+    expect("--overwrite, NaN in the loss",
+           run_self(0, NANO "--lr 1e6 --steps 50 --sample-steps 1 --overwrite --out %s", out),
+           "The last checkpoint is ");
+    f = safe_open(checkpoint);
+    step = safe_number(f, "step", 0);
+    safe_close(f);
+    result(step == 1 && access(in_folder("free/out/samples.png"), F_OK), "--overwrite and a death",
+           "checkpoint and log are the new run's, the old picture is gone");
+    // another run's rows do not stand in the log of one that is resumed over it
+    run_self(0, NANO "--steps 2 --sample-steps 1 --overwrite --out %s", out);
+    status = run_self(0, "--as-trainer --resume %s --steps 5 --sample-steps 1 --overwrite --out %s",
+                      in_folder(names[2]), out);
+    char *mixed = file_text(log, &n);
+    result(!status && strstr(mixed, "\n5,") && !strstr(mixed, "\n1,"), "--resume --overwrite",
+           "the log has no rows of the run that it replaces");
+    // a log that cannot be written anew stays, and so does all else
+    if (symlink("/dev/full", in_folder("free/out/log.csv.part"))) die("cannot link: %s", strerror(errno));
+    expect("full disk, log", run_self(0, "--as-trainer --resume %s --steps 6 --sample-steps 1", checkpoint),
+           "No space left");
+    char *left = file_text(log, &n);
+    result(n && !strcmp(left, mixed), "full disk and the log", "the rows are untouched");
+    free(mixed), free(left);
     for (int i = 0; i < 3; i++) free(made[i]);
     free(now[0]), free(rows), free(still);
 }
@@ -978,6 +1009,112 @@ static void write_raw(const char *path, uint64_t length, const char *header, siz
     for (size_t i = 0; i < data_bytes; i++) fputc(0, f);
     fclose(f);
 }
+// A model made with one thread is used with three (its scratch is for one), and a routing of as many tokens
+// as a configuration may have is drawn
+static void test_late_threads(void) {
+    Config c = small_config();
+    int threads = omp_get_max_threads();
+    omp_set_num_threads(1);
+    Model *m = backend->create(&c, 3, 1);
+    Batch *batch = random_batch(&c, 3, 0, 3, 8, 0);
+    randomize(m, 5);
+    double with_one = loss_of(m, batch).total;
+    omp_set_num_threads(3);
+    double with_three = loss_of(m, batch).total;
+    omp_set_num_threads(threads);
+    result(with_one == with_three, "threads added later", "the same loss");
+    batch_free(batch), backend->destroy(m);
+
+    enum { T = 65536, KEPT = 16384 };
+    int *ids = (int *)alloc_zero(T, sizeof(int)), good = 1;
+    uint64_t *keys = (uint64_t *)alloc_zero(T, sizeof(uint64_t)), above = 0;
+    draw_kept(ids, KEPT, T, keys, 9, 0, 1);
+    for (int i = 0; i < KEPT; i++) good &= ids[i] >= 0 && ids[i] < T && (!i || ids[i] > ids[i - 1]);
+    uint64_t most = 0;   // the definition: no token left out has a smaller key than one kept
+    for (int i = 0; i < KEPT; i++)
+        most = route_key((size_t)ids[i], 9, 0, 1) > most ? route_key((size_t)ids[i], 9, 0, 1) : most;
+    for (size_t i = 0; i < T; i++) above += route_key(i, 9, 0, 1) > most;
+    result(good && above == T - KEPT, "routing, many tokens", "%d of %d, those with the smallest keys", KEPT,
+           T);
+    free(ids), free(keys);
+}
+
+// An expected value that is not finite must be met exactly, and makes nothing else pass
+static void test_comparisons(void) {
+    static const double want[][2] = {{1, 2}, {INFINITY, 2}, {NAN, 2}, {INFINITY, 2}, {-INFINITY, 2}};
+    static const real got[][2] = {{1, 2}, {(real)INFINITY, 3}, {1, 2}, {1, 2}, {(real)INFINITY, 2}};
+    int failed_ones = 0;
+    for (int i = 0; i < 5; i++) {
+        Report r;
+        memset(&r, 0, sizeof(r));
+        compare(&r, "x", got[i], want[i], 2, 1e-3, 0);
+        failed_ones += r.failed << i;
+        free(r.checks);
+    }
+    result(failed_ones == 30, "infinite references", "1 of 5 comparisons passes");
+}
+
+// A data set's name reaches the checkpoint as it was, and is cut between two characters
+static void test_names(void) {
+    static const char *const shard = "{\"__metadata__\":{\"classes\":\"10\",\"name\":\"%s\"},\"latents\":{"
+                                     "\"dtype\":\"U8\",\"shape\":[6,1,8,8],\"data_offsets\":[0,384]},"
+                                     "\"labels\":{\"dtype\":\"U8\",\"shape\":[6],"
+                                     "\"data_offsets\":[384,390]}}";
+    char header[1024], long_name[160], cut[160];
+    memset(long_name, 'a', 126);
+    snprintf(cut, sizeof(cut), "%.126s", long_name);
+    snprintf(long_name + 126, sizeof(long_name) - 126, "\xc3\xa9");   // bytes 127 and 128 of a name of 127
+    const char *names[2][2] = {{"dogs \\ud83d\\udc36", "dogs \xf0\x9f\x90\xb6"}, {long_name, cut}};
+    for (int i = 0; i < 2; i++) {
+        char out[32];
+        snprintf(out, sizeof(out), "name%d", i);
+        snprintf(header, sizeof(header), shard, names[i][0]);
+        write_raw(in_folder("named"), strlen(header), header, 390);
+        int status = run_self(0, NANO "--no-align --no-cls --steps 1 --sample-steps 1 --data %s --out %s",
+                              in_folder("named"), in_folder(out));
+        snprintf(out, sizeof(out), "name%d/checkpoint.safetensors", i);
+        SafeFile *f = status ? NULL : safe_open(in_folder(out));
+        const char *data = f ? safe_metadata(f, "data") : "";
+        result(!strcmp(data, names[i][1]), i ? "a name cut" : "a name beyond the basic plane", "%.20s%s",
+               data, i ? "..." : "");
+        if (f) safe_close(f);
+    }
+}
+
+// Every half and every brain float against their definition; every type read in pieces as one by one
+static void test_types(void) {
+    static uint16_t all[65536];
+    static real got[65536];
+    int wrong = 0, cases = 0;
+    for (int i = 0; i < 65536; i++) all[i] = (uint16_t)i;
+    elements_read(got, all, F16, 0, 65536, 1, 0);
+    for (int i = 0; i < 65536; i++) {
+        int e = i >> 10 & 31, m = i & 1023;
+        double x = e == 31 ? (m ? NAN : INFINITY) : e ? ldexp(1024 + m, e - 25) : ldexp(m, -24);
+        if (i >> 15) x = -x;
+        wrong += isnan(x) ? !isnan(got[i]) : got[i] != (real)x || !signbit(got[i]) != !signbit(x);
+    }
+    elements_read(got, all, BF16, 0, 65536, 1, 0);
+    for (int i = 0; i < 65536; i++) {
+        int e = i >> 7 & 255, m = i & 127;
+        double x = e == 255 ? (m ? NAN : INFINITY) : e ? ldexp(128 + m, e - 134) : ldexp(m, -133);
+        if (i >> 15) x = -x;
+        wrong += isnan(x) ? !isnan(got[i]) : got[i] != (real)x || !signbit(got[i]) != !signbit(x);
+    }
+    const uint8_t *bytes = (const uint8_t *)all + 3;   // not aligned
+    for (int type = 0; type < DTYPES; type++, cases++)
+        for (size_t first = 0; first < 7000; first += 100) {
+            elements_read(got, bytes, (enum Dtype)type, first, 100, 0.5, -1);
+            for (size_t i = 0; i < 100; i++) {
+                real one = (real)element(bytes, (enum Dtype)type, first + i),
+                     x = (real)((double)one * 0.5 - 1);
+                wrong += isnan(x) ? !isnan(got[i]) : got[i] != x;
+            }
+        }
+    result(!wrong, "number types", "%s: all F16 and BF16; %d types in pieces; %d wrong", precision, cases,
+           wrong);
+}
+
 static void test_damaged(void) {
 #define T(name, dtype, shape, from, to)                                                                      \
     "\"" name "\":{\"dtype\":\"" dtype "\",\"shape\":[" shape "],\"data_offsets\":[" from "," to "]}"
@@ -1007,6 +1144,9 @@ static void test_damaged(void) {
         {"unfinished string", "{\"a", 0, "does not end"},
         {"metadata not text", "{\"__metadata__\":{\"a\":3}}", 0, "expected"},
         {"metadata twice", "{\"__metadata__\":{},\"__metadata__\":{}}", 0, "twice"},
+        {"lone surrogate", "{\"__metadata__\":{\"a\":\"\\ud83d!\"}}", 0, "lone surrogate"},
+        {"not UTF-8", "{\"__metadata__\":{\"a\":\"\xc3(\"}}", 0, "not UTF-8"},
+        {"UTF-8, not shortest", "{\"__metadata__\":{\"a\":\"\xc0\xaf\"}}", 0, "not UTF-8"},
         {"after the end", "{} {}", 0, "something follows"}};
     for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
         char name[64];
@@ -1115,7 +1255,8 @@ static void outcome_free(Outcome *o) {
     free(o);
 }
 
-// The measure of what the GPU may be off by: the CPU's step with everything rounded to bf16 that the GPU stores so
+// The measure of what the GPU may be off by: the CPU's step with everything rounded to bf16 that the GPU
+// stores so
 static int rounding;
 static const Acts *rounded_acts;
 static int stored_in_bf16(const real *C) {
@@ -1408,8 +1549,8 @@ static void test_other_ways(void) {
     gpu::use_tensor_attention = 1;
 }
 
-// The first step that is not finite changes nothing, nor does any after it; it is told at the next reading, however
-// late that is, and the same step on the state that is left shows where it began.
+// The first step that is not finite changes nothing, nor does any after it; it is told at the next reading,
+// however late that is, and the same step on the state that is left shows where it began.
 static void test_not_finite(void) {
     Config c = small_config();
     Model *m = gpu_backend.create(&c, 2, 1);
@@ -1558,6 +1699,10 @@ int main(int argc, char **argv) {
         test_mistakes();
         test_folders();
         test_damaged();
+        test_comparisons();
+        test_late_threads();
+        test_names();
+        test_types();
         char command[64];
         snprintf(command, sizeof(command), "rm -rf %s", folder);
         if (system(command)) printf("     %s could not be removed\n", folder);

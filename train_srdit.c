@@ -1801,7 +1801,7 @@ enum { RUN_OPTIONS = sizeof(run_options) / sizeof(run_options[0]) };
 typedef struct {
     Losses sum;
     int steps, lines;              // since the last line; lines printed
-    double begin, since, paused;   // seconds: the loop began, the last line ended, all pauses for files
+    double begin, since, paused;   // seconds: the loop began, the last line plus pauses, all pauses for files
     FILE *file;   // NULL until the first line, so that nothing is touched before a step succeeded
 } Log;
 
@@ -1858,7 +1858,7 @@ static int items_add(SafeItem *items, int count, const Table *table, const real 
         if (!t->trained && !with_fixed) continue;
         SafeItem *item = &items[count++];
         snprintf(item->name, sizeof(item->name), "%s%s", prefix, t->name);
-        item->dtype = real_dtype();
+        item->type = real_dtype();
         item->ndim = t->ndim;
         item->data = block + t->offset;
         memcpy(item->shape, t->shape, sizeof(item->shape));
@@ -1914,7 +1914,7 @@ static void checkpoint_block(real *host, const Table *table, const SafeFile *f, 
         int same = s->ndim == t->ndim;
         for (int d = 0; same && d < t->ndim; d++) same = s->shape[d] == (uint64_t)t->shape[d];
         if (!same) die("%s: tensor %s: its shape is not that of the model in the metadata", f->path, name);
-        if (!strchr("FB", s->dtype[0]) || !strcmp(s->dtype, "BOOL"))
+        if (!is_floating(s->type))
             die("%s: tensor %s: dtype %s where floating point is expected", f->path, name, s->dtype);
         safe_read(host + t->offset, f, s);
         if (!all_finite(host + t->offset, t->size))
@@ -2084,6 +2084,19 @@ static void write_samples(const Training *t) {
     free(grid.p.pixels), free(pixels), free(x), free(cls), free(y);
 }
 
+// The first line of a run: a step has succeeded, so that a run that is overwritten can go. Checkpoint first,
+// log last: whenever the program is ended, the folder never holds this run's log beside another's checkpoint.
+static void log_begin(Training *t) {
+    const Folder *f = &t->folder;
+    if (f->replaces) {
+        checkpoint_write(t);
+        if (unlink(f->picture) && errno != ENOENT)
+            die("%s: cannot be removed: %s", f->picture, strerror(errno));
+    }
+    t->log.file = log_open(f->log, "step,loss,denoise,cls,align,cfm,grad_norm,lr,ms_per_step,images_per_s",
+                           f->replaces ? 0 : t->first);
+}
+
 // The dashboard: a line in the terminal and in log.csv, of means over the steps since the last one
 static void log_line(Training *t) {
     Log *log = &t->log;
@@ -2093,9 +2106,7 @@ static void log_line(Training *t) {
     int digits = snprintf(total, sizeof(total), "%d", run->steps);
     double now = now_seconds(), ms = 1000 * (now - log->since) / log->steps, k = 1.0 / log->steps;
     double left = (now - log->begin - log->paused) / (t->step - t->first) * (run->steps - t->step);
-    if (!log->file)
-        log->file = log_open(
-            t->folder.log, "step,loss,denoise,cls,align,cfm,grad_norm,lr,ms_per_step,images_per_s", t->first);
+    if (!log->file) log_begin(t);
     if (log->lines++ % 20 == 0)
         printf("%*s      loss  denoise     cls    align      cfm     norm       lr      ms   img/s    left\n",
                2 * digits + 1, "step");
@@ -2109,7 +2120,7 @@ static void log_line(Training *t) {
     if (fflush(log->file)) die("%s: cannot be written: %s", t->folder.log, strerror(errno));
     memset(&log->sum, 0, sizeof(log->sum));
     log->steps = 0;
-    log->since = now_seconds();
+    log->since = now;
 }
 static void log_add(Log *log, const Losses *one) {
     log->sum.total += one->total;
@@ -2118,6 +2129,12 @@ static void log_add(Log *log, const Losses *one) {
     log->sum.align += one->align;
     log->sum.cfm += one->cfm;
     log->sum.grad_norm = one->grad_norm;
+}
+// The clocks leave out what happened from `start` on: lines, checkpoints and pictures are not steps.
+static void log_pause(Log *log, double start) {
+    double pause = now_seconds() - start;
+    log->since += pause;
+    log->paused += pause;
 }
 
 // Forward and backward of step `step` (from 0), part by part. bad: where it is not NULL, what is not finite
@@ -2151,16 +2168,16 @@ static void train(Training *t) {
         log->steps++;
         int last = t->step == run->steps || interrupted, save = last || t->step % run->save_every == 0;
         int line = save || t->step % run->log_every == 0 || t->step == 1;
-        if (t->backend != &cpu_backend && !line) continue;   // reading waits for a GPU
-        Losses now = t->backend->read_losses(t->model);
-        if (now.bad_step) report_not_finite(t, now.bad_step);
-        log_add(log, &now);
+        if (line || t->backend == &cpu_backend) {   // reading waits for a GPU
+            Losses now = t->backend->read_losses(t->model);
+            if (now.bad_step) report_not_finite(t, now.bad_step);
+            log_add(log, &now);
+        }
+        double pause = now_seconds();
         if (line) log_line(t);
-        if (save) checkpoint_write(t);
+        if (save && t->saved != t->step) checkpoint_write(t);
         if (!last && run->sample_every && t->step % run->sample_every == 0) write_samples(t);
-        if (!line) continue;
-        log->paused += now_seconds() - log->since;   // checkpoints and pictures
-        log->since = now_seconds();
+        log_pause(log, pause);
     }
     if (t->step > t->first && t->saved != t->step) checkpoint_write(t);
 }

@@ -39,34 +39,34 @@ EXPORT void bench_function(int which, int times, float *out, const float *in, in
 }
 
 // A whole training step: a model, and a batch that the caller fills
-typedef struct { Model *model; Batch *batch; int parts; } Training;
-EXPORT Training *bench_create(const char *name, int B) {
+typedef struct { Model *model; Batch *batch; int parts; } Bench;
+EXPORT Bench *bench_create(const char *name, int B) {
     Config c = config_default();
     if (!model_preset(&c, name)) die("no model %s", name);
     if (!strcmp(name, "nano"))   // the bundled digits
         c.in_channels = 1, c.input_size = 8, c.num_classes = 10, c.z_dim = 32;
-    Training *t = (Training *)alloc_zero(1, sizeof(Training));
+    Bench *t = (Bench *)alloc_zero(1, sizeof(Bench));
     t->parts = parts_of(&c, B);   // as the trainer takes them
     t->model = model_create(&c, B / t->parts, 1);
     t->batch = batch_create(&c, B);
     t->batch->whole = B;
     return t;
 }
-EXPORT void bench_destroy(Training *t) { model_destroy(t->model), batch_free(t->batch), free(t); }
+EXPORT void bench_destroy(Bench *t) { model_destroy(t->model), batch_free(t->batch), free(t); }
 
-EXPORT double bench_setting(const Training *t, const char *name) {
+EXPORT double bench_setting(const Bench *t, const char *name) {
     OptionTable settings = config_table(&t->model->c);
     int i = option_find(&settings, strcmp(name, "proj_coeff") ? name : "align_coeff");   // its name in PyTorch
     return i < 0 ? NAN : option_get(&settings, i);
 }
 // Parameter tensor i: its name, place and size; NULL after the last
-EXPORT const char *bench_parameter(const Training *t, int i, real **data, size_t *size) {
+EXPORT const char *bench_parameter(const Bench *t, int i, real **data, size_t *size) {
     const Tensor *x = &t->model->table.tensors[i];
     if (i >= t->model->table.count) return NULL;
     *data = t->model->params + x->offset, *size = x->size;
     return x->name;
 }
-EXPORT void *bench_input(Training *t, const char *name) {
+EXPORT void *bench_input(Bench *t, const char *name) {
     Batch *b = t->batch;
     const struct { const char *name; void *data; } list[] = {
         {"x", b->x}, {"noise", b->noise}, {"cls", b->cls}, {"noise_cls", b->noise_cls}, {"t", b->t},
@@ -75,11 +75,11 @@ EXPORT void *bench_input(Training *t, const char *name) {
         if (!strcmp(name, list[i].name)) return list[i].data;
     return NULL;
 }
-EXPORT void bench_start(Training *t) {   // the EMA starts at the parameters that were put in
+EXPORT void bench_start(Bench *t) {   // the EMA starts at the parameters that were put in
     memcpy(t->model->ema, t->model->params, t->model->table.total * sizeof(real));
 }
 // Zero, forward, backward, clipping, AdamW, EMA; the total loss
-EXPORT double bench_step(Training *t, int step) {
+EXPORT double bench_step(Bench *t, int step) {
     zero_gradients(t->model);
     const Config *c = &t->model->c;
     size_t latent = (size_t)latent_of(c), Z = (size_t)c->z_dim, T = (size_t)tokens_of(c);

@@ -305,8 +305,8 @@ def test_bad_input(C):
     os.mkdir("folder")
     open("file", "w").close()
     for words, pattern in (
-            ([], "which checkpoint"), (["nothing.safetensors"], "cannot be opened"),
-            (["folder"], "not a file"), ([C, C], "two checkpoints"),
+            (["nothing.safetensors"], "cannot be opened"),
+            (["folder"], "not a file"), ([C, C], "are given; one is enough"),
             ([C, "--class", "10"], "no class 10; there are 0 to 9"), ([C, "--class", "-1"], "list"),
             ([C, "--class", "x"], "list"),
             ([C, "--class", "1,2"], "more than one"), ([C, "--classes", "3-12"], "no class 12"),
@@ -318,7 +318,7 @@ def test_bad_input(C):
             ([C, "--sampler", "ddim"], "no such sampler; there are em, euler and heun"),
             ([C, "--steps", "0"], "--steps"),
             ([C, "--steps", "2.5"], "whole"), ([C, "--steps", "ten"], "not a number"),
-            ([C, "--num", "-3"], "--num is -3"), ([C, "--num", "0"], "--num"),
+            ([C, "--num", "-3"], "--num is -3"), ([C, "--num", "1.5"], "--num is 1.5"),
             ([C, "--num"], "needs a value"), ([C, "--cfg", "nan"], "--cfg"), ([C, "--cfg", "-1"], "--cfg"),
             ([C, "--seed", "-1"], "--seed"),
             ([C, "--guidance-low", "0.9", "--guidance-high", "0.1"], "above"),
@@ -426,11 +426,15 @@ def test_terminal(C):
 def test_help():
     r = run("--help")
     with open(os.path.join(ROOT, "sample.c")) as f:
-        flags = re.findall(r'SAMPLE_OPTION\("(--[a-z-]+)"', f.read())
+        names = re.findall(r'SAMPLE_OPTION\("([a-z_]+)"', f.read())
+    flags = ["--" + name.replace("_", "-") for name in names]
     check("--help names every flag", r.returncode == 0 and len(flags) > 20 and
-          all(f in r.stdout for f in flags))
+          all("  %s " % f in r.stdout for f in flags))
+    bad("no checkpoint and no run", "which checkpoint")
     os.makedirs("out", exist_ok=True)
     shutil.copy("tiny/checkpoint.safetensors", "out/checkpoint.safetensors")
+    check("without a path, the newest run's", "out/checkpoint.safetensors is the newest" in
+          good("--num", 1, "--steps", 1, "--out", "newest.png") and os.path.exists("newest.png"))
     lines = [line.split() for line in r.stdout.splitlines() if "out/checkpoint.safetensors" in line]
     check("--help has examples", len(lines) >= 3)
     for line in lines:

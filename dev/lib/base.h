@@ -17,6 +17,7 @@
 #endif
 #include <errno.h>
 #include <fcntl.h>
+#include <float.h>
 #include <limits.h>
 #include <math.h>
 #include <stdarg.h>
@@ -36,6 +37,9 @@ static int omp_get_thread_num(void) { return 0; }
 static void omp_set_num_threads(int n) { (void)n; }
 #endif
 
+#if defined(FLT_EVAL_METHOD) && FLT_EVAL_METHOD != 0
+#error "floats are computed in another precision here (-mfpmath=387?): gradients would be wrong; use SSE"
+#endif
 #ifdef USE_DOUBLE
 typedef double real;
 #define REAL_EPS 2.220446049250313e-16

@@ -58,9 +58,12 @@ static double option_get(const OptionTable *t, int i) {
 static void option_set(const OptionTable *t, int i, double value, const char *where, const char *name) {
     const Option *o = &t->options[i];
     void *field = option_field(t, i);
-    if (!(value >= o->low && value <= o->high) || (o->kind != NUMBER && value != floor(value)))
-        die("%s: %s is %.10g, which is not %s from %.10g to %.10g", where, name, value,
-            o->kind == NUMBER ? "a number" : "a whole number", o->low, o->high);
+    if (!(value >= o->low && value <= o->high) || (o->kind != NUMBER && value != floor(value))) {
+        if (o->kind == NUMBER)
+            die("%s: %s is %g, which is not a number from %g to %.10g", where, name, value, o->low, o->high);
+        die("%s: %s is %.10g, which is not a whole number from %.0f to %.0f", where, name, value, o->low,
+            o->high);
+    }
     if (o->kind == NUMBER) *(double *)field = value;
     else if (o->kind == SEED) *(uint64_t *)field = (uint64_t)value;
     else *(int *)field = (int)value;
@@ -76,7 +79,7 @@ static int option_find(const OptionTable *t, const char *name) {   // -1: there 
     return -1;
 }
 
-enum { FLAG_BYTES = 80 };
+enum { FLAG_BYTES = 80, MAX_TABLES = 4, MAX_OPTIONS = 256 };
 static void flag_of(char flag[FLAG_BYTES], const Option *o) {
     snprintf(flag, FLAG_BYTES, "--%s%s", o->kind == TECHNIQUE ? "no-" : "", o->name);
     for (char *s = flag; *s; s++)
@@ -125,6 +128,7 @@ static int option_read(const OptionTable *t, int i, int at, int argc, char **arg
 // The command line into the tables' fields. The one word that may stand without a flag goes to *word (NULL:
 // none may).
 static void options_parse(const OptionTable *tables, int count, const char **word, int argc, char **argv) {
+    char seen[MAX_TABLES][MAX_OPTIONS] = {{0}};
     for (int at = 1; at < argc; at++) {
         char flag[FLAG_BYTES];
         int done = 0;
@@ -132,6 +136,7 @@ static void options_parse(const OptionTable *tables, int count, const char **wor
             for (int i = 0; i < tables[k].count && !done; i++) {
                 flag_of(flag, &tables[k].options[i]);
                 if (strcmp(argv[at], flag)) continue;
+                if (seen[k][i]++) die("%s is given twice; once is enough", flag);
                 at = option_read(&tables[k], i, at, argc, argv);
                 done = 1;
             }
@@ -184,7 +189,9 @@ static void catch_interrupts(void) {
     struct sigaction action;
     memset(&action, 0, sizeof(action));
     action.sa_handler = on_interrupt, action.sa_flags = (int)SA_RESETHAND;
-    sigaction(SIGINT, &action, NULL), sigaction(SIGTERM, &action, NULL);
+    sigaction(SIGINT, &action, NULL);
+    sigaction(SIGTERM, &action, NULL);
+    sigaction(SIGHUP, &action, NULL);
 }
 
 // OpenMP's threads wait for each other by spinning for long, which on a machine that has anything else to do

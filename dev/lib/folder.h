@@ -1,6 +1,6 @@
 // The folder of a run. It holds a checkpoint, pictures and a log, and belongs to one program at a time. A
-// command that is typed twice loses nothing: a new run never writes to a folder that holds another one, unless
-// it is told to.
+// command that is typed twice loses nothing: a new run never writes to a folder that holds another one,
+// unless it is told to.
 //
 //   folder_open     finds or makes the folder that a command means, and locks it until the program ends
 //   log_open        log.csv: fresh, or on resume the rows up to a step of the one that is there
@@ -16,7 +16,8 @@
 
 typedef struct {
     char name[PATH_MAX - 64], checkpoint[PATH_MAX], picture[PATH_MAX], log[PATH_MAX];
-    int lock;   // a file descriptor
+    int lock;       // a file descriptor
+    int replaces;   // 1: it holds another run, which goes once this one has made a step
 } Folder;
 
 static void make_folder(const char *path) {   // and those above it
@@ -39,6 +40,7 @@ static int folder_take(Folder *f, const char *path) {
     snprintf(f->checkpoint, sizeof(f->checkpoint), "%s/checkpoint.safetensors", path);
     snprintf(f->picture, sizeof(f->picture), "%s/samples.png", path);
     snprintf(f->log, sizeof(f->log), "%s/log.csv", path);
+    f->replaces = 0;
     f->lock = open(path, O_RDONLY | O_DIRECTORY);
     if (f->lock < 0) die("%s: the folder cannot be opened: %s", path, strerror(errno));
     if (!flock(f->lock, LOCK_EX | LOCK_NB) || errno != EWOULDBLOCK) return 1;
@@ -54,8 +56,8 @@ static int same_file(const char *a, const char *b) {
 }
 
 // out: as the command line has it, NULL where it has none: then a resumed run goes on beside its checkpoint,
-// and a new one takes the first of out, out-2, out-3 ... that holds no run. A folder that holds another run is
-// refused, unless `overwrite`.
+// and a new one takes the first of out, out-2, out-3 ... that holds no run. A folder that holds another run
+// is refused, unless `overwrite`.
 static Folder folder_open(const char *out, const char *resume, int overwrite) {
     Folder f;
     char path[PATH_MAX];
@@ -63,7 +65,8 @@ static Folder folder_open(const char *out, const char *resume, int overwrite) {
         if (i == 1) snprintf(path, sizeof(path), "out");
         else snprintf(path, sizeof(path), "out-%d", i);
         if (!folder_take(&f, path)) continue;
-        if (!folder_holds_run(&f) || (overwrite && i == 1)) {
+        f.replaces = folder_holds_run(&f);
+        if (!f.replaces || (overwrite && i == 1)) {
             if (i > 1)
                 printf("this run goes to %s, since %s holds another\n", path,
                        i == 2 ? "out" : "each before it");
@@ -79,29 +82,26 @@ static Folder folder_open(const char *out, const char *resume, int overwrite) {
         out = path;
     }
     if (!folder_take(&f, out)) die("%s: another run is writing there; give this one another --out", out);
-    if (folder_holds_run(&f) && !overwrite && !(resume && same_file(resume, f.checkpoint)))
+    f.replaces = folder_holds_run(&f) && !(resume && same_file(resume, f.checkpoint));
+    if (f.replaces && !overwrite)
         die("%s holds %s run; go on with it by --resume %s, put this one elsewhere by another --out, or "
-            "replace it by "
-            "--overwrite",
+            "replace it by --overwrite",
             out, resume ? "another" : "a", f.checkpoint);
     return f;
 }
 
-// log.csv with its head, or on resume the rows up to `step` of the one that is there
+// log.csv with its head, or on resume the rows up to `step` of the one that is there, which is replaced when
+// the new one is whole
 static FILE *log_open(const char *path, const char *head, int step) {
-    char line[1024], *kept = NULL;
-    size_t length = 0;
-    FILE *memory = open_memstream(&kept, &length), *old = step ? fopen(path, "r") : NULL;
-    if (!memory) die("%s: out of memory", path);
-    fprintf(memory, "%s\n", head);
+    char line[1024], temporary[PATH_MAX];
+    FILE *old = step ? fopen(path, "r") : NULL, *fresh = file_begin(temporary, path);
+    fprintf(fresh, "%s\n", head);
     while (old && fgets(line, sizeof(line), old))
-        if (isdigit((unsigned char)line[0]) && atoi(line) <= step && strchr(line, '\n')) fputs(line, memory);
+        if (isdigit((unsigned char)line[0]) && atoi(line) <= step && strchr(line, '\n')) fputs(line, fresh);
     if (old) fclose(old);
-    fclose(memory);
-    FILE *log = fopen(path, "w");
-    if (!log || fwrite(kept, 1, length, log) != length || fflush(log))
-        die("%s: cannot be written: %s", path, strerror(errno));
-    free(kept);
+    file_end(fresh, temporary, path);
+    FILE *log = fopen(path, "a");
+    if (!log) die("%s: cannot be written: %s", path, strerror(errno));
     return log;
 }
 

@@ -13,10 +13,20 @@
 #include <ctype.h>
 #include <sys/mman.h>
 
+enum Dtype { BOOL, U8, I8, F16, BF16, I16, U16, F32, I32, U32, F64, I64, U64, DTYPES };
+static const struct {
+    const char *name;
+    int bytes;
+} dtypes[DTYPES] = {{"BOOL", 1}, {"U8", 1},  {"I8", 1},  {"F16", 2}, {"BF16", 2}, {"I16", 2}, {"U16", 2},
+                    {"F32", 4},  {"I32", 4}, {"U32", 4}, {"F64", 8}, {"I64", 8},  {"U64", 8}};
+static int is_floating(enum Dtype type) { return type == F16 || type == BF16 || type == F32 || type == F64; }
+static int is_integer(enum Dtype type) { return type != BOOL && !is_floating(type); }
+
 enum { MAX_DIMS = 8 };
 typedef struct {
     char *name;
-    char dtype[8];
+    enum Dtype type;
+    const char *dtype;   // its name
     int ndim;
     uint64_t shape[MAX_DIMS];
     uint64_t begin, end;   // bytes, from the start of the data
@@ -32,45 +42,108 @@ typedef struct {
     int metadata_count;
 } SafeFile;
 
-static int dtype_bytes(const char *dtype) {
-    static const char *const names[] = {"BOOL", "U8",  "I8",  "F16", "BF16", "I16", "U16",
-                                        "F32",  "I32", "U32", "F64", "I64",  "U64"};
-    static const int bytes[] = {1, 1, 1, 2, 2, 2, 2, 4, 4, 4, 8, 8, 8};
-    for (size_t i = 0; i < sizeof(bytes) / sizeof(bytes[0]); i++)
-        if (!strcmp(dtype, names[i])) return bytes[i];
-    return 0;
+// A half as a float: its exponent and fraction, moved to a float's places, make 2^-112 of it, subnormal or
+// not.
+static inline float half_to_float(uint16_t half) {
+    uint32_t bits = (uint32_t)(half & 0x7fff) << 13, top = half >= 0x8000 ? 0x80000000u : 0;
+    float x;
+    memcpy(&x, &bits, 4);
+    x *= 5192296858534827628530496329220096.0f;   // 2^112
+    memcpy(&bits, &x, 4);
+    bits |= top | ((half & 0x7c00) == 0x7c00 ? 0x7f800000u : 0);   // infinity, NaN
+    memcpy(&x, &bits, 4);
+    return x;
+}
+static inline float bf16_to_float(uint16_t half) {   // the upper half of a float
+    uint32_t bits = (uint32_t)half << 16;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
 }
 
-// Element i of an array of the given dtype, as a double
-static double element(const void *data, const char *dtype, size_t i) {
-    const uint8_t *p = (const uint8_t *)data + i * (size_t)dtype_bytes(dtype);
-    int b = dtype_bytes(dtype), is_signed = dtype[0] == 'I';
-    if (!strcmp(dtype, "F64")) {
-        double x;
-        memcpy(&x, p, 8);
-        return x;
-    }
-    if (!strcmp(dtype, "F32")) {
-        float x;
-        memcpy(&x, p, 4);
-        return x;
-    }
-    if (!strcmp(dtype, "BF16")) {   // the upper half of a float
-        uint32_t bits = (uint32_t)p[0] << 16 | (uint32_t)p[1] << 24;
-        float x;
-        memcpy(&x, &bits, 4);
-        return x;
-    }
-    if (!strcmp(dtype, "F16")) {
-        int h = p[0] | p[1] << 8, e = h >> 10 & 31, m = h & 1023;
-        double x = e == 31 ? (m ? NAN : INFINITY) : e ? ldexp(1024 + m, e - 25) : ldexp(m, -24);
-        return h >> 15 ? -x : x;
-    }
+// Element i of an array of the given type, as a double
+static double element(const void *data, enum Dtype type, size_t i) {
+    const uint8_t *p = (const uint8_t *)data + i * (size_t)dtypes[type].bytes;
     uint64_t u = 0;
-    for (int j = 0; j < b; j++) u |= (uint64_t)p[j] << (8 * j);
-    if (is_signed && b < 8 && u >> (8 * b - 1)) u |= ~(uint64_t)0 << (8 * b);
-    return is_signed ? (double)(int64_t)u : (double)u;
+    for (int k = 0; k < dtypes[type].bytes; k++) u |= (uint64_t)p[k] << (8 * k);
+    float single;
+    double wide;
+    uint32_t low = (uint32_t)u;
+    switch (type) {
+        case I8: return (int8_t)u;
+        case I16: return (int16_t)u;
+        case I32: return (int32_t)u;
+        case I64: return (double)(int64_t)u;
+        case F16: return half_to_float((uint16_t)u);
+        case BF16: return bf16_to_float((uint16_t)u);
+        case F32: memcpy(&single, &low, 4); return single;
+        case F64: memcpy(&wide, &u, 8); return wide;
+        default: return (double)u;   // unsigned
+    }
 }
+
+// out[n] = elements first ... first+n of an array of the given type, times scale plus offset. The type is
+// decided once; each loop runs at the speed of memory. Elements need not be aligned.
+static void elements_read(real *out, const void *data, enum Dtype type, size_t first, size_t n, double scale,
+                          double offset) {
+#define CONVERT(stored, value)                                                                               \
+    for (size_t i = 0; i < n; i++) {                                                                         \
+        stored x;                                                                                            \
+        memcpy(&x, (const uint8_t *)data + (first + i) * sizeof(stored), sizeof(stored));                    \
+        out[i] = (real)(value);                                                                              \
+    }                                                                                                        \
+    break
+    switch (type) {
+        case BOOL:
+        case U8: CONVERT(uint8_t, x);
+        case I8: CONVERT(int8_t, x);
+        case I16: CONVERT(int16_t, x);
+        case U16: CONVERT(uint16_t, x);
+        case I32: CONVERT(int32_t, x);
+        case U32: CONVERT(uint32_t, x);
+        case I64: CONVERT(int64_t, x);
+        case U64: CONVERT(uint64_t, x);
+        case F16: CONVERT(uint16_t, half_to_float(x));
+        case BF16: CONVERT(uint16_t, bf16_to_float(x));
+        case F32: CONVERT(float, x);
+        case F64: CONVERT(double, x);
+        case DTYPES: break;
+    }
+#undef CONVERT
+    if (scale == 1 && offset == 0) return;
+    for (size_t i = 0; i < n; i++) out[i] = (real)((double)out[i] * scale + offset);
+}
+
+// ----------------------------------------------------------------------------------------------------------
+// Text: metadata is UTF-8
+
+// Bytes of the character at s, 1 to 4, or 0 where there is no valid one (RFC 3629: shortest form, no
+// surrogates)
+static int utf8_bytes(const char *s, const char *end) {
+    const uint8_t *p = (const uint8_t *)s;
+    long left = end - s;
+    if (left < 1) return 0;
+    if (p[0] < 0x80) return 1;
+    int n = p[0] < 0xC2 ? 0 : p[0] < 0xE0 ? 2 : p[0] < 0xF0 ? 3 : p[0] < 0xF5 ? 4 : 0;
+    if (!n || left < n) return 0;
+    for (int i = 1; i < n; i++)
+        if ((p[i] & 0xC0) != 0x80) return 0;
+    if ((p[0] == 0xE0 && p[1] < 0xA0) || (p[0] == 0xED && p[1] > 0x9F)) return 0;
+    if ((p[0] == 0xF0 && p[1] < 0x90) || (p[0] == 0xF4 && p[1] > 0x8F)) return 0;
+    return n;
+}
+
+// A copy in `size` bytes, cut before the first character that does not fit
+static void copy_text(char *to, size_t size, const char *from) {
+    const char *end = from + strlen(from);
+    size_t used = 0;
+    for (int n; (n = utf8_bytes(from, end)) && used + (size_t)n < size; used += (size_t)n, from += n)
+        memcpy(to + used, from, (size_t)n);
+    to[used] = 0;
+}
+
+// ----------------------------------------------------------------------------------------------------------
+// Reading
 
 // The JSON of a header is a small part of JSON: objects, strings, lists of whole numbers.
 typedef struct {
@@ -91,6 +164,17 @@ static void json_expect(Json *j, char c) {
     snprintf(what, sizeof(what), "'%c' expected", c);
     if (!json_accept(j, c)) json_die(j, what);
 }
+// The four digits after the u at *s, which is left at the last of them
+static unsigned json_hex(Json *j, const char **s) {
+    unsigned code = 0;
+    if (**s != 'u' || *s + 4 >= j->p) json_die(j, "unknown escape in a string");
+    for (int k = 0; k < 4; k++) {
+        int digit = tolower((unsigned char)*++*s);
+        if (!isxdigit(digit)) json_die(j, "unknown escape in a string");
+        code = code * 16 + (unsigned)(digit <= '9' ? digit - '0' : digit - 'a' + 10);
+    }
+    return code;
+}
 static char *json_string(Json *j) {
     json_expect(j, '"');
     const char *start = j->p;
@@ -109,22 +193,25 @@ static char *json_string(Json *j) {
             *to++ = into[at - from];
             continue;
         }
-        unsigned code = 0;
-        if (*s != 'u' || s + 4 >= j->p) json_die(j, "unknown escape in a string");
-        for (int k = 0; k < 4; k++) {
-            int ch = tolower((unsigned char)*++s);
-            if (!isxdigit(ch)) json_die(j, "unknown escape in a string");
-            code = code * 16 + (unsigned)(ch <= '9' ? ch - '0' : ch - 'a' + 10);
-        }
+        unsigned code = json_hex(j, &s);
+        if (code >= 0xD800 && code < 0xDC00 && s + 2 < j->p && s[1] == '\\' && s[2] == 'u') {   // a pair
+            s += 2;
+            unsigned low = json_hex(j, &s);
+            if (low < 0xDC00 || low > 0xDFFF) json_die(j, "a lone surrogate stands in a string");
+            code = 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
+        } else if (code >= 0xD800 && code < 0xE000) json_die(j, "a lone surrogate stands in a string");
         if (!code) json_die(j, "a string holds a zero character");
-        if (code < 0x80) *to++ = (char)code;   // UTF-8, one to three bytes
-        else {
-            if (code < 0x800) *to++ = (char)(0xC0 | code >> 6);
-            else *to++ = (char)(0xE0 | code >> 12), *to++ = (char)(0x80 | (code >> 6 & 63));
-            *to++ = (char)(0x80 | (code & 63));
-        }
+        int n = code < 0x80 ? 1 : code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
+        static const uint8_t lead[] = {0, 0, 0xC0, 0xE0, 0xF0};
+        for (int i = 0; i < n; i++)
+            *to++ = (char)(i ? 0x80 | (code >> (6 * (n - 1 - i)) & 63) : lead[n] | code >> (6 * (n - 1)));
     }
     if (memchr(start, 0, (size_t)(j->p - start))) json_die(j, "a string holds a zero character");
+    for (const char *s = out; s < to;) {
+        int n = utf8_bytes(s, to);
+        if (!n) json_die(j, "a string is not UTF-8");
+        s += n;
+    }
     j->p++;
     return out;
 }
@@ -165,8 +252,11 @@ static SafeTensor json_tensor(Json *j, char *name) {
         free(key);
         if (what == 1) {
             char *dtype = json_string(j);
-            if (!dtype_bytes(dtype)) die("%s: tensor %s: unknown dtype %s", j->path, name, dtype);
-            snprintf(t.dtype, sizeof(t.dtype), "%s", dtype);
+            int type = 0;
+            while (type < DTYPES && strcmp(dtypes[type].name, dtype)) type++;
+            if (type == DTYPES) die("%s: tensor %s: unknown dtype %s", j->path, name, dtype);
+            t.type = (enum Dtype)type;
+            t.dtype = dtypes[type].name;
             free(dtype);
             continue;
         }
@@ -256,7 +346,7 @@ static SafeFile *safe_open(const char *path) {
     if (f->count) qsort(f->tensors, (size_t)f->count, sizeof(SafeTensor), by_begin);
     for (int i = 0; i < f->count; i++) {
         SafeTensor *t = &f->tensors[i];
-        uint64_t bytes = (uint64_t)dtype_bytes(t->dtype);
+        uint64_t bytes = (uint64_t)dtypes[t->type].bytes;
         for (int d = 0; d < t->ndim; d++)
             if (__builtin_mul_overflow(bytes, t->shape[d], &bytes))
                 die("%s: tensor %s: its shape overflows", path, t->name);
@@ -316,18 +406,14 @@ static double safe_number(const SafeFile *f, const char *key, double otherwise) 
 
 // All elements of a tensor as `real`
 static void safe_read(real *out, const SafeFile *f, const SafeTensor *t) {
-    size_t n = safe_elements(t);
-    if (!strcmp(t->dtype, sizeof(real) == 4 ? "F32" : "F64")) memcpy(out, safe_data(f, t), n * sizeof(real));
-    else
-        for (size_t i = 0; i < n; i++) out[i] = (real)element(safe_data(f, t), t->dtype, i);
+    elements_read(out, safe_data(f, t), t->type, 0, safe_elements(t), 1, 0);
 }
 
 // A list of things to write
 typedef struct {
     char name[96];
-    const char *dtype;
-    int ndim;
-    int shape[4];
+    enum Dtype type;
+    int ndim, shape[4];
     const void *data;
 } SafeItem;
 typedef struct {
@@ -360,8 +446,8 @@ static void safe_write(const char *path, const SafePair *pairs, int pair_count, 
     size_t *bytes = (size_t *)alloc_zero((size_t)count, sizeof(size_t));
     for (int i = 0; i < count; i++) {
         fputc(',', text), json_print(text, items[i].name);
-        fprintf(text, ":{\"dtype\":\"%s\",\"shape\":[", items[i].dtype);
-        bytes[i] = (size_t)dtype_bytes(items[i].dtype);
+        fprintf(text, ":{\"dtype\":\"%s\",\"shape\":[", dtypes[items[i].type].name);
+        bytes[i] = (size_t)dtypes[items[i].type].bytes;
         for (int d = 0; d < items[i].ndim; d++) {
             fprintf(text, "%s%d", d ? "," : "", items[i].shape[d]);
             bytes[i] *= (size_t)items[i].shape[d];
@@ -382,11 +468,12 @@ static void safe_write(const char *path, const SafePair *pairs, int pair_count, 
     file_end(out, temporary, path);
     free(bytes), free(header);
 }
-static const char *real_dtype(void) { return sizeof(real) == 4 ? "F32" : "F64"; }
+static enum Dtype real_dtype(void) { return sizeof(real) == 4 ? F32 : F64; }
 
 static SafePair pair_text(const char *key, const char *value) {
     SafePair p;
-    snprintf(p.key, sizeof(p.key), "%s", key), snprintf(p.value, sizeof(p.value), "%s", value);
+    copy_text(p.key, sizeof(p.key), key);
+    copy_text(p.value, sizeof(p.value), value);
     return p;
 }
 static SafePair pair_number(const char *key, double value) {

@@ -47,7 +47,7 @@ static Data *data_open(char **paths, int count) {
         if (s->labels->shape[0] != n)
             die("%s: tensor labels: %.0f labels for %.0f latents", f->path, (double)s->labels->shape[0],
                 (double)n);
-        if (strchr("FB", s->labels->dtype[0]))
+        if (!is_integer(s->labels->type))
             die("%s: tensor labels: dtype %s is no integer type", f->path, s->labels->dtype);
         if (s->feats && s->feats->shape[0] != n)
             die("%s: tensor feats: not one for each of %.0f latents", f->path, (double)n);
@@ -69,8 +69,8 @@ static Data *data_open(char **paths, int count) {
         const char *format = safe_metadata(f, "format");
         if (format && strcmp(format, "srdit-data-1"))
             die("%s: its format is %s, and a data shard's is srdit-data-1", f->path, format);
-        snprintf(one.name, sizeof(one.name), "%s", name ? name : "unnamed");
-        snprintf(one.decoder, sizeof(one.decoder), "%s", decoder ? decoder : "pixels");
+        copy_text(one.name, sizeof(one.name), name ? name : "unnamed");
+        copy_text(one.decoder, sizeof(one.decoder), decoder ? decoder : "pixels");
         if (strcmp(one.decoder, "pixels") && strcmp(one.decoder, "invae"))
             die("%s: decoder is \"%s\", which is neither pixels nor invae", f->path, one.decoder);
         if (one.K < 1) die("%s: metadata `classes` is missing: how many classes the labels have", f->path);
@@ -81,7 +81,7 @@ static Data *data_open(char **paths, int count) {
             die("%s: train_samples %g is not from 1 to %.0f", f->path, use, (double)n);
         s->count = (size_t)use;
         for (size_t k = 0; k < n; k++) {
-            double label = element(safe_data(f, s->labels), s->labels->dtype, k);
+            double label = element(safe_data(f, s->labels), s->labels->type, k);
             if (!(label >= 0 && label < one.K))
                 die("%s: tensor labels: sample %zu has label %.0f, but classes are 0 to %d", f->path, k,
                     label, one.K - 1);
@@ -110,18 +110,11 @@ static void data_close(Data *d) {
     free(d->shards), free(d);
 }
 
+// n elements of a shard's tensor from `first` on
 static void read_elements(real *out, const SafeFile *f, const SafeTensor *t, size_t first, size_t n,
                           double scale, double offset) {
-    const void *data = safe_data(f, t);
-    const int8_t *bytes = (const int8_t *)data + first;
-    if (!strcmp(t->dtype, "I8"))   // the features of the bundled data: most of what is read
-        for (size_t i = 0; i < n; i++) out[i] = bytes[i];
-    else
-        for (size_t i = 0; i < n; i++) out[i] = (real)element(data, t->dtype, first + i);
-    if (scale != 1 || offset != 0)
-        for (size_t i = 0; i < n; i++) out[i] = (real)((double)out[i] * scale + offset);
+    elements_read(out, safe_data(f, t), t->type, first, n, scale, offset);
 }
-
 // Sample i of the data: latent [C,S,S] in the model's units, label y, cls [Z], and feats [tokens,Z], without
 // their first row (that of CLS) where skip_cls; what is NULL is not wanted
 static void data_sample(const Data *d, size_t i, real *x, int *y, real *cls, real *feats, int skip_cls) {
@@ -130,7 +123,7 @@ static void data_sample(const Data *d, size_t i, real *x, int *y, real *cls, rea
     size_t latent = (size_t)d->C * (size_t)d->S * (size_t)d->S, Z = (size_t)d->Z;
     size_t skip = (size_t)skip_cls, T = (size_t)d->tokens;
     read_elements(x, s->file, s->latents, i * latent, latent, d->scale, d->offset);
-    if (y) *y = (int)element(safe_data(s->file, s->labels), s->labels->dtype, i);
+    if (y) *y = (int)element(safe_data(s->file, s->labels), s->labels->type, i);
     if (cls) read_elements(cls, s->file, s->cls, i * Z, Z, 1, 0);
     if (feats) read_elements(feats, s->file, s->feats, (i * T + skip) * Z, (T - skip) * Z, 1, 0);
 }
