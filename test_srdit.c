@@ -1582,6 +1582,26 @@ static void test_not_finite(void) {
     free(before), free(after), batch_free(good), batch_free(bad), gpu_backend.destroy(m);
 }
 
+// Creation makes every plan of a matrix product that training will ask for (on a GPU it also times them), so
+// that no step allocates: neither one with several parts, nor one without the sparse path.
+static void test_plans(void) {
+    Config c = small_config();
+    c.num_classes = 3;
+    Model *m = gpu_backend.create(&c, 3, 1);
+    gpu::tune(gpu::gpu_of(m));
+    int before = gpu::plan_count;
+    for (int step = 1; step <= 4; step++) {
+        Batch *b = random_batch(&c, 3, 0, 3, (uint64_t)step, step > 2);
+        gpu_backend.zero_gradients(m);
+        for (int part = 0; part <= step % 2; part++) gpu_backend.forward_backward(m, b);
+        gpu_backend.update(m, step);
+        batch_free(b);
+    }
+    int more = gpu::plan_count - before;
+    result(before > 0 && more == 0, "plans before step 1", "%d at creation, %d later", before, more);
+    gpu_backend.destroy(m);
+}
+
 //   ./test_srdit_cu              all of it, then the reference files, if it is the build in float
 //   ./test_srdit_cu WORDS        the comparisons whose names contain the words
 //   ./test_srdit_cu FILE ...     replay these reference files
@@ -1609,7 +1629,12 @@ int main(int argc, char **argv) {
     if (!files) {
         printf("train_srdit.cu, in %s, against the CPU\n", in_float ? "float" : "bf16");
         if (!only[0]) {
-            test_draws(), test_not_finite(), test_same_bits(), test_other_ways(), test_training();
+            test_draws();
+            test_not_finite();
+            test_plans();
+            test_same_bits();
+            test_other_ways();
+            test_training();
             glob_t g;
             if (in_float && glob("dev/ref/*.safetensors", 0, NULL, &g) == 0) {
                 for (size_t i = 0; i < g.gl_pathc; i++) replay(g.gl_pathv[i], 0, 0);

@@ -21,7 +21,7 @@
 //   biases, gelu                         fused: epilogues of cuBLASLt; the slope is made again from fc1
 //   *_backward of silu, gelu, biases     fused: activation_backward_kernel, slope and column sums in one pass
 //   x_t, patchify                        fused: patchify_kernel mixes x and noise as it reads
-//   rmsnorm of CLS, put_tokens, positions    fused: embed_kernel
+//   put_tokens of patches and CLS        fused: embed_kernel, with CLS's rmsnorm and the positions
 //   gather_rows of the kept tokens       fused: g's first norm reads at ids (Residual.x_ids)
 //   fusion_proj of pair, scatter_rows    two products, E W1^T + G W2^T, as most rows of G are the mask token: it
 //                                        is one more row of G, and a token's row is looked up (Residual.y_rows)
@@ -135,6 +135,7 @@ static void memory_free(char *base, const void *owner) {
 }
 
 static int div_up(int a, int b) { return (a + b - 1) / b; }
+static size_t largest(size_t a, size_t b) { return a > b ? a : b; }
 
 // ----------------------------------------------------------------------------------------------------------
 // Small pieces for kernels
@@ -198,7 +199,8 @@ __global__ void __launch_bounds__(256) column_sum_kernel(E *dst, const S *src, i
                                                          size_t src_step, size_t dst_step, int add) {
     __shared__ float sums[32][9];
     int c = blockIdx.x * 8 + threadIdx.x % 8, y = threadIdx.x / 8;
-    src += blockIdx.z * src_step, dst += blockIdx.z * dst_step;
+    src += blockIdx.z * src_step;
+    dst += blockIdx.z * dst_step;
     float sum = 0;
 #pragma unroll 4
     for (int r = y; r < rows && c < cols; r += 32) sum += to_float(src[(size_t)r * ld + c]);
@@ -318,7 +320,8 @@ static int plan_time(const GemmPlan *p, const cublasLtMatmulHeuristicResult_t *f
     float least = INFINITY, beta = (float)p->key.add, one = 1;
     int best = 0;
     cudaEvent_t begin, end;
-    CHECK(cudaEventCreate(&begin)), CHECK(cudaEventCreate(&end));
+    CHECK(cudaEventCreate(&begin));
+    CHECK(cudaEventCreate(&end));
     for (int i = 0; i < count; i++)
         for (int turn = 0; turn < 4; turn++) {
             float ms;
@@ -330,7 +333,8 @@ static int plan_time(const GemmPlan *p, const cublasLtMatmulHeuristicResult_t *f
             CHECK(cudaEventElapsedTime(&ms, begin, end));
             if (status == CUBLAS_STATUS_SUCCESS && turn && ms < 0.98f * least) least = ms, best = i;
         }
-    CHECK(cudaEventDestroy(begin)), CHECK(cudaEventDestroy(end));
+    CHECK(cudaEventDestroy(begin));
+    CHECK(cudaEventDestroy(end));
     timed_count++;
     return best;
 }
@@ -398,7 +402,9 @@ static GemmKey gemm_key(int M, int N, int K, int ta, int tb) {
     k.tb = tb;
     k.batch = 1;
     k.epilogue = CUBLASLT_EPILOGUE_DEFAULT;
-    k.lda = ta ? M : K, k.ldb = tb ? K : N, k.ldc = N;
+    k.lda = ta ? M : K;
+    k.ldb = tb ? K : N;
+    k.ldc = N;
     return k;
 }
 
@@ -979,17 +985,20 @@ __global__ void __launch_bounds__(256) qkv_mix_forward_kernel(floatX *out, const
                 if (a.v1) {
                     const floatX *v1 = a.v1 + ((size_t)b * a.tokens + token) * 3 * D + (size_t)h * a.Dh;
                     float l = *a.lambda;
-                    x0 = l * to_float(v1[i]) + (1 - l) * x0, x1 = l * to_float(v1[i + 1]) + (1 - l) * x1;
+                    x0 = l * to_float(v1[i]) + (1 - l) * x0;
+                    x1 = l * to_float(v1[i + 1]) + (1 - l) * x1;
                 }
             } else {
                 if (w) x0 *= r * w[i], x1 *= r * w[i + 1];
                 if (a.rope_cos && patch >= 0) {
                     float c = a.rope_cos[(size_t)patch * a.Dh + i], s = a.rope_sin[(size_t)patch * a.Dh + i],
                           y0 = x0;
-                    x0 = y0 * c - x1 * s, x1 = x1 * c + y0 * s;
+                    x0 = y0 * c - x1 * s;
+                    x1 = x1 * c + y0 * s;
                 }
             }
-            store(&out[at + i], x0), store(&out[at + i + 1], x1);
+            store(&out[at + i], x0);
+            store(&out[at + i + 1], x1);
         }
     }
 }
@@ -1032,9 +1041,13 @@ __global__ void __launch_bounds__(256)
                 float d0 = to_float(d[i]), d1 = to_float(d[i + 1]), y0 = d0;
                 if (a.rope_cos && patch >= 0) {
                     float c = a.rope_cos[(size_t)patch * a.Dh + i], s = a.rope_sin[(size_t)patch * a.Dh + i];
-                    d0 = y0 * c + d1 * s, d1 = d1 * c - y0 * s;
+                    d0 = y0 * c + d1 * s;
+                    d1 = d1 * c - y0 * s;
                 }
-                dn[j][0] = d0, dn[j][1] = d1, xs[j][0] = to_float(x[i]), xs[j][1] = to_float(x[i + 1]);
+                dn[j][0] = d0;
+                dn[j][1] = d1;
+                xs[j][0] = to_float(x[i]);
+                xs[j][1] = to_float(x[i + 1]);
                 r += xs[j][0] * xs[j][0] + xs[j][1] * xs[j][1];
             }
             r = w ? rsqrtf(sum_lanes<32>(r) / a.Dh + QK_EPS) : 1;
@@ -1105,7 +1118,8 @@ __global__ void __launch_bounds__(32)
             for (int d = 0; d < DH; d++) s += q[threadIdx.x * (DH + 1) + d] * k[j * DH + d];
             s *= scale;
             float next = fmaxf(top, s), shrink = expf(top - next), p = expf(s - next);
-            top = next, sum = sum * shrink + p;
+            top = next;
+            sum = sum * shrink + p;
 #pragma unroll
             for (int d = 0; d < DH; d++) acc[d] = acc[d] * shrink + p * v[j * DH + d];
         }
@@ -1147,7 +1161,8 @@ __global__ void __launch_bounds__(32)
 #pragma unroll 16
             for (int d = 0; d < DH; d++) {
                 float o = DH <= 64 ? dob[threadIdx.x * (DH + 1) + d] : d < Dh ? to_float(d_at[d]) : 0;
-                s += q[threadIdx.x * (DH + 1) + d] * k[j * DH + d], dp += o * v[j * DH + d];
+                s += q[threadIdx.x * (DH + 1) + d] * k[j * DH + d];
+                dp += o * v[j * DH + d];
             }
             float ds = expf(s * scale - l) * (dp - sum) * scale;
 #pragma unroll
@@ -1246,7 +1261,14 @@ enum { FORWARD_WARPS = 4 };
 // (2c, 2c+1) of each 8.
 __device__ __forceinline__ void unpack8(float (&x)[8], uint4 p) {
     float2 a = unpack(p.x), b = unpack(p.y), c = unpack(p.z), d = unpack(p.w);
-    x[0] = a.x, x[1] = a.y, x[2] = b.x, x[3] = b.y, x[4] = c.x, x[5] = c.y, x[6] = d.x, x[7] = d.y;
+    x[0] = a.x;
+    x[1] = a.y;
+    x[2] = b.x;
+    x[3] = b.y;
+    x[4] = c.x;
+    x[5] = c.y;
+    x[6] = d.x;
+    x[7] = d.y;
 }
 __device__ __forceinline__ uint4 pack8(const float (&x)[8]) {
     return make_uint4(pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7]));
@@ -1269,8 +1291,10 @@ __device__ __forceinline__ void load_b_trans(unsigned (&f)[4], Row *u, int row0,
 }
 // The accumulators of 16 x 16 numbers are, once rounded, the A operand of the next product.
 __device__ __forceinline__ void to_a(unsigned (&a)[4], const float (&p)[2][4]) {
-    a[0] = pack(p[0][0], p[0][1]), a[1] = pack(p[0][2], p[0][3]);
-    a[2] = pack(p[1][0], p[1][1]), a[3] = pack(p[1][2], p[1][3]);
+    a[0] = pack(p[0][0], p[0][1]);
+    a[1] = pack(p[0][2], p[0][3]);
+    a[2] = pack(p[1][0], p[1][1]);
+    a[3] = pack(p[1][2], p[1][3]);
 }
 
 // Eight lanes hold a row, eight numbers each. q and k: norm and RoPE; v: mix. Rows from T on are zeros. CLS
@@ -1811,8 +1835,10 @@ static void input_layout(Input *in, DeviceArena *m, const Config *c, int B, size
     take(in->draw, m, 1);
     take(in->x, m, b * latent);
     take(in->v_before, m, latent);
-    take(in->cls, m, b * Z), take(in->t, m, b), take(in->y, m, b),
-        take(in->feats, m, c->align ? b * T * Z : 0);
+    take(in->cls, m, b * Z);
+    take(in->t, m, b);
+    take(in->y, m, b);
+    take(in->feats, m, c->align ? b * T * Z : 0);
     *copied = m->used;
     take(in->noise, m, b * latent);
     take(in->noise_cls, m, b * Z);
@@ -2049,7 +2075,8 @@ static void acts_layout(Acts *a, DeviceArena *m, const Config *c, int B) {
     take(a->E_low, m, N * D);
     take(a->g_out, m, pad * D);
     take(a->rows, m, N);
-    take(a->last, m, c->num_h ? N * D : 0), take(a->final_r, m, N);
+    take(a->last, m, c->num_h ? N * D : 0);
+    take(a->final_r, m, N);
     size_t n_align = c->align ? N : 0;
     take(a->p0, m, n_align * M);
     take(a->p0_silu, m, n_align * M);
@@ -2063,8 +2090,11 @@ static void acts_layout(Acts *a, DeviceArena *m, const Config *c, int B) {
     take(a->d_E, m, N * D);
     take(a->d_v1, m, N * D);
     take(a->d_g, m, pad * D);
-    size_t wide = F > D ? F : D, wide2 = 3 * D;
-    if (c->align) wide = wide > M ? wide : M, wide2 = wide2 > M ? wide2 : M, wide2 = wide2 > Z ? wide2 : Z;
+    size_t wide = largest(F, D), wide2 = 3 * D;
+    if (c->align) {
+        wide = largest(wide, M);
+        wide2 = largest(wide2, largest(M, Z));
+    }
     take(a->dy, m, N * D);
     take(a->dh, m, N * D);
     take(a->dG, m, pad * D);
@@ -2079,16 +2109,16 @@ static void acts_layout(Acts *a, DeviceArena *m, const Config *c, int B) {
     take(a->d_cond_parts, m, (L + 1) * b * D);
     take(a->bias_parts, m, b * D);
     // the largest of: norm backward's sums, bias sums, attention's sums
-    size_t columns = 3 * D > F ? 3 * D : F, Dh = D / H, parts = b * (size_t)norm_chunks((int)T) * 4 * D;
-    columns = columns > M ? columns : M, columns = columns > Z ? columns : Z,
-    columns = columns > X ? columns : X;
-    size_t of_bias = BIAS_CHUNKS * columns, of_attention = (b * H + b * (T / 16 + 1)) * (2 * Dh + 1);
-    parts = parts > of_bias ? parts : of_bias, parts = parts > of_attention ? parts : of_attention;
-    take(a->parts, m, parts);
+    size_t Dh = D / H, columns = largest(largest(3 * D, F), largest(M, largest(Z, X)));
+    size_t of_norm = b * (size_t)norm_chunks((int)T) * 4 * D, of_bias = BIAS_CHUNKS * columns;
+    size_t of_attention = (b * H + b * (T / 16 + 1)) * (2 * Dh + 1);
+    take(a->parts, m, largest(of_norm, largest(of_bias, of_attention)));
     Attention longest;
     memset(&longest, 0, sizeof(longest));
     float some = 0;
-    longest.T = (int)T, longest.Dh = (int)Dh, longest.wq = c->qk_norm ? &some : NULL;
+    longest.T = (int)T;
+    longest.Dh = (int)Dh;
+    longest.wq = c->qk_norm ? &some : NULL;
     size_t plain = !tensor_attention(&longest);
     take(a->delta, m, plain * N * H);
     take(a->mix, m, plain * N * 3 * D);
@@ -2229,9 +2259,7 @@ static Residual block_forward(GpuModel *g, int i, BlockActs *k, const Residual &
     return residual_of(k->mid, gate2, 6 * D, k->fc2);
 }
 
-// The norm backward of a residual that is x + gate fc2 of block i, without or with the norm
-// that read it: dx [B,n,D] is updated, a->dy becomes the gradient of fc2, and the gradients of
-// gate2 and of fc2's bias are taken.
+// The backward of a norm that reads n tokens a sample, before its caller says what it read
 static NormBackward norm_backward_of(GpuModel *g, float *dx, int n) {
     NormBackward a;
     memset(&a, 0, sizeof(a));
@@ -2244,6 +2272,8 @@ static NormBackward norm_backward_of(GpuModel *g, float *dx, int n) {
     a.gate_stride = 6 * a.D;
     return a;
 }
+// The same where the residual was x + gate fc2 of block i: a->dy becomes the gradient of fc2, and the gradients
+// of gate2 and of fc2's bias are taken. dshift, dscale: of the norm, NULL where there was none.
 static void norm_backward_behind(NormBackward *a, GpuModel *g, int i, floatX *dshift, floatX *dscale, int B) {
     int D = a->D;
     size_t at = (size_t)i * B * 6 * D + 5 * D;
@@ -2597,10 +2627,12 @@ __global__ void __launch_bounds__(256)
         size_t at = unpatchify_place(e / X, (int)(e % X), C, S, p);
         float d = out[e] - (noise[at] - x[at]);
         float before = out[e] - (at >= latent ? noise[at - latent] - x[at - latent] : v_before[at]);
-        sum += d * d, cfm_sum -= before * before;
+        sum += d * d;
+        cfm_sum -= before * before;
         store(&d_out[e], (float)((2 * d - cfm * 2 * before) * inverse));
     }
-    sum = sum_block(sum, sums), cfm_sum = sum_block(cfm_sum, cfm_sums);
+    sum = sum_block(sum, sums);
+    cfm_sum = sum_block(cfm_sum, cfm_sums);
     if (threadIdx.x == 0) parts[blockIdx.x] = sum, cfm_parts[blockIdx.x] = cfm_sum;
 }
 // Velocity loss of CLS over [B,Z]
@@ -2629,9 +2661,12 @@ __global__ void __launch_bounds__(256) align_loss_kernel(floatX *dz, float *part
         float ff = 0, zz = 0, fz = 0;
         for (int i = lane; i < Z; i += 32) {
             float a = to_float(f[i]), b = to_float(z[i]);
-            ff += a * a, zz += b * b, fz += a * b;
+            ff += a * a;
+            zz += b * b;
+            fz += a * b;
         }
-        ff = fmaxf(sqrtf(sum_lanes<32>(ff)), 1e-12f), zz = fmaxf(sqrtf(sum_lanes<32>(zz)), 1e-12f);
+        ff = fmaxf(sqrtf(sum_lanes<32>(ff)), 1e-12f);
+        zz = fmaxf(sqrtf(sum_lanes<32>(zz)), 1e-12f);
         cosine = sum_lanes<32>(fz) / (ff * zz);
         float k = (float)(scale / zz);
         for (int i = lane; i < Z; i += 32)
@@ -2811,7 +2846,10 @@ __global__ void __launch_bounds__(256)
         p.x[j] = p.x[j] * o.decay - o.rate * a.x[j] / (sqrtf(b.x[j]) * o.root + o.eps);
         e.x[j] = o.ema * e.x[j] + o.one_ema * p.x[j];
     }
-    store4(params + i, p), store4(m + i, a), store4(v + i, b), store4(ema + i, e);
+    store4(params + i, p);
+    store4(m + i, a);
+    store4(v + i, b);
+    store4(ema + i, e);
     if (weights) store4(weights + i, p);
 }
 
