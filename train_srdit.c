@@ -2083,9 +2083,10 @@ static int write_samples(const Training *t) {
     for (size_t i = 0; i < latent; i++) finite &= fabs(x[i]) < INFINITY;
     if (!whole || !finite) {
         fflush(stdout);
-        fprintf(stderr, "%s: not written, since %s\n", t->folder.picture,
-                whole ? "the samples are not made of finite numbers; try a smaller --lr"
-                      : "it was interrupted");
+        if (whole)
+            fprintf(stderr, "error: %s: the samples are not made of finite numbers; try a smaller --lr\n",
+                    t->folder.picture);
+        else printf("%s: left out, since it was interrupted\n", t->folder.picture);
         free(x), free(cls), free(y);
         return 0;
     }

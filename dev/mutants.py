@@ -76,8 +76,8 @@ MUTANTS = [   # name, function, text, replacement
     # the loss
     ("flow: t and 1 - t exchanged", "forward_backward", "(1 - t) * batch->x[i] + t * batch->noise[i]",
      "t * batch->x[i] + (1 - t) * batch->noise[i]"),
-    ("contrastive: the x of the sample itself", "loss_and_gradients",
-     "b ? x - latent : NULL", "b ? x : NULL"),
+    ("contrastive: the sample itself", "loss_and_gradients",
+     "b ? v - latent :", "b ? v :"),
     ("contrastive: gradient's sign", "velocity_loss", "- cfm * 2 * d_before", "+ cfm * 2 * d_before"),
     ("CLS loss: no coefficient in gradient", "cls_loss", "coeff * 2 * d", "2 * d"),
     ("cosine: loss's sign", "align_loss", "align -= cosine", "align += cosine"),

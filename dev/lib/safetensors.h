@@ -206,7 +206,6 @@ static char *json_string(Json *j) {
         for (int i = 0; i < n; i++)
             *to++ = (char)(i ? 0x80 | (code >> (6 * (n - 1 - i)) & 63) : lead[n] | code >> (6 * (n - 1)));
     }
-    if (memchr(start, 0, (size_t)(j->p - start))) json_die(j, "a string holds a zero character");
     for (const char *s = out; s < to;) {
         int n = utf8_bytes(s, to);
         if (!n) json_die(j, "a string is not UTF-8");
