@@ -23,6 +23,8 @@
 //   Z width of the alignment features and of CLS     M hidden width of the projector       K classes
 //   E output of the encoder f                        R length in memory of a row of attention's scores
 //   I, O inputs and outputs of a linear layer        W = 256 features of the time
+//   x^ a normalized x, r what it was multiplied by   v1 block 0's values        u a uniform draw
+//   ld... the length of a row in memory, where rows are parts of longer ones
 // In signatures outputs come first, then inputs, then sizes; dX is the gradient of the loss by X.
 #include "dev/lib/cli.h"
 #include "dev/lib/folder.h"
@@ -215,19 +217,20 @@ static void linear_backward(real *din, real *dw, real *db, const real *dout, con
     matmul(dw, dout, in, NULL, O, I, N, 1, 0, 1);
 }
 
-// RMSNorm, x^ = x r with r = 1 / sqrt(mean(x^2) + eps). Its backward, used three times below: from
-//   dx^_j/dx_i = r [i = j] - x_i x_j r^3 / D      follows      dx = r (dx^ - x^ mean(dx^ x^)).
+// RMSNorm of a row: x^ = x r with r = 1 / sqrt(mean(x^2) + eps). Its backward, used three times below, where dx
+// and dx^ are gradients of the loss: x^_j changes with x_i by r [i = j] - x_i x_j r^3 / D, and so
+//   dx_i = sum_j dx^_j (r [i = j] - x_i x_j r^3 / D) = r (dx^_i - x^_i mean(dx^ x^)).
 #define NORM_EPS ((real)1e-6)
 #define QK_EPS ((real)1.1920928955078125e-07)   // 2^-23
 static real rms_scale(const real *x, size_t D, real eps) { return 1 / (real)sqrt(dot(x, x, D) / D + eps); }
 
-// RMSNorm and adaLN: out[B,T,D] = x[B,T,D] r (1 + scale) + shift, with shift and scale [B, stride] of the
-// sample. r [B,T] is kept for the backward.
+// RMSNorm and adaLN: out[B,Tb,D] = x[B,Tb,D] r (1 + scale) + shift, with shift and scale [B, stride] of the
+// sample. r [B,Tb] is kept for the backward.
 static void norm_modulate_forward(real *out, real *r, const real *x, const real *shift, const real *scale,
-                                  size_t stride, size_t B, size_t T, size_t D) {
+                                  size_t stride, size_t B, size_t Tb, size_t D) {
 #pragma omp parallel for
-    for (size_t n = 0; n < B * T; n++) {
-        const real *xn = x + n * D, *sh = shift + n / T * stride, *sc = scale + n / T * stride;
+    for (size_t n = 0; n < B * Tb; n++) {
+        const real *xn = x + n * D, *sh = shift + n / Tb * stride, *sc = scale + n / Tb * stride;
         real *o = out + n * D, rn = r[n] = rms_scale(xn, D, NORM_EPS);
         for (size_t i = 0; i < D; i++) o[i] = xn[i] * rn * (1 + sc[i]) + sh[i];
     }
@@ -236,7 +239,7 @@ static void norm_modulate_forward(real *out, real *r, const real *x, const real 
 // out = x^ (1 + scale) + shift:
 //   dshift = sum_t dout,  dscale = sum_t dout x^,  dx^ = dout (1 + scale),  dx += r (dx^ - x^ mean(dx^ x^))
 static void norm_modulate_backward(real *dx, real *dshift, real *dscale, const real *dout, const real *x,
-                                   const real *r, const real *scale, size_t stride, size_t B, size_t T,
+                                   const real *r, const real *scale, size_t stride, size_t B, size_t Tb,
                                    size_t D) {
 #pragma omp parallel for
     for (size_t b = 0; b < B; b++) {
@@ -244,7 +247,7 @@ static void norm_modulate_backward(real *dx, real *dshift, real *dscale, const r
         real *dsh = dshift + b * stride, *dsc = dscale + b * stride;
         memset(dsh, 0, sizeof(real) * D);
         memset(dsc, 0, sizeof(real) * D);
-        for (size_t n = b * T; n < (b + 1) * T; n++) {
+        for (size_t n = b * Tb; n < (b + 1) * Tb; n++) {
             const real *xn = x + n * D, *d = dout + n * D;
             real *dxn = dx + n * D, rn = r[n], sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -260,12 +263,13 @@ static void norm_modulate_backward(real *dx, real *dshift, real *dscale, const r
     }
 }
 
-// out[B,T,D] = x + gate y, gate [B, stride] of the sample
+// The residual connection of adaLN-Zero: out[B,Tb,D] = x + gate y, y the branch, gate [B, stride] of the sample,
+// which starts at 0
 static void gate_forward(real *out, const real *x, const real *gate, const real *y, size_t stride, size_t B,
-                         size_t T, size_t D) {
+                         size_t Tb, size_t D) {
 #pragma omp parallel for
-    for (size_t n = 0; n < B * T; n++) {
-        const real *xn = x + n * D, *yn = y + n * D, *g = gate + n / T * stride;
+    for (size_t n = 0; n < B * Tb; n++) {
+        const real *xn = x + n * D, *yn = y + n * D, *g = gate + n / Tb * stride;
         real *o = out + n * D;
         for (size_t i = 0; i < D; i++) o[i] = xn[i] + g[i] * yn[i];
     }
@@ -273,13 +277,13 @@ static void gate_forward(real *out, const real *x, const real *gate, const real 
 
 // out = x + gate y:  dgate = sum_t dout y,  dy = dout gate  (and dx = dout, which the caller keeps in place)
 static void gate_backward(real *dy, real *dgate, const real *dout, const real *gate, const real *y,
-                          size_t stride, size_t B, size_t T, size_t D) {
+                          size_t stride, size_t B, size_t Tb, size_t D) {
 #pragma omp parallel for
     for (size_t b = 0; b < B; b++) {
         const real *g = gate + b * stride;
         real *dg = dgate + b * stride;
         memset(dg, 0, sizeof(real) * D);
-        for (size_t n = b * T; n < (b + 1) * T; n++) {
+        for (size_t n = b * Tb; n < (b + 1) * Tb; n++) {
             const real *d = dout + n * D, *yn = y + n * D;
             real *dyn = dy + n * D;
             for (size_t i = 0; i < D; i++) {
@@ -314,7 +318,8 @@ static void rmsnorm_backward(real *dx, real *dw, const real *dout, const real *x
 }
 
 // GELU, tanh form: out = x/2 (1 + tanh u) with u = sqrt(2/pi) (x + 0.044715 x^3). As (1 + tanh u)/2 is the
-// sigmoid of 2u, out = x s with s = 1 / (1 + e^-2u): one exp, and nothing cancels.
+// sigmoid of 2u, out = x s with s = 1 / (1 + e^-2u): one exp, and nothing cancels. fast_exp stays finite, and
+// so does e s below.
 #define GELU_A ((real)0.7978845608028654)
 #define GELU_B ((real)0.044715)
 // The derivative wants the same exp and is kept: with e = e^-2u, so that 1 - s = e s,
@@ -367,12 +372,12 @@ static void qk_norm_forward(real *out, real *r, const real *qkv, const real *wq,
 // and dwk go to its part of parts [B,2Dh]; these are added in the order of the samples, so that the bits do
 // not depend on the number of threads.
 static void qk_norm_backward(real *dqkv, real *dwq, real *dwk, real *parts, const real *dout, const real *qkv,
-                             const real *r, const real *wq, const real *wk, size_t B, size_t T, size_t H,
+                             const real *r, const real *wq, const real *wk, size_t B, size_t Tb, size_t H,
                              size_t Dh) {
     memset(parts, 0, sizeof(real) * B * 2 * Dh);
 #pragma omp parallel for
     for (size_t b = 0; b < B; b++)
-        for (size_t n = b * T; n < (b + 1) * T; n++)
+        for (size_t n = b * Tb; n < (b + 1) * Tb; n++)
             for (size_t h = 0; h < 2 * H; h++) {
                 size_t at = (n * 3 * H + h) * Dh;
                 const real *x = qkv + at, *d = dout + at, *w = h < H ? wq : wk;
@@ -468,46 +473,48 @@ static void value_residual_backward(real *dv, real *dv1, real *dlambda, real *pa
 }
 
 // Elements of scratch memory that attention needs for one head: panels and a matrix of scores
-static size_t attention_work(size_t T, size_t Dh) {
-    size_t most = T > Dh ? T : Dh;
-    return (most + NR - 1) / NR * NR * most + T * softmax_row(T);
+static size_t attention_work(size_t Tb, size_t Dh) {
+    size_t most = Tb > Dh ? Tb : Dh;
+    return (most + NR - 1) / NR * NR * most + Tb * softmax_row(Tb);
 }
 
-// out[B,T,D] = softmax(q k^T / sqrt(Dh)) v for each sample and head, from qkv[B,T,3D]; att [B,H,T,R] is kept,
-// R = softmax_row(T). work: attention_work elements for each of `threads` threads
+// out[B,Tb,D] = softmax(q k^T / sqrt(Dh)) v for each sample and head, from qkv[B,Tb,3D]; att [B,H,Tb,R] is
+// kept, R = softmax_row(Tb). work: attention_work elements for each of `threads` threads. matmul_small takes the
+// result, its row length, the columns it may write, the factors (a part's begin, row length, 1: transposed), the
+// rows, columns and terms of a sum, and scratch.
 static void attention_forward(real *out, real *att, const real *qkv, real *work, int threads, size_t B,
-                              size_t T, size_t H, size_t Dh) {
-    size_t D = H * Dh, R = softmax_row(T);
+                              size_t Tb, size_t H, size_t Dh) {
+    size_t D = H * Dh, R = softmax_row(Tb);
     (void)threads;   // unused without OpenMP
 #pragma omp parallel for num_threads(threads)
     for (size_t bh = 0; bh < B * H; bh++) {
-        const real *q = qkv + bh / H * T * 3 * D + bh % H * Dh, *k = q + D, *v = k + D;
-        real *p = att + bh * T * R, *w = thread_work(work, attention_work(T, Dh));
-        matmul_small(p, R, R, part_of(q, 3 * D, 0), part_of(k, 3 * D, 1), T, T, Dh, w);
-        softmax_forward(p, T, T, (real)(1.0 / sqrt((double)Dh)));
-        real *o = out + bh / H * T * D + bh % H * Dh;
-        matmul_small(o, D, Dh, part_of(p, R, 0), part_of(v, 3 * D, 0), T, Dh, T, w);
+        const real *q = qkv + bh / H * Tb * 3 * D + bh % H * Dh, *k = q + D, *v = k + D;
+        real *p = att + bh * Tb * R, *w = thread_work(work, attention_work(Tb, Dh));
+        matmul_small(p, R, R, part_of(q, 3 * D, 0), part_of(k, 3 * D, 1), Tb, Tb, Dh, w);
+        softmax_forward(p, Tb, Tb, (real)(1.0 / sqrt((double)Dh)));
+        real *o = out + bh / H * Tb * D + bh % H * Dh;
+        matmul_small(o, D, Dh, part_of(p, R, 0), part_of(v, 3 * D, 0), Tb, Dh, Tb, w);
     }
 }
 
-// o = p v, p = softmax(s), s = q k^T / sqrt(Dh):
+// o = p v, p = softmax(s / sqrt(Dh)), s = q k^T:
 //   dv = p^T do,  dp = do v^T,  ds_ij = p_ij (dp_ij - sum_k p_ik dp_ik) / sqrt(Dh),  dq = ds k,  dk = ds^T q
 static void attention_backward(real *dqkv, const real *dout, const real *qkv, const real *att, real *work,
-                               int threads, size_t B, size_t T, size_t H, size_t Dh) {
-    size_t D = H * Dh, R = softmax_row(T);
+                               int threads, size_t B, size_t Tb, size_t H, size_t Dh) {
+    size_t D = H * Dh, R = softmax_row(Tb);
     (void)threads;
 #pragma omp parallel for num_threads(threads)
     for (size_t bh = 0; bh < B * H; bh++) {
-        size_t at = bh / H * T * 3 * D + bh % H * Dh;
-        const real *q = qkv + at, *k = q + D, *v = k + D, *p = att + bh * T * R;
-        const real *d = dout + bh / H * T * D + bh % H * Dh;
+        size_t at = bh / H * Tb * 3 * D + bh % H * Dh;
+        const real *q = qkv + at, *k = q + D, *v = k + D, *p = att + bh * Tb * R;
+        const real *d = dout + bh / H * Tb * D + bh % H * Dh;
         real *dq = dqkv + at, *dk = dq + D, *dv = dk + D;
-        real *ds = thread_work(work, attention_work(T, Dh)), *w = ds + T * R;
-        matmul_small(ds, R, R, part_of(d, D, 0), part_of(v, 3 * D, 1), T, T, Dh, w);
-        softmax_backward(ds, p, T, T, (real)(1.0 / sqrt((double)Dh)));
-        matmul_small(dv, 3 * D, Dh, part_of(p, R, 1), part_of(d, D, 0), T, Dh, T, w);
-        matmul_small(dq, 3 * D, Dh, part_of(ds, R, 0), part_of(k, 3 * D, 0), T, Dh, T, w);
-        matmul_small(dk, 3 * D, Dh, part_of(ds, R, 1), part_of(q, 3 * D, 0), T, Dh, T, w);
+        real *ds = thread_work(work, attention_work(Tb, Dh)), *w = ds + Tb * R;
+        matmul_small(ds, R, R, part_of(d, D, 0), part_of(v, 3 * D, 1), Tb, Tb, Dh, w);
+        softmax_backward(ds, p, Tb, Tb, (real)(1.0 / sqrt((double)Dh)));
+        matmul_small(dv, 3 * D, Dh, part_of(p, R, 1), part_of(d, D, 0), Tb, Dh, Tb, w);
+        matmul_small(dq, 3 * D, Dh, part_of(ds, R, 0), part_of(k, 3 * D, 0), Tb, Dh, Tb, w);
+        matmul_small(dk, 3 * D, Dh, part_of(ds, R, 1), part_of(q, 3 * D, 0), Tb, Dh, Tb, w);
     }
 }
 
@@ -545,13 +552,13 @@ static void unpatchify_backward(real *dpatches, const real *dx, const Config *c,
 // e(t)[B,W] = [cos(t f_k), sin(t f_k)], f_k = 10000^(-k/128); t in [0, 1], not times 1000
 enum { TIME_FEATURES = 256 };   // W
 static void time_features(real *out, const real *t, size_t B) {
-    enum { HALF = TIME_FEATURES / 2 };
+    enum { PAIRS = TIME_FEATURES / 2 };
 #pragma omp parallel for
-    for (size_t k = 0; k < HALF; k++) {
-        double f = pow(10000, -(double)k / HALF);
+    for (size_t k = 0; k < PAIRS; k++) {
+        double f = pow(10000, -(double)k / PAIRS);
         for (size_t b = 0; b < B; b++) {
             out[b * TIME_FEATURES + k] = (real)cos((double)t[b] * f);
-            out[b * TIME_FEATURES + HALF + k] = (real)sin((double)t[b] * f);
+            out[b * TIME_FEATURES + PAIRS + k] = (real)sin((double)t[b] * f);
         }
     }
 }
@@ -724,7 +731,7 @@ static size_t count_trained(const Table *t) {   // without the pads
     return count;
 }
 
-// What a random number is for: the last part of its address (dev/lib/random.h)
+// What a random number is for: a part of its address, as are seed, step and sample (dev/lib/random.h)
 enum Stream {
     STREAM_INIT = 1,
     STREAM_ORDER,
@@ -825,16 +832,16 @@ typedef struct {
 } BlockActs;
 
 typedef struct {
-    real *x_t, *cls_t;                                             // [B,C,S,S], [B,Z]
+    real *x_t, *v, *cls_t;                                         // [B,C,S,S] twice, [B,Z]
     real *patches, *patch_tokens, *cls_proj, *cls_r, *cls_token;   // [B,P,X], [B,P,D], [B,D], [B], [B,D]
     real *embed, *v1;                                              // [B,T,D] twice; v1: block 0's values
     real *t_features, *t0, *t0_silu, *cond, *cond_silu;            // [B,W], then [B,D]
-    BlockActs block[MAX_DEPTH + 1];                                // one more for evaluation, if h is empty
-    real *kept, *pair, *fused;                                     // [B,Tk,D], [B,T,2D], [B,T,D]
-    real *p0, *p0_silu, *p2, *p2_silu, *zs;                        // [B,T,M] four times, [B,T,Z]
-    real *final_mod, *final_h, *final_r;                           // [B,2D], [B,T,D], [B,T]
-    real *final_patches, *final_cls, *out_patches;                 // [B,P,D], [B,D], [B,P,X]
-    real *out, *cls_out;                                           // [B,C,S,S], [B,Z]
+    BlockActs block[MAX_DEPTH + 1];                  // evaluation: g shares the last, or one more
+    real *kept, *pair, *fused;                       // [B,Tk,D], [B,T,2D], [B,T,D]
+    real *p0, *p0_silu, *p2, *p2_silu, *zs;          // [B,T,M] four times, [B,T,Z]
+    real *final_mod, *final_h, *final_r;             // [B,2D], [B,T,D], [B,T]
+    real *final_patches, *final_cls, *out_patches;   // [B,P,D], [B,D], [B,P,X]
+    real *out, *cls_out;                             // [B,C,S,S], [B,Z]
     // gradients
     real *dx, *d_E, *d_kept, *d_v1, *d_zs;            // [B,T,D] twice, [B,Tk,D], [B,T,D], [B,T,Z]
     real *d_qkv, *d_mix, *d_mod;                      // [B,T,3D] twice, [B,6D]
@@ -897,6 +904,7 @@ static void acts_layout(Acts *a, Arena *m, const Config *c, size_t B, size_t thr
     size_t D = c->hidden_size, H = c->num_heads, F = hidden_of(c), M = c->projector_dim, Z = c->z_dim;
     size_t latent = latent_of(c);
     a->x_t = take(m, B * latent);
+    a->v = take(m, B * latent);
     a->cls_t = take(m, B * Z);
     a->patches = take(m, B * P * X);
     a->patch_tokens = take(m, B * P * D);
@@ -1262,16 +1270,15 @@ static void network_backward(Model *model, const int *y, const int *ids, int pat
 //   v = noise - x,   L_cfm = - mean (out - v[b-1])^2,   L_align = - mean_{b,t} cos(feats, zs)
 //
 // Means run over the whole batch. Each function adds up its sample's terms in `sum`, without dividing, and
-// writes the gradients; `share` is what one term counts in the mean.
+// writes the gradients; `share` is what one term counts in the mean, 1 / (whole * numbers of a sample), whole the samples
+// of the whole batch.
 
-// dout = 2 (out - v) share - cfm_coeff 2 (out - v[b-1]) share, each over the latent's numbers
-static void velocity_loss(Losses *sum, real *dout, const real *out, const real *x, const real *noise,
-                          const real *x_before, const real *noise_before, double cfm, double whole,
-                          size_t latent) {
+// dout = 2 (out - v) share - cfm_coeff 2 (out - v_before) share; v, v_before [C,S,S] of the sample and of the
+// one before it in the whole batch
+static void velocity_loss(Losses *sum, real *dout, const real *out, const real *v, const real *v_before,
+                          double cfm, double whole, size_t latent) {
     for (size_t i = 0; i < latent; i++) {
-        // before sample 0 comes the last of the whole batch, whose v = noise_before was made beforehand
-        real v = noise[i] - x[i], v_before = x_before ? noise_before[i] - x_before[i] : noise_before[i];
-        real d = out[i] - v, d_before = out[i] - v_before;
+        real d = out[i] - v[i], d_before = out[i] - v_before[i];
         sum->denoise += (double)d * d;
         sum->cfm -= (double)d_before * d_before;
         dout[i] = (real)((2 * d - cfm * 2 * d_before) / (whole * (double)latent));
@@ -1308,10 +1315,9 @@ static void loss_and_gradients(Model *model, const Batch *batch) {
 #pragma omp parallel for
     for (size_t b = 0; b < B; b++) {
         Losses *one = &a->sample_losses[b];
-        const real *x = batch->x + b * latent, *noise = batch->noise + b * latent;
+        const real *v = a->v + b * latent, *v_before = b ? v - latent : batch->v_before;
         memset(one, 0, sizeof(*one));
-        velocity_loss(one, a->d_out + b * latent, a->out + b * latent, x, noise, b ? x - latent : NULL,
-                      b ? noise - latent : batch->v_before, cfm, whole, latent);
+        velocity_loss(one, a->d_out + b * latent, a->out + b * latent, v, v_before, cfm, whole, latent);
         if (c->cls)
             cls_loss(one, a->d_cls_out + b * Z, a->cls_out + b * Z, batch->cls + b * Z,
                      batch->noise_cls + b * Z, c->cls_coeff, whole, Z);
@@ -1335,13 +1341,16 @@ static void zero_gradients(Model *m) { memset(m->grads, 0, m->table.total * size
 
 static void forward_backward(Model *model, const Batch *batch) {
     const Config *c = &model->c;
+    Acts *a = &model->a;
     size_t latent = latent_of(c), Z = c->z_dim, B = batch->B;
-    for (size_t b = 0; b < B; b++) {   // x_t = (1 - t) x + t noise, and CLS alike
+    for (size_t b = 0; b < B; b++) {   // x_t = (1 - t) x + t noise, v = noise - x, and CLS alike
         real t = batch->t[b];
-        for (size_t i = b * latent; i < (b + 1) * latent; i++)
-            model->a.x_t[i] = (1 - t) * batch->x[i] + t * batch->noise[i];
+        for (size_t i = b * latent; i < (b + 1) * latent; i++) {
+            a->x_t[i] = (1 - t) * batch->x[i] + t * batch->noise[i];
+            a->v[i] = batch->noise[i] - batch->x[i];
+        }
         for (size_t i = b * Z; i < (b + 1) * Z && c->cls; i++)
-            model->a.cls_t[i] = (1 - t) * batch->cls[i] + t * batch->noise_cls[i];
+            a->cls_t[i] = (1 - t) * batch->cls[i] + t * batch->noise_cls[i];
     }
     network_forward(model, &model->w, batch->t, batch->y, batch->ids, batch->path_drop, B);
     loss_and_gradients(model, batch);
@@ -1707,8 +1716,9 @@ static void sampler_noise(double *x, double *cls, const Config *c, const Samplin
     free(z);
 }
 
-// x += d dt + sqrt(2t) sqrt(|dt|) eps, with score = -((1-t) v + x) / t and drift d = v - t score; eps NULL:
-// no noise
+// x_t = (1 - t) x_0 + t noise and v = noise - x_0 give noise = x_t + (1 - t) v, and the score is -noise / t. Time
+// runs backwards in dx = (v - t score) dt + sqrt(2t) dW, whose marginals are those of dx = v dt:
+//   x += (v - t score) dt + sqrt(2t) sqrt(|dt|) eps;  eps NULL: no noise
 static void euler_maruyama_step(double *x, const real *v, const double *eps, size_t n, double t, double dt) {
     for (size_t i = 0; i < n; i++) {
         double score = -((1 - t) * v[i] + x[i]) / t, drift = v[i] - t * score;
@@ -1719,8 +1729,8 @@ static void euler_maruyama_step(double *x, const real *v, const double *eps, siz
 // What is called after each step with the state so far; not 0: stop here
 typedef int Progress(int step, int steps, const double *x, void *user);
 
-// n samples: x [n,C,S,S] and cls [n,Z] come in as noise and leave as data, N steps later. Returns 0 if progress
-// (NULL: none) stopped it.
+// n samples: x [n,C,S,S] and cls [n,Z] come in as noise and leave as data, N steps later. Returns 0 if
+// progress (NULL: none) stopped it.
 static int sample_euler_maruyama(double *x, double *cls, const Backend *backend, Model *model,
                                  const Sampling *s, const int *y, int n, Progress *progress, void *user) {
     const Config *c = &model->c;
@@ -2058,8 +2068,8 @@ static int stop_if_interrupted(int step, int steps, const double *x, void *user)
     (void)step, (void)steps, (void)x, (void)user;
     return interrupted;
 }
-// 10 rows of samples, a column a class, as a PNG and in the terminal. Returns 0 where there is nothing to show:
-// Ctrl-C came before, or the samples are not made of finite numbers.
+// 10 rows of samples, a column a class, as a PNG and in the terminal. Returns 0 where there is nothing to
+// show: Ctrl-C came before, or the samples are not made of finite numbers.
 static int write_samples(const Training *t) {
     const Config *c = &t->c;
     const Data *d = t->data;
