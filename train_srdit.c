@@ -217,8 +217,8 @@ static void linear_backward(real *din, real *dw, real *db, const real *dout, con
     matmul(dw, dout, in, NULL, O, I, N, 1, 0, 1);
 }
 
-// RMSNorm of a row: x^ = x r with r = 1 / sqrt(mean(x^2) + eps). Its backward, used three times below, where dx
-// and dx^ are gradients of the loss: x^_j changes with x_i by r [i = j] - x_i x_j r^3 / D, and so
+// RMSNorm of a row: x^ = x r with r = 1 / sqrt(mean(x^2) + eps). Its backward, used three times below, where
+// dx and dx^ are gradients of the loss: x^_j changes with x_i by r [i = j] - x_i x_j r^3 / D, and so
 //   dx_i = sum_j dx^_j (r [i = j] - x_i x_j r^3 / D) = r (dx^_i - x^_i mean(dx^ x^)).
 #define NORM_EPS ((real)1e-6)
 #define QK_EPS ((real)1.1920928955078125e-07)   // 2^-23
@@ -263,8 +263,8 @@ static void norm_modulate_backward(real *dx, real *dshift, real *dscale, const r
     }
 }
 
-// The residual connection of adaLN-Zero: out[B,Tb,D] = x + gate y, y the branch, gate [B, stride] of the sample,
-// which starts at 0
+// The residual connection of adaLN-Zero: out[B,Tb,D] = x + gate y, y the branch, gate [B, stride] of the
+// sample, which starts at 0
 static void gate_forward(real *out, const real *x, const real *gate, const real *y, size_t stride, size_t B,
                          size_t Tb, size_t D) {
 #pragma omp parallel for
@@ -479,9 +479,9 @@ static size_t attention_work(size_t Tb, size_t Dh) {
 }
 
 // out[B,Tb,D] = softmax(q k^T / sqrt(Dh)) v for each sample and head, from qkv[B,Tb,3D]; att [B,H,Tb,R] is
-// kept, R = softmax_row(Tb). work: attention_work elements for each of `threads` threads. matmul_small takes the
-// result, its row length, the columns it may write, the factors (a part's begin, row length, 1: transposed), the
-// rows, columns and terms of a sum, and scratch.
+// kept, R = softmax_row(Tb). work: attention_work elements for each of `threads` threads. matmul_small takes
+// the result, its row length, the columns it may write, the factors (a part's begin, row length, 1:
+// transposed), the rows, columns and terms of a sum, and scratch.
 static void attention_forward(real *out, real *att, const real *qkv, real *work, int threads, size_t B,
                               size_t Tb, size_t H, size_t Dh) {
     size_t D = H * Dh, R = softmax_row(Tb);
@@ -1270,8 +1270,8 @@ static void network_backward(Model *model, const int *y, const int *ids, int pat
 //   v = noise - x,   L_cfm = - mean (out - v[b-1])^2,   L_align = - mean_{b,t} cos(feats, zs)
 //
 // Means run over the whole batch. Each function adds up its sample's terms in `sum`, without dividing, and
-// writes the gradients; `share` is what one term counts in the mean, 1 / (whole * numbers of a sample), whole the samples
-// of the whole batch.
+// writes the gradients; `share` is what one term counts in the mean, 1 / (whole * numbers of a sample),
+// whole the samples of the whole batch.
 
 // dout = 2 (out - v) share - cfm_coeff 2 (out - v_before) share; v, v_before [C,S,S] of the sample and of the
 // one before it in the whole batch
@@ -1716,8 +1716,8 @@ static void sampler_noise(double *x, double *cls, const Config *c, const Samplin
     free(z);
 }
 
-// x_t = (1 - t) x_0 + t noise and v = noise - x_0 give noise = x_t + (1 - t) v, and the score is -noise / t. Time
-// runs backwards in dx = (v - t score) dt + sqrt(2t) dW, whose marginals are those of dx = v dt:
+// x_t = (1 - t) x_0 + t noise and v = noise - x_0 give noise = x_t + (1 - t) v, and the score is -noise / t.
+// Time runs backwards in dx = (v - t score) dt + sqrt(2t) dW, whose marginals are those of dx = v dt:
 //   x += (v - t score) dt + sqrt(2t) sqrt(|dt|) eps;  eps NULL: no noise
 static void euler_maruyama_step(double *x, const real *v, const double *eps, size_t n, double t, double dt) {
     for (size_t i = 0; i < n; i++) {

@@ -31,7 +31,7 @@ MUTANTS = [   # name, function, text, replacement
     ("GELU: 0.0447", None, "((real)0.044715)", "((real)0.0447)"),
     ("SiLU: sign", "silu_forward", "fast_exp(-in[i])", "fast_exp(in[i])"),
     ("adaLN: no 1 +", "norm_modulate_forward", "(1 + sc[i])", "sc[i]"),
-    ("time features: 127", "time_features", "/ HALF)", "/ (HALF - 1))"),
+    ("time features: 127", "time_features", "/ PAIRS)", "/ (PAIRS - 1))"),
     ("patches: rows and columns exchanged", "patchify", "i / p % p, column", "i % p, column"),
     ("unpatchify: channels first", "unpatchify_place", "channel = i % C", "channel = i / (p * p)"),
     ("product: the groups' columns mixed up", "matmul_tiled", "C + (long)lo * N + j0", "C + (long)lo * N"),
