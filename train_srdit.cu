@@ -6,15 +6,15 @@
 // number makes as few trips to memory as it can. Each kernel says at its head what it computes, on what
 // shapes, how many bytes an element it moves and what bounds it.
 //
-//   make train_srdit_cu && ./train_srdit_cu     (needs nvcc, cuBLASLt, a GPU of compute capability 8.0 or more)
+//   make train_srdit_cu && ./train_srdit_cu     (nvcc, cuBLASLt, a GPU of compute capability 8.0 or more)
 //   make FP32=1 test_srdit_cu                   all in float instead of bf16, to be checked against the CPU
 //   make train_srdit_emu                        this file on a CPU, to be stepped through (dev/cuda_on_cpu)
 //
 // Sections and functions come in the order of train_srdit.c and have its names. What is different here:
 //
 //   in train_srdit.c                     here
-//   gate, then norm_modulate             fused: norm_modulate_forward, _backward over a `Residual`, x + gate y
-//                                        that is not added up before its next reader
+//   gate, then norm_modulate             fused: norm_modulate_forward, _backward over a `Residual`, that is
+//                                        x + gate y not added up before its next reader
 //   qk_norm, rope, value_residual        fused: attention does them as it loads rows and undoes them on
 //                                        gradients in registers; only its plain way has a kernel for them
 //   att, the rows of softmax             not kept: log sum exp, from which the backward makes them again
@@ -23,8 +23,9 @@
 //   x_t, patchify                        fused: patchify_kernel mixes x and noise as it reads
 //   put_tokens of patches and CLS        fused: embed_kernel, with CLS's rmsnorm and the positions
 //   gather_rows of the kept tokens       fused: g's first norm reads at ids (Residual.x_ids)
-//   fusion_proj of pair, scatter_rows    two products, E W1^T + G W2^T, as most rows of G are the mask token: it
-//                                        is one more row of G, and a token's row is looked up (Residual.y_rows)
+//   fusion_proj of pair, scatter_rows    two products, E W1^T + G W2^T, since most rows of G are the mask
+//                                        token's: that is one more row of G, and which row a token reads is
+//                                        looked up (Residual.y_rows)
 //   unpatchify                           only for the sampler: the losses read and write patches
 //   clipping, AdamW, EMA                 fused, with the rounding to bf16: adamw_kernel
 //   a block's adaLN layer                moved: all blocks' at once (adaln_forward), since B rows are few
@@ -464,8 +465,8 @@ static void linear_backward_weight(float *dw, const floatX *dout, const floatX *
     matmul_sure(&k, dw, dout, in, NULL);
 }
 
-// The residual stream as the layer before leaves it: x + gate y, not yet added up, so that the next reader can
-// do it. Row n of B T, of sample b, is
+// The residual stream as the layer before leaves it: x + gate y, not yet added up, so that the next reader
+// can do it. Row n of B T, of sample b, is
 //   x[x_ids ? b x_tokens + x_ids[n] : n] + gate[b] y[y_rows ? y_rows[n] : n],     where gate NULL is 1.
 typedef struct {
     const float *x;
@@ -521,7 +522,7 @@ __global__ void __launch_bounds__(256)
     }
     float rn = 1;
     if (shift) {
-        rn = rsqrtf(sum_lanes<32>(sum) / D + 1e-6f);
+        rn = rsqrtf(sum_lanes<32>(sum) / D + NORM_EPS);
         if (lane == 0) r[n] = rn;
     }
     if (!h) return;
@@ -680,7 +681,7 @@ static void norm_modulate_backward(NormBackward *a, floatX *dshift, floatX *dsca
 // is the device's own.
 enum Activation { NONE, GELU, SILU };
 __device__ __forceinline__ float gelu_tanh(float x) {
-    float u = 0.7978845608028654f * (x + 0.044715f * x * x * x);
+    float u = GELU_A * (x + GELU_B * x * x * x);
     return 1 - 2 / (expf(2 * u) + 1);   // tanh u; its error near 0 is small against the 1 it is added to
 }
 template <Activation A> __device__ __forceinline__ float activate(float x) {
@@ -689,7 +690,7 @@ template <Activation A> __device__ __forceinline__ float activate(float x) {
 template <Activation A> __device__ __forceinline__ float slope(float x) {
     if (A == GELU) {
         float h = gelu_tanh(x);
-        return 0.5f * (1 + h) + 0.5f * x * (1 - h * h) * 0.7978845608028654f * (1 + 3 * 0.044715f * x * x);
+        return 0.5f * (1 + h) + 0.5f * x * (1 - h * h) * GELU_A * (1 + 3 * GELU_B * x * x);
     }
     float s = 1 / (1 + expf(-x));
     return s + x * s * (1 - s);
@@ -786,7 +787,7 @@ __global__ void __launch_bounds__(256)
     const float *x = cls_proj + (size_t)b * D;
     if (cls && t == 0) {
         for (int d = lane; d < D; d += 32) r += x[d] * x[d];
-        r = rsqrtf(sum_lanes<32>(r) / D + 1e-6f);
+        r = rsqrtf(sum_lanes<32>(r) / D + NORM_EPS);
         if (lane == 0) cls_r[b] = r;
     }
     for (int d = lane * 4; d < D; d += 128) {
@@ -1003,9 +1004,9 @@ __global__ void __launch_bounds__(256) qkv_mix_forward_kernel(floatX *out, const
     }
 }
 
-// Its backward, in place (derivations at qk_norm_backward, rope_backward and value_residual_backward): out.dqkv comes in as the
-// gradient of what the forward wrote. A block takes some tokens of a sample; its sums for the
-// weights are one row of out.parts.
+// Its backward, in place (derivations at qk_norm_backward, rope_backward and value_residual_backward):
+// out.dqkv comes in as the gradient of what the forward wrote. A block takes some tokens of a sample; its
+// sums for the weights are one row of out.parts.
 __global__ void __launch_bounds__(256)
     qkv_mix_backward_kernel(const AttentionGrads out, const Attention a, int chunk) {
     __shared__ float sums[8][2][128];
@@ -1886,9 +1887,9 @@ __global__ void __launch_bounds__(256) route_kernel(int *ids, const Draw *draw, 
     }
 }
 
-// How batches reach the device: by way of pinned memory and a stream of its own, so that the host can go on at
-// once and the copy runs under the step before. There are two of each buffer, used in turn; the host waits only
-// when it is two batches ahead.
+// How batches reach the device: by way of pinned memory and a stream of its own, so that the host can go
+// on at once and the copy runs under the step before. There are two of each buffer, used in turn; the host
+// waits only when it is two batches ahead.
 typedef struct {
     char *memory[2], *pinned[2];
     Input on_device[2], on_host[2];
@@ -1920,7 +1921,8 @@ static void queue_destroy(InputQueue *q) {
     }
 }
 
-// Where the batch will lie for the kernels that are launched from here on; batch_done follows the last of them.
+// Where the batch will lie for the kernels that are launched from here on; batch_done follows
+// the last of them.
 static Input batch_upload(InputQueue *q, const Batch *batch, const Config *c) {
     size_t b = (size_t)batch->B, latent = (size_t)latent_of(c), Z = (size_t)c->z_dim;
     size_t feats = b * (size_t)tokens_of(c) * Z;
@@ -2272,8 +2274,8 @@ static NormBackward norm_backward_of(GpuModel *g, float *dx, int n) {
     a.gate_stride = 6 * a.D;
     return a;
 }
-// The same where the residual was x + gate fc2 of block i: a->dy becomes the gradient of fc2, and the gradients
-// of gate2 and of fc2's bias are taken. dshift, dscale: of the norm, NULL where there was none.
+// The same where the residual was x + gate fc2 of block i: a->dy becomes the gradient of fc2, and the
+// gradients of gate2 and of fc2's bias are taken. dshift, dscale: of the norm, NULL where there was none.
 static void norm_backward_behind(NormBackward *a, GpuModel *g, int i, floatX *dshift, floatX *dscale, int B) {
     int D = a->D;
     size_t at = (size_t)i * B * 6 * D + 5 * D;
@@ -2427,8 +2429,8 @@ static Residual fusion_forward(GpuModel *g, const Params *w, floatX *g_out, cons
     x.y_rows = a->rows;
     return x;
 }
-// From a->dy, the gradient of the fused tokens: a->d_E (added to, if the projector has been there) and a->d_g,
-// of g_out's rows. The bias's gradient is taken by the norm that read the sum.
+// From a->dy, the gradient of the fused tokens: a->d_E (added to, if the projector has been there) and
+// a->d_g, of g_out's rows. The bias's gradient is taken by the norm that read the sum.
 static void fusion_backward(GpuModel *g, int rows, int N) {
     const Config *c = &g->base.c;
     Acts *a = &g->a;
@@ -2891,13 +2893,13 @@ static Losses read_losses(Model *model) {
 // ----------------------------------------------------------------------------------------------------------
 // What a backend offers
 
-static float *device_block(GpuModel *g, enum Block which) {
+static float *model_block(GpuModel *g, enum Block which) {
     float *blocks[] = {g->params, g->grads, g->m, g->v, g->ema};
     if (which == GRADS) zero_now(g);
     return blocks[which];
 }
 static void get_block(real *host, Model *m, enum Block which) {
-    CHECK(cudaMemcpyAsync(host, device_block(gpu_of(m), which), m->table.total * sizeof(real),
+    CHECK(cudaMemcpyAsync(host, model_block(gpu_of(m), which), m->table.total * sizeof(real),
                           cudaMemcpyDeviceToHost, stream));
     CHECK(cudaStreamSynchronize(stream));
 }
@@ -2907,7 +2909,7 @@ static const real *host_block(Model *m, enum Block which, real *room) {
 }
 static void put_block(Model *m, const real *host, enum Block which) {
     GpuModel *g = gpu_of(m);
-    CHECK(cudaMemcpyAsync(device_block(g, which), host, m->table.total * sizeof(real), cudaMemcpyHostToDevice,
+    CHECK(cudaMemcpyAsync(model_block(g, which), host, m->table.total * sizeof(real), cudaMemcpyHostToDevice,
                           stream));
     CHECK(cudaStreamSynchronize(stream));
     g->weights_of = GRADS;   // neither: they are rounded again before their next use
@@ -2959,8 +2961,8 @@ static const real *activation(Model *m, const char *name) {
 // ----------------------------------------------------------------------------------------------------------
 // Creation
 
-// One step of each kind on an empty batch, so that every matrix product of training gets its plan and its time
-// is taken: no step makes one later, nor allocates anything else.
+// One step of each kind on an empty batch, so that every matrix product of training gets its plan and its
+// time is taken: no step makes one later, nor allocates anything else.
 static void tune(GpuModel *g) {
     Model *m = &g->base;
     Batch *batch = batch_create(&m->c, m->max_batch);
@@ -3038,8 +3040,8 @@ static void memory_check(GpuModel *g, const MemoryPlan *p, int max_batch) {
         (double)free_bytes / 1e9, max_batch, (double)p->all / 1e9, fits);
 }
 
-// Start values, and the angles of RoPE by position, for attention on tensor cores: patch (p,
-// 0) turns by those of p
+// Start values; and RoPE's angles by position for attention on tensor cores, whose table is smaller:
+// patch (p, 0) turns by those of p
 static void start_values(GpuModel *g, uint64_t seed) {
     Model *m = &g->base;
     const Config *c = &m->c;

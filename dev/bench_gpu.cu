@@ -171,8 +171,8 @@ static Timing time_product(const Shape &s, cublasLtEpilogue_t epilogue) {
     for (int i = 0; i < count; i++) {
         bool works = true;
         double us = microseconds(repeats, [&] {
-            if (cublasLtMatmul(lt, d, &one, left, a, right, b, &zero, out, c, out, c, &found[i].algo, workspace,
-                               ROOM, stream) != CUBLAS_STATUS_SUCCESS)
+            if (cublasLtMatmul(lt, d, &one, left, a, right, b, &zero, out, c, out, c, &found[i].algo,
+                               workspace, ROOM, stream) != CUBLAS_STATUS_SUCCESS)
                 works = false;
         });
         if (!works) continue;
@@ -213,8 +213,8 @@ int main(int argc, char **argv) {
     CHECK(cudaStreamCreate(&stream));
     CHECK(cublasLtCreate(&lt));
     const int64_t square = size_of(8192);
-    const size_t big = 2 * (size_t)std::max({rows_of(DENSE) * size_of(3072), 2 * size_of(56832) * size_of(768),
-                                             square * square});
+    const size_t big = 2 * (size_t)std::max({rows_of(DENSE) * size_of(3072),
+                                             2 * size_of(56832) * size_of(768), square * square});
     in = allocate(big, 1), weight = allocate(big, 2), out = allocate(big, 3), aux = allocate(big, 4);
     bias = allocate((size_t)1 << 20, 5), workspace = allocate(ROOM, 6);
 
@@ -229,8 +229,9 @@ int main(int argc, char **argv) {
         printf("%lld x %lld x %lld: %.0f TFLOP/s\n", (long long)square, (long long)square, (long long)square,
                2e-6 * (double)square * (double)square * (double)square / t.best);
     printf("floor: %.0f TFLOP/s, %.2f TB/s\n\n", tflops, tb);
-    printf("| product | | M | N | K | a step | epilogue | proposals | first us | best us | TFLOP/s | floor us "
-           "| of it |\n|---|---|---:|---:|---:|---:|---|---:|---:|---:|---:|---:|---:|\n");
+    printf(
+        "| product | | M | N | K | a step | epilogue | proposals | first us | best us | TFLOP/s | floor us "
+        "| of it |\n|---|---|---:|---:|---:|---:|---|---:|---:|---:|---:|---:|---:|\n");
     double plain = 0, first = 0, fused = 0, lower = 0, flops = 0;      // microseconds a step
     for (const Product &p : products) {
         Shape s = {p.kind, rows_of(p.rows), size_of(p.n), size_of(p.k)};
