@@ -92,6 +92,7 @@ help:
 	@echo
 	@echo "Overrides: CC=clang  OPENMP=no  NATIVE=no  OPTIMIZE='-O2 -mavx2 -mfma'  NVCC=/path/to/nvcc"
 	@echo "           ARCH=-arch=sm_90  CUDA=/path/to/toolkit"
+	@echo "           OPTIMIZE='-O2 -DNAIVE': the matrix product as three loops"
 
 clean:
-	rm -rf build train_srdit sample test_srdit train_srdit_cu sample_cu test_srdit_cu train_srdit_emu test_srdit_emu
+	rm -rf build train_srdit sample test_srdit train_srdit_cu sample_cu test_srdit_cu *_emu *_emu_bf16
