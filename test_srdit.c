@@ -1412,7 +1412,7 @@ static void compare_all(const char *only) {
         const char *name;
         Config c;
         int B, path_drop, parts;
-    } list[40], *at = list;
+    } list[96], *at = list;
 #define CASE(text, config, batch, drop, micro)                                                               \
     at->name = text, at->c = config, at->B = batch, at->path_drop = drop, at++->parts = micro
     CASE("small", small_config(), 2, 0, 1);
@@ -1441,14 +1441,13 @@ static void compare_all(const char *only) {
     at[-1].c.num_h = 0;
     CASE("one block", small_config(), 2, 0, 1);
     at[-1].c.depth = at[-1].c.num_f = 1, at[-1].c.num_h = 0;
-    static const char *const techniques[] = {"routing",    "path_drop",     "align", "cls",
-                                             "cfm",        "qk_norm",       "rope",  "value_residual",
-                                             "time_shift", "label_dropout", "ema"};
-    static char names[22][64];
-    for (int i = 0; i < 22; i++) {
-        snprintf(names[i], sizeof(names[i]), "%sno %s", i % 2 ? "65 tokens, " : "", techniques[i / 2]);
+    static char names[2 * CONFIG_OPTIONS][64];
+    for (int i = 0; i < 2 * CONFIG_OPTIONS; i++) {
+        const Option *technique = &config_options[i / 2];
+        if (technique->kind != TECHNIQUE) continue;
+        snprintf(names[i], sizeof(names[i]), "%sno %s", i % 2 ? "65 tokens, " : "", technique->name);
         CASE(names[i], i % 2 ? long_config(8, 64, 1) : small_config(), 2, 0, 1);
-        switch_off(&at[-1].c, techniques[i / 2]);
+        switch_off(&at[-1].c, technique->name);
     }
 #undef CASE
     for (int i = 0; i < at - list; i++)
