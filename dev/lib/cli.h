@@ -185,13 +185,19 @@ static const char *text_after(const char *flag, int argc, char **argv) {
 // 1 after the first Ctrl-C, SIGTERM or SIGHUP; the second ends the program
 static volatile sig_atomic_t interrupted;
 static void on_interrupt(int signal) { (void)signal, interrupted = 1; }
+// Signals that were ignored when the program began (by nohup, say) stay so. A reader of our output that ends
+// must not end a training: what is lost then is said at the end.
 static void catch_interrupts(void) {
-    struct sigaction action;
+    static const int signals[] = {SIGINT, SIGTERM, SIGHUP};
+    struct sigaction action, before;
     memset(&action, 0, sizeof(action));
-    action.sa_handler = on_interrupt, action.sa_flags = (int)SA_RESETHAND;
-    sigaction(SIGINT, &action, NULL);
-    sigaction(SIGTERM, &action, NULL);
-    sigaction(SIGHUP, &action, NULL);
+    action.sa_handler = on_interrupt;
+    action.sa_flags = (int)SA_RESETHAND;
+    for (int i = 0; i < 3; i++) {
+        sigaction(signals[i], NULL, &before);
+        if (before.sa_handler != SIG_IGN) sigaction(signals[i], &action, NULL);
+    }
+    signal(SIGPIPE, SIG_IGN);
 }
 
 // OpenMP's threads wait for each other by spinning for long, which on a machine that has anything else to do
