@@ -1035,6 +1035,12 @@ static void outputs_check(const SampleRun *r, const Source *s, const Layout *l, 
     }
     if (r->npz) check_output(r->npz, "--npz");
     if (r->latents) check_output(r->latents, "--latents");
+    const char *const inputs[] = {r->checkpoint, r->decoder};
+    for (int i = 0; i < 2; i++) {
+        refuse_input("--out", r->out, inputs[i]);
+        refuse_input("--npz", r->npz, inputs[i]);
+        refuse_input("--latents", r->latents, inputs[i]);
+    }
     if (r->separate) make_folder(r->separate);
     if (r->separate && access(r->separate, W_OK))
         die("--separate %s: the folder cannot be written to: %s", r->separate, strerror(errno));

@@ -957,6 +957,10 @@ static void test_folders(void) {
            "holds another run");
     expect("a start that dies", run_self(0, NANO "--steps 1 --overwrite --data %s --out %s", other, out),
            "latents");
+    expect("an export over a checkpoint",
+           run_self(0, NANO "--steps 1 --out %s --export %s", in_folder("free/e"), other), "--export");
+    expect("an export over its run", run_self(0, "--as-trainer --resume %s --export %s", other, other),
+           "--export");
     status = run_self(0, NANO "--steps 0 --overwrite --out %s", out);
     for (int i = 0; i < 3; i++) {
         now[i] = file_text(in_folder(names[i]), &n);

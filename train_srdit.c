@@ -2230,6 +2230,19 @@ static int report_end(Training *t, const char *program) {
     return interrupted ? 130 : !good;
 }
 
+// Ends the program where --export would replace what the run reads or writes, or another checkpoint.
+static void export_check(const Run *run, const Folder *folder) {
+    refuse_input("--export", run->export_to, run->resume);
+    for (int i = 0; i < run->data.count; i++) refuse_input("--export", run->export_to, run->data.items[i]);
+    if (!strcmp(run->export_to, folder->checkpoint) || same_file(run->export_to, folder->checkpoint))
+        die("--export %s is this run's checkpoint; give it another name", run->export_to);
+    const char *name = strrchr(run->export_to, '/');
+    if (!strcmp(name ? name + 1 : run->export_to, "checkpoint.safetensors") && !access(run->export_to, F_OK))
+        die("--export %s is a checkpoint, which the export would replace; give it another name",
+            run->export_to);
+    file_probe(run->export_to);
+}
+
 // All that a run works on, from the settings; whatever is wrong is said here, before the first step.
 static Training training_open(const Config *c, const Run *run, const Backend *backend, Data *d,
                               SafeFile *resume, int step) {
@@ -2243,7 +2256,7 @@ static Training training_open(const Config *c, const Run *run, const Backend *ba
     t.saved = -1;
     t.folder = folder_open(run->out, run->resume, run->overwrite);
     if (run->steps > step) file_probe(t.folder.checkpoint);   // better to know now than after the training
-    if (run->export_to) file_probe(run->export_to);
+    if (run->export_to) export_check(run, &t.folder);
     if (!t.run.accum) t.run.accum = backend == &cpu_backend ? parts_of(c, run->batch) : 1;
     t.model = backend->create(c, run->batch / t.run.accum, run->seed);
     if (resume) checkpoint_load(backend, t.model, resume);

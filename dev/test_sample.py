@@ -317,6 +317,7 @@ def test_bad_input(C):
             ([C, "--classes", "99999999999999999999"], "no class"),
             ([C, "--classes", "1", "--random-classes"], "exclude"),
             ([C, "--sampler", "ddim"], "no such sampler; there are em, euler and heun"),
+            ([C, "--latents", C], "own input"), ([C, "--npz", C], "own input"),
             ([C, "--steps", "0"], "--steps"),
             ([C, "--steps", "2.5"], "whole"), ([C, "--steps", "ten"], "not a number"),
             ([C, "--num", "-3"], "--num is -3"), ([C, "--num", "1.5"], "--num is 1.5"),

@@ -108,6 +108,16 @@ static void file_end(FILE *out, const char *temporary, const char *path) {
         die("%s: cannot be written: %s; a file that had this name is untouched", path, strerror(error));
     }
 }
+// Is there a file, and is it the same by both names?
+static int same_file(const char *a, const char *b) {
+    struct stat s, t;
+    return a && b && !stat(a, &s) && !stat(b, &t) && s.st_dev == t.st_dev && s.st_ino == t.st_ino;
+}
+// Outputs are never inputs: ends the program where one file would be both.
+static void refuse_input(const char *flag, const char *output, const char *input) {
+    if (same_file(output, input))
+        die("%s %s would replace its own input; give it another name", flag, output);
+}
 // Ends the program early where file_begin(path) would fail later; nothing is changed.
 static void file_probe(const char *path) {
     char temporary[PATH_MAX];

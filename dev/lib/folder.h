@@ -50,11 +50,6 @@ static int folder_take(Folder *f, const char *path) {
 static int folder_holds_run(const Folder *f) {
     return !access(f->checkpoint, F_OK) || !access(f->picture, F_OK) || !access(f->log, F_OK);
 }
-static int same_file(const char *a, const char *b) {
-    struct stat s, t;
-    return !stat(a, &s) && !stat(b, &t) && s.st_dev == t.st_dev && s.st_ino == t.st_ino;
-}
-
 // out: as the command line has it, NULL where it has none: then a resumed run goes on beside its checkpoint,
 // and a new one takes the first of out, out-2, out-3 ... that holds no run. A folder that holds another run
 // is refused, unless `overwrite`.
