@@ -973,24 +973,10 @@ typedef struct {
 } LatentsOut;
 static void latents_open(LatentsOut *l, const char *path, const Config *c, int n, const SafePair *pairs,
                          int count) {
-    char *text = NULL;
-    size_t length = 0, bytes = (size_t)n * (size_t)latent_of(c) * 4;
-    FILE *head = open_memstream(&text, &length);
-    if (!head) die("%s: out of memory for its header", path);
-    fprintf(head, "{\"__metadata__\":{");
-    for (int i = 0; i < count; i++) {
-        if (i) fputc(',', head);
-        json_print(head, pairs[i].key), fputc(':', head), json_print(head, pairs[i].value);
-    }
-    fprintf(head, "},\"latents\":{\"dtype\":\"F32\",\"shape\":[%d,%d,%d,%d],\"data_offsets\":[0,%zu]}", n,
-            c->in_channels, c->input_size, c->input_size, bytes);
-    fprintf(head, ",\"labels\":{\"dtype\":\"I32\",\"shape\":[%d],\"data_offsets\":[%zu,%zu]}}", n, bytes,
-            bytes + 4 * (size_t)n);
-    while ((fflush(head), length % 8)) fputc(' ', head);
-    fclose(head);
-    l->path = path, l->file = file_begin(l->temporary, path);
-    put_le(l->file, 8, length), fwrite(text, 1, length, l->file);
-    free(text);
+    SafeItem items[2] = {{"latents", F32, 4, {n, c->in_channels, c->input_size, c->input_size}, NULL},
+                         {"labels", I32, 1, {n}, NULL}};
+    l->path = path;
+    l->file = safe_begin(l->temporary, path, pairs, count, items, 2);
 }
 static void latents_put(LatentsOut *l, const double *x, size_t n) {
     for (size_t i = 0; i < n; i++) {

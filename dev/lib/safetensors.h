@@ -429,10 +429,17 @@ static void json_print(FILE *out, const char *s) {
     fputc('"', out);
 }
 
-static void safe_write(const char *path, const SafePair *pairs, int pair_count, const SafeItem *items,
-                       int count) {
-    char temporary[PATH_MAX], *header = NULL;
-    size_t length = 0;
+static size_t item_bytes(const SafeItem *item) {
+    size_t bytes = (size_t)dtypes[item->type].bytes;
+    for (int d = 0; d < item->ndim; d++) bytes *= (size_t)item->shape[d];
+    return bytes;
+}
+
+// A file with its header; the items' data follow in their order, by the caller, and file_end ends it.
+static FILE *safe_begin(char temporary[PATH_MAX], const char *path, const SafePair *pairs, int pair_count,
+                        const SafeItem *items, int count) {
+    char *header = NULL;
+    size_t length = 0, at = 0;
     FILE *text = open_memstream(&header, &length);
     if (!text) die("%s: out of memory for its header", path);
     fprintf(text, "{\"__metadata__\":{");
@@ -441,18 +448,13 @@ static void safe_write(const char *path, const SafePair *pairs, int pair_count, 
         json_print(text, pairs[i].key), fputc(':', text), json_print(text, pairs[i].value);
     }
     fputc('}', text);
-    size_t at = 0;
-    size_t *bytes = (size_t *)alloc_zero((size_t)count, sizeof(size_t));
     for (int i = 0; i < count; i++) {
+        size_t end = at + item_bytes(&items[i]);
         fputc(',', text), json_print(text, items[i].name);
         fprintf(text, ":{\"dtype\":\"%s\",\"shape\":[", dtypes[items[i].type].name);
-        bytes[i] = (size_t)dtypes[items[i].type].bytes;
-        for (int d = 0; d < items[i].ndim; d++) {
-            fprintf(text, "%s%d", d ? "," : "", items[i].shape[d]);
-            bytes[i] *= (size_t)items[i].shape[d];
-        }
-        fprintf(text, "],\"data_offsets\":[%zu,%zu]}", at, at + bytes[i]);
-        at += bytes[i];
+        for (int d = 0; d < items[i].ndim; d++) fprintf(text, "%s%d", d ? "," : "", items[i].shape[d]);
+        fprintf(text, "],\"data_offsets\":[%zu,%zu]}", at, end);
+        at = end;
     }
     fputc('}', text);
     while ((fflush(text), length % 8)) fputc(' ', text);   // the data starts at a multiple of 8 bytes
@@ -463,9 +465,15 @@ static void safe_write(const char *path, const SafePair *pairs, int pair_count, 
     for (int i = 0; i < 8; i++) size8[i] = (uint8_t)((uint64_t)length >> (8 * i));
     fwrite(size8, 1, 8, out);
     fwrite(header, 1, length, out);
-    for (int i = 0; i < count && !ferror(out); i++) fwrite(items[i].data, 1, bytes[i], out);
+    free(header);
+    return out;
+}
+static void safe_write(const char *path, const SafePair *pairs, int pair_count, const SafeItem *items,
+                       int count) {
+    char temporary[PATH_MAX];
+    FILE *out = safe_begin(temporary, path, pairs, pair_count, items, count);
+    for (int i = 0; i < count && !ferror(out); i++) fwrite(items[i].data, 1, item_bytes(&items[i]), out);
     file_end(out, temporary, path);
-    free(bytes), free(header);
 }
 static enum Dtype real_dtype(void) { return sizeof(real) == 4 ? F32 : F64; }
 
