@@ -2226,7 +2226,9 @@ static int report_end(Training *t, const char *program) {
         printf("\n%s: written after step %d, %.1f s\n", t->folder.checkpoint, t->step,
                now_seconds() - t->log.begin);
         good = write_samples(t);
-    } else printf("no step was asked for, and nothing was written to %s\n", t->folder.name);
+    } else if (t->step)
+        printf("%s is at step %d, its last; --steps with a larger number goes on\n", t->run.resume, t->step);
+    else printf("no step was asked for, and nothing was written to %s\n", t->folder.name);
     return interrupted ? 130 : !good;
 }
 

@@ -2989,12 +2989,11 @@ static void tune(GpuModel *g) {
 }
 
 static void device_open(void) {
-    int devices = 0;
+    int devices = 0, driver = 0, toolkit = 0;
     cudaError_t found = cudaGetDeviceCount(&devices);
-    if (found == cudaErrorInsufficientDriver) {
-        int driver = 0, toolkit = 0;
-        cudaDriverGetVersion(&driver);
-        cudaRuntimeGetVersion(&toolkit);
+    cudaDriverGetVersion(&driver);   // 0 where there is no driver at all
+    cudaRuntimeGetVersion(&toolkit);
+    if (found == cudaErrorInsufficientDriver && driver) {
         die("the driver knows CUDA %d.%d at most, but this was built with %d.%d: update the driver, or build "
             "with an older toolkit (make NVCC=...)",
             driver / 1000, driver % 1000 / 10, toolkit / 1000, toolkit % 1000 / 10);
