@@ -210,10 +210,9 @@ static AttnBlock attn_open(Decoder *d, const SafeFile *f, const char *name, int 
 // Sizes come from the tensors' shapes; the number of groups and the norms' epsilon, which no shape tells,
 // from the metadata (num_groups, norm_eps) or else from the specification.
 static void decoder_sizes(Decoder *d, const SafeFile *f, const char *prefix) {
-    d->groups = (int)safe_number(f, "num_groups", 32);
+    d->groups = (int)safe_whole(f, "num_groups", 1, 65536, 32);
     d->eps = safe_number(f, "norm_eps", 1e-6);
-    if (d->groups < 1 || !(d->eps > 0 && d->eps < 1))
-        die("%s: num_groups %d, norm_eps %g are not usable", f->path, d->groups, d->eps);
+    if (!(d->eps > 0 && d->eps < 1)) die("%s: norm_eps %g is not from 0 to 1", f->path, d->eps);
     d->z = decoder_size(f, name_of("%spost_quant_conv.weight", prefix).text, 1);
     if (decoder_size(f, name_of("%spost_quant_conv.weight", prefix).text, 0) != d->z)
         die("%s: post_quant_conv changes the channels", f->path);
@@ -256,9 +255,9 @@ static void metadata_agree(const Decoder *d, const SafeFile *f) {
     decoder_agrees(f, "out_ch", d->out_ch);
     // attn_levels is a list of levels, such as "4"; ch_mult of multiples of ch, such as "1,1,2,2,4"
     const char *attn_levels = safe_metadata(f, "attn_levels"), *mult = safe_metadata(f, "ch_mult");
+    int attended = 0, said = 0;   // a bit a level
     for (int l = 0; l < d->levels; l++) {
-        if (attn_levels && !strchr(attn_levels, '0' + l) != !d->level[l].attn[0].qkv_w)
-            die("%s: its metadata say attn_levels = %s, but its tensors differ", f->path, attn_levels);
+        attended |= (d->level[l].attn[0].qkv_w != NULL) << l;
         if (!mult) continue;
         int have = d->level[l].block[0].conv1.out;
         double want = safe_number(f, "ch", d->norm_out.channels) * atof(mult);
@@ -267,6 +266,13 @@ static void metadata_agree(const Decoder *d, const SafeFile *f) {
         mult += strcspn(mult, ",");
         mult += *mult == ',';
     }
+    for (const char *p = attn_levels; p && *p; p += p[1] == ',' && p[2] ? 2 : 1) {
+        if (*p < '0' || *p >= '0' + d->levels || (p[1] && p[1] != ','))
+            die("%s: attn_levels is \"%s\", which is no list of levels such as 3,4", f->path, attn_levels);
+        said |= 1 << (*p - '0');
+    }
+    if (attn_levels && said != attended)
+        die("%s: its metadata say attn_levels = %s, but its tensors differ", f->path, attn_levels);
 }
 
 // The decoder in a safetensors file with the public names, each after `prefix` ("" or "param."). The file can
@@ -552,7 +558,7 @@ typedef struct {
     int steps, num, batch, threads, scale, columns, raw, no_path_drop, random_classes, show, show_steps;
     double cfg, cls_cfg, low, high;
     uint64_t seed;
-    char newest[PATH_MAX];   // the checkpoint's path where none was given
+    char newest[PATH_MAX], pictures[PATH_MAX];   // checkpoint and output where none was given
 } SampleRun;
 
 #define SAMPLE_OPTION(name, field, kind, low, high, help)                                                    \
@@ -561,7 +567,7 @@ static const Option sample_options[] = {
     SAMPLE_OPTION("sampler", sampler, TEXT, 0, 0,
                   "em: stochastic Euler-Maruyama, as the paper scores; or the ODE with euler or heun [em]"),
     SAMPLE_OPTION("steps", steps, WHOLE, 1, 1e6, "steps from noise to data; 250 to score"),
-    SAMPLE_OPTION("cfg", cfg, NUMBER, 0, 1000, "classifier-free guidance; 1: none"),
+    SAMPLE_OPTION("cfg", cfg, NUMBER, 1, 1000, "classifier-free guidance; 1: none"),
     SAMPLE_OPTION("cls_cfg", cls_cfg, NUMBER, -1, 1000,
                   "guidance of the CLS vector, where --cfg is above 1; 0: none"),
     SAMPLE_OPTION("guidance_low", low, NUMBER, 0, 1, "guide only at times t from here, 0 is data ..."),
@@ -571,13 +577,14 @@ static const Option sample_options[] = {
     SAMPLE_OPTION("class", one_class, TEXT, 0, 0, "all of this class, or none: without a class"),
     SAMPLE_OPTION("classes", classes, TEXT, 0, 0, "these classes in turn, such as 0-9 or 1,4,7-9 [all]"),
     SAMPLE_OPTION("random_classes", random_classes, SWITCH, 0, 0, "classes drawn at random"),
-    SAMPLE_OPTION("num", num, WHOLE, 0, 1e9,
+    SAMPLE_OPTION("num", num, WHOLE, 0, 1e7,
                   "pictures; 0: 8 of each class, or 8 in all where there are over 20 classes"),
     SAMPLE_OPTION("seed", seed, SEED, 0, 9e15, "of everything random"),
     SAMPLE_OPTION("raw", raw, SWITCH, 0, 0, "the weights themselves instead of their moving average"),
     SAMPLE_OPTION("decoder", decoder, TEXT, 0, 0, "the decoder's weights, for checkpoints of INVAE latents"),
-    SAMPLE_OPTION("out", out, TEXT, 0, 0,
-                  "one PNG with all pictures [samples.png, where nothing below is asked for]"),
+    SAMPLE_OPTION(
+        "out", out, TEXT, 0, 0,
+        "one PNG with all pictures [pictures.png beside the checkpoint, where nothing below is asked for]"),
     SAMPLE_OPTION("scale", scale, WHOLE, 0, 1000, "enlarge each pixel; 0: to 64 a side at least"),
     SAMPLE_OPTION("columns", columns, WHOLE, 0, 1e6,
                   "of the PNG; 0: one a class, up to 20, or nearly square"),
@@ -619,23 +626,38 @@ static void sample_help(const char *program, SampleRun *r) {
     printf("\nThe same seed makes the same pictures whatever --batch and --threads are.\n");
 }
 
-// Reads the command line; what contradicts itself is a mistake. Without an output it will be samples.png;
-// without a checkpoint the newest run's, which is named.
+// Reads the command line; what contradicts itself is a mistake. Without an output it will be pictures.png
+// beside the checkpoint; without a checkpoint the newest run's, which is named.
 static void sample_flags(SampleRun *r, int argc, char **argv) {
     OptionTable table = sample_table(r);
+    int given[sizeof(sample_options) / sizeof(sample_options[0])] = {0};
+    table.given = given;
     options_parse(&table, 1, &r->checkpoint, argc, argv);
     if (strcmp(r->sampler, "em") && strcmp(r->sampler, "euler") && strcmp(r->sampler, "heun"))
         die("--sampler %s: there is no such sampler; there are em, euler and heun", r->sampler);
+    static const char *const guiding[] = {"cls_cfg", "guidance_low", "guidance_high", "no_path_drop"};
+    for (int i = 0; i < 4 && r->cfg <= 1; i++)
+        if (given[option_find(&table, guiding[i])]) {
+            char flag[FLAG_BYTES];
+            flag_of(flag, &sample_options[option_find(&table, guiding[i])]);
+            die("%s changes nothing without guidance; --cfg above 1 guides", flag);
+        }
     if (r->low > r->high) die("--guidance-low %g is above --guidance-high %g", r->low, r->high);
     if (!!r->classes + !!r->one_class + r->random_classes > 1)
         die("--class, --classes and --random-classes exclude each other");
-    if (!r->out && !r->separate && !r->npz && !r->latents) r->out = "samples.png";
-    if (r->checkpoint) return;
-    if (!newest_run(r->newest))
-        die("which checkpoint? For example: %s out/checkpoint.safetensors (--help lists everything)",
-            argv[0]);
-    r->checkpoint = r->newest;
-    printf("%s is the newest run's checkpoint\n", r->checkpoint);
+    if (!r->checkpoint) {
+        if (!newest_run(r->newest))
+            die("which checkpoint? For example: %s out/checkpoint.safetensors (--help lists everything)",
+                argv[0]);
+        r->checkpoint = r->newest;
+        printf("%s is the newest run's checkpoint\n", r->checkpoint);
+    }
+    if (r->out || r->separate || r->npz || r->latents) return;
+    const char *slash = strrchr(r->checkpoint, '/');
+    if (snprintf(r->pictures, sizeof(r->pictures), "%.*spictures.png",
+                 slash ? (int)(slash + 1 - r->checkpoint) : 0, r->checkpoint) >= PATH_MAX)
+        die("%s: the name is too long", r->checkpoint);
+    r->out = r->pictures;
 }
 
 static int wants_pictures(const SampleRun *r) {
@@ -736,6 +758,7 @@ static void source_open(Source *s, const SampleRun *r) {
     if (is_export && r->raw)
         die("%s: an export holds only the moving average; --raw needs a checkpoint", path);
     s->prefix = is_export ? "" : r->raw ? "model." : "ema.";
+    checkpoint_check(s->file, &s->c, s->prefix);
     s->print = fingerprint(s->file, s->prefix);
     s->step = safe_metadata(s->file, "step");
     s->data = safe_metadata(s->file, "data");
@@ -803,10 +826,12 @@ static int class_list(int *classes, const char *list, int K) {
             if (!isdigit((unsigned char)*p))
                 die("classes \"%s\": a list such as 0-9 or 1,4,7-9 is expected", list);
             first = last = strtol(p, &end, 10);
-            if (*end == '-' && isdigit((unsigned char)end[1])) last = strtol(end + 1, &end, 10);
+            const char *second = p;
+            if (*end == '-' && isdigit((unsigned char)end[1])) last = strtol(second = end + 1, &end, 10);
+            if (first >= K) second = p;
             if (first >= K || last >= K)
-                die("classes \"%s\": there is no class %ld; there are 0 to %d", list,
-                    first >= K ? first : last, K - 1);
+                die("classes \"%s\": there is no class %.*s; there are 0 to %d", list,
+                    (int)strspn(second, "0123456789"), second, K - 1);
             if (last < first) die("classes \"%s\": %ld-%ld runs backwards", list, first, last);
         }
         if (*end && (*end != ',' || !end[1]))
@@ -966,27 +991,25 @@ static void check_output(const char *path, const char *flag) {
 
 // Latents as a safetensors file, written as a stream: `latents` F32 [N,C,S,S] in the model's units, then
 // `labels` I32 [N]
-typedef struct {
-    FILE *file;
-    char temporary[PATH_MAX];
-    const char *path;
-} LatentsOut;
-static void latents_open(LatentsOut *l, const char *path, const Config *c, int n, const SafePair *pairs,
-                         int count) {
+static NewFile latents_open(const char *path, const Config *c, int n, const SafePair *pairs, int count) {
     SafeItem items[2] = {{"latents", F32, 4, {n, c->in_channels, c->input_size, c->input_size}, NULL},
                          {"labels", I32, 1, {n}, NULL}};
-    l->path = path;
-    l->file = safe_begin(l->temporary, path, pairs, count, items, 2);
+    return safe_begin(path, pairs, count, items, 2);
 }
-static void latents_put(LatentsOut *l, const double *x, size_t n) {
+static void latents_put(NewFile *l, const double *x, size_t n) {
     for (size_t i = 0; i < n; i++) {
         float value = (float)x[i];
         fwrite(&value, 4, 1, l->file);
     }
+    if (fflush(l->file)) {
+        int error = errno;
+        file_abandon(l);
+        die("%s: cannot be written: %s", l->path, strerror(error));
+    }
 }
-static void latents_close(LatentsOut *l, const int *y, int n) {
+static void latents_close(NewFile *l, const int *y, int n) {
     for (int i = 0; i < n; i++) put_le(l->file, 4, (uint64_t)(uint32_t)y[i]);
-    file_end(l->file, l->temporary, l->path);
+    file_end(l);
 }
 
 typedef struct {
@@ -995,10 +1018,11 @@ typedef struct {
     const Classes *classes;
     const Settings *settings;
     Layout layout;
-    Grid grid;            // for --out
-    Npz npz;              // for --npz
-    LatentsOut latents;   // for --latents
-    uint8_t *shown;       // for --show, the first shown_count pictures
+    Grid grid;         // for --out
+    NewFile png;       // the same
+    Npz npz;           // for --npz
+    NewFile latents;   // for --latents
+    uint8_t *shown;    // for --show, the first shown_count pictures
     int shown_count;
     int fresh;         // something other than the .npz wants all pictures
     int first;         // those before it are in the .npz already
@@ -1021,6 +1045,8 @@ static void outputs_check(const SampleRun *r, const Source *s, const Layout *l, 
     }
     if (r->npz) check_output(r->npz, "--npz");
     if (r->latents) check_output(r->latents, "--latents");
+    if (same_output(r->out, r->npz) || same_output(r->out, r->latents) || same_output(r->npz, r->latents))
+        die("--out, --npz and --latents need a file each");
     const char *const inputs[] = {r->checkpoint, r->decoder};
     for (int i = 0; i < 2; i++) {
         refuse_input("--out", r->out, inputs[i]);
@@ -1030,6 +1056,8 @@ static void outputs_check(const SampleRun *r, const Source *s, const Layout *l, 
     if (r->separate) make_folder(r->separate);
     if (r->separate && access(r->separate, W_OK))
         die("--separate %s: the folder cannot be written to: %s", r->separate, strerror(errno));
+    if (r->separate && folder_lock(r->separate) < 0)   // kept to the program's end
+        die("--separate %s: another program is writing there; give this one another folder", r->separate);
 }
 
 // An .npz goes on where it stopped if nothing else wants the pictures that it has.
@@ -1052,12 +1080,15 @@ static void outputs_open(Outputs *o, const SampleRun *r, const Source *s, const 
         free(text);
     }
     if (o->first && o->fresh)
-        die("%s.part is what an interrupted run left; it goes on without --out, --separate, --latents and "
+        die("%s" PART " is what an interrupted run left; it goes on without --out, --separate, --latents and "
             "--show, which need all pictures; delete it to begin anew",
             r->npz);
-    if (o->first) printf("%s.part has the first %d pictures already\n", r->npz, o->first);
-    if (r->out) o->grid = grid_create(k->num, s->W, s->H, s->channels, l->columns, l->scale, l->gap);
-    if (r->latents) latents_open(&o->latents, r->latents, &s->c, k->num, settings->pairs, settings->count);
+    if (o->first) printf("%s" PART " has the first %d pictures already\n", r->npz, o->first);
+    if (r->out) {
+        o->grid = grid_create(k->num, s->W, s->H, s->channels, l->columns, l->scale, l->gap);
+        o->png = file_begin(r->out);
+    }
+    if (r->latents) o->latents = latents_open(r->latents, &s->c, k->num, settings->pairs, settings->count);
 }
 
 // Picture i in a file of its own, with its class and number among the settings
@@ -1093,7 +1124,8 @@ static void outputs_put(Outputs *o, const double *x, int i, int n) {
 
 // Nothing is left of files that cannot go on; the .npz can.
 static void outputs_abandon(const Outputs *o) {
-    if (o->r->latents) unlink(o->latents.temporary);
+    if (o->r->latents) file_abandon(&o->latents);
+    if (o->r->out) file_abandon(&o->png);
 }
 
 // Gives the files their names, and says so.
@@ -1111,7 +1143,7 @@ static void outputs_close(Outputs *o) {
         printf("%s: arr_0 [%d,%d,%d,3]\n", r->npz, num, o->source->H, o->source->W);
     }
     if (r->out) {
-        png_write(r->out, &o->grid.p, o->settings->pairs, o->settings->count);
+        png_end(&o->png, &o->grid.p, o->settings->pairs, o->settings->count);
         printf("%s: %d x %d pixels, %d pictures in %d column%s\n", r->out, o->grid.p.width, o->grid.p.height,
                num, columns, columns > 1 ? "s" : "");
         free(o->grid.p.pixels);
@@ -1171,7 +1203,7 @@ static int watch(int step, int steps, const double *x, void *user) {
         outputs_abandon(o);
         fprintf(stderr, "interrupted after %d of %d pictures%s%s%s\n", w->done, total,
                 npz ? "; they are in " : "", npz ? npz : "",
-                npz ? ".part, and the same command goes on from there" : "");
+                npz ? PART ", and the same command goes on from there" : "");
         exit(130);
     }
     int each = slow || !isatty(STDOUT_FILENO) ? imax(1, steps / 8) : 1;
@@ -1277,12 +1309,15 @@ static void print_times(const Outputs *o, const Sampling *s, double seconds) {
 
 static int sample_main(int argc, char **argv, const Backend *backend) {
     SampleRun r = sample_run_default();
+    memory_hint = "; a smaller --batch needs less";
+    argv = split_words(&argc, argv);
     if (wants_help(argc, argv)) {
         sample_help(argv[0], &r);
+        check_output_taken();
         return 0;
     }
     sample_flags(&r, argc, argv);
-    if (r.threads) omp_set_num_threads(r.threads);
+    use_threads(r.threads);
 
     double begin = now_seconds();
     Source source;
@@ -1310,11 +1345,13 @@ static int sample_main(int argc, char **argv, const Backend *backend) {
     backend->destroy(m);
     source_close(&source);
     free(classes.y);
+    check_output_taken();
     return 0;
 }
 
 #ifndef SAMPLE_NO_MAIN
 int main(int argc, char **argv) {
+    guard_streams();
     wait_calmly(argv);
 #ifdef SAMPLE_CUDA
     return sample_main(argc, argv, &gpu_backend);

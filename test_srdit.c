@@ -243,11 +243,10 @@ static void replay_sampling(Report *r, const SafeFile *f, Model *m) {
     int B = batch_of(f, "sample.latents");
     size_t b = (size_t)B, latent = b * (size_t)latent_of(c), Z = b * (size_t)c->z_dim;
     Sampling s = sampling_default();
-    s.steps = (int)safe_number(f, "sample_steps", 50), s.use_ema = 0;
-    if (s.steps < 1) die("%s: sample_steps is %d", f->path, s.steps);
+    s.steps = (int)safe_whole(f, "sample_steps", 1, 1e6, 50), s.use_ema = 0;
     s.cfg = safe_number(f, "sample_cfg_scale", 1), s.cls_cfg = safe_number(f, "sample_cls_cfg_scale", 0);
     s.low = safe_number(f, "sample_guidance_low", 0), s.high = safe_number(f, "sample_guidance_high", 1);
-    s.path_drop = (int)safe_number(f, "sample_path_drop", 0);
+    s.path_drop = (int)safe_whole(f, "sample_path_drop", 0, 1, 0);
     double *x = want_read(f, "sample.latents", latent),
            *cls = c->cls ? want_read(f, "sample.cls_latents", Z) : NULL;
     double *eps = want_read(f, "sample.eps", latent * (size_t)(s.steps - 1));
@@ -887,7 +886,12 @@ static void test_mistakes(void) {
     expect("a flag given twice", run_self(0, "--as-trainer --data a --batch 3 --data b"),
            "--data is given twice");
     expect("a switch given twice", run_self(0, "--as-trainer --no-cls --no-cls"), "--no-cls is given twice");
-    expect("tolerance", run_self(0, "--tolerance inf x"), "finite number");
+    expect("tolerance", run_self(0, "--tolerance inf x"), "not a number");
+    expect("not a decimal number", run_self(0, "--as-trainer --steps 0x10"), "not a number");
+    expect("a flag for a value", run_self(0, "--as-trainer --out --overwrite"), "--out needs a value");
+    expect("resumed twice", run_self(0, "--as-trainer --resume a --resume b"), "--resume is given twice");
+    const char *digits = "data/digits.safetensors";
+    expect("a shard twice", run_self(0, "--as-trainer --data %s %s", digits, digits), "the same samples");
     expect("out of range", run_self(0, "--as-trainer --batch 0"), "--batch is 0");
     expect("no such model", run_self(0, "--as-trainer --model B/3"), "no such model");
     expect("width and heads", run_self(0, "--as-trainer --hidden-size 30"), "multiple of 4");
@@ -917,7 +921,7 @@ static void test_mistakes(void) {
                !access(in_folder("nan/checkpoint.safetensors"), F_OK),
            "NaN in the pictures", "said, and none are written");
     // a full disk, played by /dev/full under the temporary name
-    if (symlink("/dev/full", in_folder("n/checkpoint.safetensors.part")))
+    if (symlink("/dev/full", in_folder("n/checkpoint.safetensors" PART)))
         die("cannot link: %s", strerror(errno));
     expect("full disk",
            run_self(0, "--as-trainer --resume %s --steps 3 --sample-steps 1 --out %s",
@@ -926,6 +930,45 @@ static void test_mistakes(void) {
     after = file_text(in_folder("n/checkpoint.safetensors"), &m);
     result(n == m && !memcmp(before, after, n), "full disk, checkpoint", "the last good one is untouched");
     free(before), free(after);
+}
+
+// A checkpoint's data are its own shards in their order; a link stays a link; --steps 0 leaves nothing behind.
+static void test_shards_and_links(void) {
+    char *order[2] = {in_folder("one.safetensors"), in_folder("two.safetensors")}, *at = in_folder("s");
+    size_t n;
+    char *text = file_text("data/digits.safetensors", &n), checkpoint[PATH_MAX], moved[PATH_MAX];
+    SafeFile *digits = safe_open("data/digits.safetensors");
+    for (int i = 0; i < 2; i++) {
+        text[digits->data - digits->map + (long)safe_find(digits, "latents")->begin] = (char)i;
+        FILE *f = fopen(order[i], "wb");
+        if (!f || fwrite(text, 1, n, f) != n || fclose(f)) die("cannot write");
+    }
+    safe_close(digits);
+    free(text);
+    snprintf(checkpoint, sizeof(checkpoint), "%s/checkpoint.safetensors", at);
+    snprintf(moved, sizeof(moved), "%s/moved", at);
+    int began = run_self(0, NANO "--steps=2 --sample-steps=1 --lr=1e-3 --data %s %s --out=%s", order[0],
+                         order[1], at);
+    expect("shards in another order",
+           run_self(0, "--as-trainer --resume %s --steps 3 --data %s %s", checkpoint, order[1], order[0]),
+           "in the order of then");
+    struct stat st;
+    if (rename(checkpoint, moved) || symlink("moved", checkpoint)) die("cannot link");
+    int on = run_self(0, "--as-trainer --resume %s --steps 3 --sample-steps 1 --data %s %s", checkpoint,
+                      order[0], order[1]);
+    SafeFile *f = safe_open(moved);
+    result(!began && !on && !lstat(checkpoint, &st) && S_ISLNK(st.st_mode) && safe_number(f, "step", 0) == 3,
+           "a checkpoint that is a link", "goes on where the link points; --flag=value is read");
+    safe_close(f);
+    int none = run_self(0, NANO "--steps 0 --out %s", in_folder("nothing/here"));
+    result(!none && access(in_folder("nothing/here"), F_OK), "--steps 0", "leaves no folder");
+    if (mkdir(in_folder("dir"), 0777) || mkdir(in_folder("dir/samples.png"), 0777)) die("no folder");
+    expect("samples.png is a folder", run_self(0, NANO "--steps 1 --overwrite --out %s", in_folder("dir")),
+           "not a file");
+    int many = run_self(0, NANO "--steps 1 --sample-steps 1 --threads 4096 --out %s", in_folder("many"));
+    text = file_text(in_folder("out"), &n);
+    result(!many && strstr(text, "four for each processor"), "--threads 4096", "is cut, and said to be");
+    free(text);
 }
 
 // A command typed twice loses nothing: a new run goes to a free folder, and one that holds a run is
@@ -999,7 +1042,7 @@ static void test_folders(void) {
     result(!status && strstr(mixed, "\n5,") && !strstr(mixed, "\n1,"), "--resume --overwrite",
            "the log has no rows of the run that it replaces");
     // a log that cannot be written anew stays, and so does all else
-    if (symlink("/dev/full", in_folder("free/out/log.csv.part"))) die("cannot link: %s", strerror(errno));
+    if (symlink("/dev/full", in_folder("free/out/log.csv" PART))) die("cannot link: %s", strerror(errno));
     expect("full disk, log", run_self(0, "--as-trainer --resume %s --steps 6 --sample-steps 1", checkpoint),
            "No space left");
     char *left = file_text(log, &n);
@@ -1185,7 +1228,7 @@ static void test_damaged(void) {
                 {"data: count", T("latents", "U8", "2,1,2,2", "0", "8"), T("labels", "U8", "3", "8", "11"),
                  11, 0, "3 labels for 2"},
                 {"data: label type", T("latents", "U8", "2,1,2,2", "0", "8"),
-                 T("labels", "F32", "2", "8", "16"), 16, 0, "no integer type"},
+                 T("labels", "F32", "2", "8", "16"), 16, 0, "an integer type is expected"},
                 {"data: not square", T("latents", "U8", "2,1,2,3", "0", "12"),
                  T("labels", "U8", "2", "12", "14"), 14, 0, "differ"},
                 {"data: no labels", T("latents", "U8", "2,1,2,2", "0", "8"),
@@ -1214,6 +1257,9 @@ static void test_damaged(void) {
         {"checkpoint: depth", "\"depth\":\"3\"", "\"depth\":\"9\"", "is missing"},
         {"checkpoint: wrong dtype", "\"model.mask_token\":{\"dtype\":\"F32\"",
          "\"model.mask_token\":{\"dtype\":\"I32\"", "floating point is expected"},
+        {"checkpoint: no step", "\"step\":", "\"stap\":", "no step"},
+        {"checkpoint: no rate", "\"lr\":", "\"lt\":", "no lr"},
+        {"checkpoint: fraction", "\"depth\":\"3\"", "\"depth\":\".\"", "not a number"},
         {"checkpoint: bad setting", "\"depth\":\"3\"", "\"depth\":\"x\"", "not a number"}};
     for (size_t i = 0; i < sizeof(edits) / sizeof(edits[0]); i++) {
         char *copy = (char *)alloc_zero(n, 1), *at;
@@ -1229,6 +1275,16 @@ static void test_damaged(void) {
                    run_self(0, "--as-trainer --resume %s --out %s", in_folder("bad"), in_folder("o")),
                    edits[i].words);
     }
+    // one bit of the second moment
+    SafeFile *whole = safe_open(in_folder("a/checkpoint.safetensors"));
+    const SafeTensor *v = safe_find(whole, "adam.v.fusion_proj.weight");
+    text[whole->data - whole->map + (long)v->begin + dtypes[v->type].bytes - 1] ^= (char)0x80;
+    safe_close(whole);
+    FILE *f = fopen(in_folder("bad"), "wb");
+    if (!f || fwrite(text, 1, n, f) != n || fclose(f)) die("cannot write");
+    expect("checkpoint: negative moment",
+           run_self(0, "--as-trainer --resume %s --out %s", in_folder("bad"), in_folder("o")),
+           "negative number");
     free(text);
 }
 
@@ -1706,6 +1762,7 @@ int main(int argc, char **argv) {
         test_runs();
         test_mistakes();
         test_folders();
+        test_shards_and_links();
         test_damaged();
         test_comparisons();
         test_late_threads();

@@ -1780,6 +1780,8 @@ static void data_check(const Data *d, const Config *c) {
 typedef struct {
     TextList data;
     const char *model, *out, *resume, *export_to;
+    char **words;   // the command line, for how to go on
+    int word_count;
     int batch, accum, steps, log_every, save_every, sample_every, sample_steps, threads, overwrite;
     uint64_t seed;
 } Run;
@@ -1857,6 +1859,8 @@ static int run_pairs(SafePair pairs[MAX_PAIRS], const char *format, Training *t)
     pairs[n++] = pair_number("latent_scale", d->scale);
     pairs[n++] = pair_number("latent_offset", d->offset);
     pairs[n++] = pair_number("data_samples", (double)d->count);
+    pairs[n] = pair_text("data_print", "");
+    snprintf(pairs[n++].value, sizeof(pairs[0].value), "%016llx", (unsigned long long)data_print(d));
     return n;
 }
 
@@ -1914,24 +1918,41 @@ static SafeFile *checkpoint_open(const char *path, Config *c) {
     return f;
 }
 
-// One block of a checkpoint (names with the given prefix) in table order; the fixed tables come from the
-// model's own.
+// A trained tensor of a checkpoint (names with the given prefix), which has the table's shape
+static const SafeTensor *checkpoint_tensor(const SafeFile *f, const Tensor *t, const char *prefix) {
+    char name[96];
+    snprintf(name, sizeof(name), "%s%s", prefix, t->name);
+    const SafeTensor *s = safe_find(f, name);
+    if (!s) die("%s: tensor %s is missing", f->path, name);
+    int same = s->ndim == t->ndim;
+    for (int d = 0; same && d < t->ndim; d++) same = s->shape[d] == (uint64_t)t->shape[d];
+    if (!same) die("%s: tensor %s: its shape is not that of the model in the metadata", f->path, name);
+    if (!is_floating(s->type))
+        die("%s: tensor %s: dtype %s where floating point is expected", f->path, name, s->dtype);
+    return s;
+}
+// Ends the program where a block is not that of a model of these sizes, before memory is taken for one.
+static void checkpoint_check(const SafeFile *f, const Config *c, const char *prefix) {
+    Params unused;
+    Table table = params_table(&unused, c, NULL);
+    for (int i = 0; i < table.count; i++)
+        if (table.tensors[i].trained) checkpoint_tensor(f, &table.tensors[i], prefix);
+    free(table.tensors);
+}
+
+// One block of a checkpoint in table order; the fixed tables come from the model's own.
 static void checkpoint_block(real *host, const Table *table, const SafeFile *f, const char *prefix) {
     for (int i = 0; i < table->count; i++) {
         const Tensor *t = &table->tensors[i];
-        char name[96];
-        snprintf(name, sizeof(name), "%s%s", prefix, t->name);
         if (!t->trained) continue;
-        const SafeTensor *s = safe_find(f, name);
-        if (!s) die("%s: tensor %s is missing", f->path, name);
-        int same = s->ndim == t->ndim;
-        for (int d = 0; same && d < t->ndim; d++) same = s->shape[d] == (uint64_t)t->shape[d];
-        if (!same) die("%s: tensor %s: its shape is not that of the model in the metadata", f->path, name);
-        if (!is_floating(s->type))
-            die("%s: tensor %s: dtype %s where floating point is expected", f->path, name, s->dtype);
+        const SafeTensor *s = checkpoint_tensor(f, t, prefix);
         safe_read(host + t->offset, f, s);
         if (!all_finite(host + t->offset, t->size))
-            die("%s: tensor %s holds a number that is not finite", f->path, name);
+            die("%s: tensor %s holds a number that is not finite", f->path, s->name);
+        for (size_t k = 0; k < t->size && !strcmp(prefix, block_prefix[ADAM_V]); k++)
+            if (host[t->offset + k] < 0)
+                die("%s: tensor %s holds a negative number, which a mean of squares is not", f->path,
+                    s->name);
     }
 }
 
@@ -1979,6 +2000,17 @@ static SafeFile *start_resumed(Config *c, Run *run, int *step) {
         die("%s: an export holds only weights; resume from a checkpoint", run->resume);
     const char *name = safe_metadata(f, "model");
     run->model = name ? name : "custom";
+    OptionTable config = config_table(c);
+    for (int i = 0; i < config.count; i++) {
+        const char *key = config.options[i].name;
+        if (!safe_metadata(f, key) && (strcmp(key, "align_coeff") || !safe_metadata(f, "proj_coeff")))
+            die("%s: its metadata have no %s: not a whole checkpoint", f->path, key);
+    }
+    static const char *const keys[] = {"step", "steps", "batch", "seed"};
+    for (int i = 0; i < 4; i++)
+        if (!safe_metadata(f, keys[i]))
+            die("%s: its metadata have no %s: not a whole checkpoint", f->path, keys[i]);
+    for (int k = 0; k < 4; k++) checkpoint_check(f, c, block_prefix[saved_blocks[k]]);
     *step = (int)safe_whole(f, "step", 0, 1e9, 0);
     run->steps = (int)safe_whole(f, "steps", 0, 1e9, 0);
     run->batch = (int)safe_whole(f, "batch", 1, 1e6, 64);
@@ -2004,6 +2036,10 @@ static void check_resumed(const SafeFile *f, const OptionTable *config, const do
     if (samples != (double)d->count)
         die("%s: it was trained on %.0f samples, and %s has %zu (are all shards given to --data?)", f->path,
             samples, data_path, d->count);
+    const char *print = safe_metadata(f, "data_print");
+    if (print && strtoull(print, NULL, 16) != data_print(d))
+        die("%s: %s%s not the shards that it was trained on, in the order of then", f->path, data_path,
+            d->shard_count > 1 ? " and those after it are" : " is");
     if (decoder && strcmp(decoder, d->decoder))
         die("%s: its decoder is %s, that of %s is %s", f->path, decoder, data_path, d->decoder);
     if (scale != d->scale || offset != d->offset)
@@ -2212,16 +2248,29 @@ static void train(Training *t) {
     if (t->step > t->first && t->saved != t->step) checkpoint_write(t);
 }
 
+// The command that goes on from a checkpoint: the one that was typed, but for where it begins
+static void print_again(const Run *run, const char *checkpoint) {
+    for (int i = 0; i < run->word_count; i++) {
+        const char *word = run->words[i];
+        if (!strcmp(word, "--resume")) i++;
+        else if (strcmp(word, "--overwrite")) {
+            if (i) putchar(' ');
+            print_word(word);
+        }
+    }
+    printf(" --resume ");
+    print_word(checkpoint);
+    printf("\n");
+}
+
 // What was made, or how to go on; the exit status
-static int report_end(Training *t, const char *program) {
+static int report_end(Training *t) {
     int good = 1;
     if (interrupted && t->step == t->first)
         printf("\ninterrupted before the first step; nothing was written to %s\n", t->folder.name);
     else if (interrupted) {
-        printf("\ninterrupted after step %d; to go on:  %s --resume %s", t->step, program,
-               t->folder.checkpoint);
-        for (int i = 0; i < t->run.data.count; i++) printf("%s %s", i ? "" : " --data", t->run.data.items[i]);
-        printf("\n");
+        printf("\ninterrupted after step %d; to go on:  ", t->step);
+        print_again(&t->run, t->folder.checkpoint);
     } else if (t->step > t->first) {
         printf("\n%s: written after step %d, %.1f s\n", t->folder.checkpoint, t->step,
                now_seconds() - t->log.begin);
@@ -2229,6 +2278,7 @@ static int report_end(Training *t, const char *program) {
     } else if (t->step)
         printf("%s is at step %d, its last; --steps with a larger number goes on\n", t->run.resume, t->step);
     else printf("no step was asked for, and nothing was written to %s\n", t->folder.name);
+    if (t->folder.made && t->step == t->first) rmdir(t->folder.name);   // if nothing is in it
     return interrupted ? 130 : !good;
 }
 
@@ -2257,7 +2307,15 @@ static Training training_open(const Config *c, const Run *run, const Backend *ba
     t.first = t.step = step;
     t.saved = -1;
     t.folder = folder_open(run->out, run->resume, run->overwrite);
-    if (run->steps > step) file_probe(t.folder.checkpoint);   // better to know now than after the training
+    struct stat
+        st;   // only now is the folder ours: another run may have gone on in it since the file was opened
+    if (resume && (stat(run->resume, &st) || st.st_dev != resume->device || st.st_ino != resume->inode))
+        die("%s: another run has just gone on from it; start again to go on from there", run->resume);
+    if (run->steps > step) {   // better to know now than after the training
+        file_probe(t.folder.checkpoint);
+        file_probe(t.folder.picture);
+        file_probe(t.folder.log);
+    }
     if (run->export_to) export_check(run, &t.folder);
     if (!t.run.accum) t.run.accum = backend == &cpu_backend ? parts_of(c, run->batch) : 1;
     t.model = backend->create(c, run->batch / t.run.accum, run->seed);
@@ -2285,12 +2343,16 @@ static int train_main(int argc, char **argv, const Backend *backend) {
     Run run;
     memset(&run, 0, sizeof(run));
     int given[CONFIG_OPTIONS] = {0}, step = 0, help = wants_help(argc, argv);
+    memory_hint = "; a smaller --batch or a larger --accum needs less";
+    argv = split_words(&argc, argv);
     double before[CONFIG_OPTIONS];
     OptionTable run_table = {run_options, RUN_OPTIONS, &run, NULL}, config = config_table(&c);
     options_reset(&run_table);
     config.given = given;
     run.data.items = default_data;
     run.data.count = 1;
+    run.words = argv;
+    run.word_count = argc;
 
     const char *model_flag = text_after("--model", argc, argv);   // these two come first, wherever they stand
     run.model = model_flag ? model_flag : "nano";
@@ -2298,7 +2360,9 @@ static int train_main(int argc, char **argv, const Backend *backend) {
     SafeFile *resume = run.resume ? start_resumed(&c, &run, &step) : NULL;
     if (!resume) start_new(&c, &run);
     if (help) {
+        if (!access(default_data[0], R_OK)) take_sizes(&config, data_open(default_data, 1));
         print_help(argv[0], &run_table, &config);
+        check_output_taken();
         return 0;
     }
     for (int i = 0; i < config.count; i++) before[i] = option_get(&config, i);
@@ -2311,7 +2375,7 @@ static int train_main(int argc, char **argv, const Backend *backend) {
         die("--steps %d: %s is at step %d already", run.steps, run.resume, step);
     if (run.accum && run.batch % run.accum)
         die("--accum %d does not divide --batch %d", run.accum, run.batch);
-    if (run.threads) omp_set_num_threads(run.threads);
+    use_threads(run.threads);
 
     Data *d = data_open(run.data.items, run.data.count);
     if (resume) check_resumed(resume, &config, before, d, run.data.items[0]);
@@ -2322,16 +2386,17 @@ static int train_main(int argc, char **argv, const Backend *backend) {
     print_start(&t);
     catch_interrupts();
     train(&t);
-    int status = report_end(&t, argv[0]);
+    int status = report_end(&t);
     if (run.export_to) export_write(&t);
     training_close(&t);
     if (resume) safe_close(resume);
-    if (fflush(stdout) || ferror(stdout)) die("standard output: %s", strerror(errno));
+    check_output_taken();
     return status;
 }
 
 #ifndef TRAIN_SRDIT_NO_MAIN
 int main(int argc, char **argv) {
+    guard_streams();
     wait_calmly(argv);
     return train_main(argc, argv, &cpu_backend);
 }

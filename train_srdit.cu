@@ -3110,6 +3110,7 @@ static const Backend gpu_backend = {
 
 #ifndef TRAIN_SRDIT_CU_NO_MAIN
 int main(int argc, char **argv) {
+    guard_streams();
     wait_calmly(argv);
     return train_main(argc, argv, &gpu_backend);
 }

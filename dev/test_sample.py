@@ -169,7 +169,8 @@ def test_pictures(C):
     if shutil.which("unzip"):
         check("unzip -t", run("-t", "g.npz", program="unzip").returncode == 0)
     good(C, "--num", 4, "--steps", 1)
-    check("samples.png is the default", os.path.exists("samples.png"))
+    check("pictures.png beside the checkpoint is the default",
+          os.path.exists(os.path.join(os.path.dirname(C), "pictures.png")))
     good(C, "--num", 9, "--steps", 2, "--classes", "1,4,7-9", "--latents", "c.safetensors")
     check("a list of classes", list(read_safe("c.safetensors")[1]["labels"]) == [1, 4, 7, 8, 9, 1, 4, 7, 8])
     good(C, "--num", 3, "--steps", 2, "--class", "none", "--latents", "n.safetensors")
@@ -209,15 +210,15 @@ def test_resume(C):
     stops = 0
     for stop in (300, 700, 1200):                       # pictures
         p = subprocess.Popen([SAMPLE] + list(map(str, words)), stdout=subprocess.DEVNULL)
-        while p.poll() is None and (not os.path.exists("k.npz.part") or
-                                    os.path.getsize("k.npz.part") < 192 * stop):
+        while p.poll() is None and (not os.path.exists("k.npz.srdit.part") or
+                                    os.path.getsize("k.npz.srdit.part") < 192 * stop):
             time.sleep(0.002)
         p.send_signal(signal.SIGKILL)
         p.wait()
-        stops += os.path.exists("k.npz.part")
+        stops += os.path.exists("k.npz.srdit.part")
         check("nothing has the final name after kill -9", not os.path.exists("k.npz"))
     check("kill -9 left a part", stops > 0)
-    os.truncate("k.npz.part", os.path.getsize("k.npz.part") - 100)          # half a picture
+    os.truncate("k.npz.srdit.part", os.path.getsize("k.npz.srdit.part") - 100)          # half a picture
     bad("other settings are refused", "other settings: seed: 1 there, seed: 2 now", *words, "--seed", 2)
     bad("another number is refused", "other settings", *(words[:2] + [1999] + words[3:]))
     bad("other weights are refused", "other settings", *words, "--raw")
@@ -225,17 +226,24 @@ def test_resume(C):
     holder = subprocess.Popen([SAMPLE] + [str(w) for w in words], stdout=subprocess.DEVNULL)
     time.sleep(0.3)
     if holder.poll() is None:
-        bad("two runs at once are refused", "another run is writing", *words)
+        bad("two runs at once are refused", "another program is writing", *words)
         holder.send_signal(signal.SIGINT)
-        check("Ctrl-C ends with 130", holder.wait() == 130 and os.path.exists("k.npz.part"))
+        check("Ctrl-C ends with 130", holder.wait() == 130 and os.path.exists("k.npz.srdit.part"))
     out = good(*words)
     check("it goes on", "already" in out)
-    check("resumed bytes are the same", read_bytes("k.npz") == whole and not os.path.exists("k.npz.part"))
-    with open("other.npz.part", "wb") as f:
+    check("resumed bytes are the same", read_bytes("k.npz") == whole and not os.path.exists("k.npz.srdit.part"))
+    at = struct.unpack("<I", whole[-6:-2])[0]             # of the directory: all pictures stand before it
+    for end, crc in ((at, whole[14:18]), (at + 10, whole[14:18]), (len(whole), whole[14:18])):
+        with open("k.npz.srdit.part", "wb") as f:        # killed while it was ended
+            f.write(whole[:14] + crc + whole[18:end])
+        out = good(*words)
+        check("all pictures are there already", "first 2000 pictures already" in out)
+        check("and the end is written anew", read_bytes("k.npz") == whole)
+    with open("other.npz.srdit.part", "wb") as f:
         f.write(b"my precious file" * 40)
     bad("a stranger's .part is refused", "not a part", C, "--num", 3, "--steps", 1, "--npz", "other.npz")
-    check("and untouched", read_bytes("other.npz.part") == b"my precious file" * 40)
-    os.remove("other.npz.part")
+    check("and untouched", read_bytes("other.npz.srdit.part") == b"my precious file" * 40)
+    os.remove("other.npz.srdit.part")
 
 def test_zip64():
     if not shutil.which("cc"):
@@ -255,15 +263,39 @@ def test_zip64():
     if shutil.which("unzip"):
         check("unzip -t of zip64", run("-t", "wide.npz", program="unzip").returncode == 0)
 
+def test_two_at_once(C):
+    for flag, name in (("--latents", "two.safetensors"), ("--out", "two.png"), ("--separate", "two")):
+        first = subprocess.Popen([SAMPLE, C, "--num", "300", "--steps", "400", flag, name],
+                                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not os.path.exists(name + ".srdit.part") and not os.path.exists(name):
+            time.sleep(0.01)
+        time.sleep(0.05)
+        bad("two at once: %s" % flag, "another program is writing", C, "--num", 3, "--steps", 1, flag, name)
+        first.send_signal(signal.SIGINT)
+        check("the first goes on until Ctrl-C", first.wait() == 130)
+        check("and leaves no part", not os.path.exists(name + ".srdit.part"))
+    if os.path.exists("/dev/full"):
+        with open("/dev/full", "w") as full:
+            for words in ([C, "--num", "1", "--steps", "1", "--show"], ["--help"]):
+                r = subprocess.run([SAMPLE] + words, stdout=full, stderr=subprocess.PIPE, text=True)
+                check("standard output that is full: %s" % words[-1],
+                      r.returncode == 1 and "No space left" in r.stderr)
+    os.symlink("nothing", "dangling.png")
+    bad("a link to nothing", "link to nothing", C, "--num", 1, "--steps", 1, "--out", "dangling.png")
+    os.symlink("pointed.png", "link.png")
+    open("pointed.png", "w").close()
+    good(C, "--num", 1, "--steps", 1, "--out", "link.png")
+    check("a link stays one", os.path.islink("link.png") and read_bytes("pointed.png")[1:4] == b"PNG")
+
 def test_full_disk(C):
     for flag, name in (("--out", "full.png"), ("--npz", "full.npz"), ("--latents", "full.safetensors")):
-        os.symlink("/dev/full", name + ".part")
+        os.symlink("/dev/full", name + ".srdit.part")
         r = run(C, "--num", 200, "--steps", 1, flag, name)
         check("a full disk: %s" % flag, r.returncode == 1 and "No space left" in r.stderr and
               r.stderr.count("\n") == 1 and
               not os.path.exists(name), (r.returncode, r.stderr))
-        if os.path.lexists(name + ".part"):
-            os.remove(name + ".part")
+        if os.path.lexists(name + ".srdit.part"):
+            os.remove(name + ".srdit.part")
 
 def test_hostile(C):
     whole, (meta, t) = read_bytes(C), read_safe(C)
@@ -323,7 +355,13 @@ def test_bad_input(C):
             ([C, "--num", "-3"], "--num is -3"), ([C, "--num", "1.5"], "--num is 1.5"),
             ([C, "--num"], "needs a value"), ([C, "--cfg", "nan"], "--cfg"), ([C, "--cfg", "-1"], "--cfg"),
             ([C, "--seed", "-1"], "--seed"),
-            ([C, "--guidance-low", "0.9", "--guidance-high", "0.1"], "above"),
+            ([C, "--cfg", "2", "--guidance-low", "0.9", "--guidance-high", "0.1"], "above"),
+            ([C, "--cfg", "0.5"], "--cfg is 0.5"), ([C, "--cls-cfg", "3"], "without guidance"),
+            ([C, "--guidance-low", "0.1"], "without guidance"),
+            ([C, "--no-path-drop"], "without guidance"), ([C, "--steps", "0x4"], "not a number"),
+            ([C, "--out", "--show"], "--out needs a value"),
+            ([C, "--num", "1", "--out", "x.png", "--latents", "x.png"], "a file each"),
+            ([C, "--num", "1", "--npz", "./x.npz", "--latents", "x.npz"], "a file each"),
             ([C, "--guidance-high", "2"], "guidance-high"),
             ([C, "--batch", "-1"], "--batch"), ([C, "--threads", "99999"], "--threads"),
             ([C, "--scale", "-1"], "--scale"),
@@ -336,7 +374,7 @@ def test_bad_input(C):
             ([C, "--out", "/dev/full"], "not a file"), ([C, "--npz", "nowhere/x.npz"], "no folder"),
             ([C, "--latents", "nowhere/x"], "no folder"),
             ([C, "--separate", "file"], "file"), ([C, "--separate", "file/sub"], "file"),
-            ([C, "--num", "99999999", "--out", "x.png"], "too many")):
+            ([C, "--num", "9999999", "--out", "x.png"], "too many")):
         bad("bad input: %s" % " ".join(["./sample"] + ["CKPT" if w == C else w for w in words]), pattern,
             *words)
     if os.geteuid():
@@ -455,7 +493,7 @@ def main():
         if r.returncode:
             sys.exit("error: training failed: " + r.stderr)
         C = "tiny/checkpoint.safetensors"
-        for test in (test_help, test_pictures, test_same_bits, test_resume, test_full_disk, test_hostile,
+        for test in (test_help, test_pictures, test_same_bits, test_resume, test_two_at_once, test_full_disk, test_hostile,
                      test_bad_input, test_decoder,
                      test_terminal):
             start = time.time()

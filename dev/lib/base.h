@@ -4,7 +4,7 @@
 //   real            float, or double where gradients are checked (-DUSE_DOUBLE)
 //   die             a user's mistake, or a machine that cannot go on: one sentence on stderr, exit status 1
 //   alloc_zero      memory or the end; now_seconds: a clock for differences
-//   file_begin, file_end    write PATH.part, flush it to disk, rename it
+//   file_begin, file_end    write beside PATH, flush to disk, rename
 //
 // The language, here as in all headers of this folder, is the one that C and C++ share. Each can be included
 // alone, and more than once.
@@ -26,6 +26,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -33,6 +34,7 @@
 #include <omp.h>
 #else
 static int omp_get_max_threads(void) { return 1; }
+static int omp_get_num_procs(void) { return 1; }
 static int omp_get_thread_num(void) { return 0; }
 static void omp_set_num_threads(int n) { (void)n; }
 #endif
@@ -51,24 +53,28 @@ typedef float real;
 #define HOST_DEVICE
 #endif
 
-// One sentence on stderr and the end: for mistakes of the user's, and for a machine that cannot go on.
+// One sentence on stderr and the end: for mistakes of the user's, and for a machine that cannot go on. What it
+// quotes may come from a hostile file, so control characters do not reach the terminal.
 __attribute__((noreturn, format(printf, 1, 2))) static void die(const char *format, ...) {
+    char text[3 * PATH_MAX];
     va_list args;
     va_start(args, format);
-    fflush(stdout);
-    fputs("error: ", stderr);
-    vfprintf(stderr, format, args);
-    fputc('\n', stderr);
+    vsnprintf(text, sizeof(text), format, args);
     va_end(args);
+    for (char *s = text; *s; s++)
+        if ((unsigned char)*s < 32 || *s == 127) *s = '?';
+    fflush(stdout);
+    fprintf(stderr, "error: %s\n", text);
     fflush(NULL);
     _exit(1);   // not exit: a leak checker would miss pointers that a call without return need not keep
 }
 
+static const char *memory_hint = "";   // what the program's user can do about it
 static void *alloc_zero(size_t count, size_t size) {
     void *p = calloc(count ? count : 1, size);
     if (!p)
-        die("out of memory: %.1f MB could not be allocated; a smaller --batch or a larger --accum needs less",
-            (double)count * (double)size / 1e6);
+        die("out of memory: %.1f MB could not be allocated%s", (double)count * (double)size / 1e6,
+            memory_hint);
     return p;
 }
 
@@ -83,52 +89,107 @@ static int imax(int a, int b) { return a > b ? a : b; }
 
 static double text_number(const char *text, const char *where, const char *what) {
     char *end;
-    double x = strtod(text, &end);
-    if (end == text || *end) die("%s: %s is \"%s\", which is not a number", where, what, text);
+    double x = strtod(text, &end);   // which would also take 0x10, inf and nan
+    if (end == text || *end || text[strspn(text, "+-.0123456789eE")])
+        die("%s: %s is \"%s\", which is not a number", where, what, text);
     return x;
 }
 
-// A file appears under its name only when it is whole: it is written beside it, flushed to disk and renamed.
-static FILE *file_begin(char temporary[PATH_MAX], const char *path) {
+// ----------------------------------------------------------------------------------------------------------
+// Files that appear under their name only when they are whole: written beside it, flushed to disk and renamed.
+// Where the name is a link, the file that it points to is replaced and the link stays.
+
+#define PART ".srdit.part"   // what is added to the name meanwhile; nobody else's files end so
+typedef struct {
+    FILE *file;
+    char path[PATH_MAX], temporary[PATH_MAX];
+} NewFile;
+
+static void part_name(NewFile *n, const char *path) {
     struct stat st;
-    if (snprintf(temporary, PATH_MAX, "%s.part", path) >= PATH_MAX) die("%s: the name is too long", path);
-    if (!stat(path, &st) && !S_ISREG(st.st_mode))
+    int link = !lstat(path, &st) && S_ISLNK(st.st_mode);
+    if (link && !realpath(path, n->path)) die("%s: is a link to nothing: %s", path, strerror(errno));
+    if ((!link && snprintf(n->path, PATH_MAX, "%s", path) >= PATH_MAX) ||
+        snprintf(n->temporary, PATH_MAX, "%s" PART, n->path) >= PATH_MAX)
+        die("%s: the name is too long", path);
+    if (!stat(n->path, &st) && !S_ISREG(st.st_mode))
         die("%s: there is something of that name that is not a file", path);
-    FILE *out = fopen(temporary, "wb");
-    if (!out) die("%s: cannot be written: %s", temporary, strerror(errno));
-    return out;
 }
-static void file_end(FILE *out, const char *temporary, const char *path) {
-    int bad = fflush(out) || ferror(out) || fsync(fileno(out));
-    int error = errno;
-    bad |= fclose(out) != 0;
-    if (bad || rename(temporary, path)) {
-        if (!bad) error = errno;
-        unlink(temporary);
-        die("%s: cannot be written: %s; a file that had this name is untouched", path, strerror(error));
+// Opens what will become `path`, with all that an interrupted program left in it, and locks it: of two that
+// write the same file, in one program or in two, the second ends.
+static void part_open(NewFile *n, const char *path) {
+    struct stat ours, there;
+    part_name(n, path);
+    for (int same = 0; !same;) {   // until it is the file of that name: another may have renamed it meanwhile
+        int fd = open(n->temporary, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+        if (fd < 0) die("%s: cannot be written: %s", n->temporary, strerror(errno));
+        if (flock(fd, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK)
+            die("%s: another output or another program is writing it; give this one another name", path);
+        if (fstat(fd, &ours)) die("%s: cannot be written: %s", n->temporary, strerror(errno));
+        same = !stat(n->temporary, &there) && ours.st_dev == there.st_dev && ours.st_ino == there.st_ino;
+        if (!same) close(fd);
+        else if (!(n->file = fdopen(fd, "r+b"))) die("%s: cannot be written: %s", path, strerror(errno));
     }
+}
+// The same, emptied
+static NewFile file_begin(const char *path) {
+    NewFile n;
+    struct stat st;
+    part_open(&n, path);
+    int fd = fileno(n.file);
+    if (fstat(fd, &st) || (S_ISREG(st.st_mode) && ftruncate(fd, 0)))
+        die("%s: cannot be written: %s", n.temporary, strerror(errno));
+    return n;
+}
+static void file_abandon(const NewFile *n) {
+    unlink(n->temporary);
+    fclose(n->file);
+}
+// Returns 0, or the error where the file did not come to its name; then it is still in n->temporary.
+static int file_finish(NewFile *n) {
+    int failed = ferror(n->file);   // an earlier write, and errno is still what it said
+    if (failed || fflush(n->file) || fsync(fileno(n->file)) || rename(n->temporary, n->path))
+        return errno ? errno : EIO;
+    return fclose(n->file) ? errno : 0;   // closed last: the lock holds until the name is given
+}
+static void file_end(NewFile *n) {
+    int error = file_finish(n);
+    if (!error) return;
+    unlink(n->temporary);
+    die("%s: cannot be written: %s; a file that had this name is untouched", n->path, strerror(error));
+}
+// Ends the program early where file_begin(path) would fail later; nothing is changed.
+static void file_probe(const char *path) {
+    NewFile n;
+    struct stat st;
+    part_name(&n, path);
+    int fresh = lstat(n.temporary, &st);
+    part_open(&n, path);
+    if (fresh) unlink(n.temporary);
+    fclose(n.file);
 }
 // Is there a file, and is it the same by both names?
 static int same_file(const char *a, const char *b) {
     struct stat s, t;
     return a && b && !stat(a, &s) && !stat(b, &t) && s.st_dev == t.st_dev && s.st_ino == t.st_ino;
 }
+// Would two outputs, of which there may be neither yet, be one file?
+static int same_output(const char *a, const char *b) {
+    NewFile m, n;
+    if (!a || !b) return 0;
+    part_name(&m, a);
+    part_name(&n, b);
+    char *last_m = strrchr(m.path, '/'), *last_n = strrchr(n.path, '/');
+    const char *name_m = last_m ? last_m + 1 : m.path, *name_n = last_n ? last_n + 1 : n.path;
+    if (strcmp(name_m, name_n)) return 0;
+    if (last_m) last_m[1] = 0;
+    if (last_n) last_n[1] = 0;
+    return same_file(last_m ? m.path : ".", last_n ? n.path : ".");
+}
 // Outputs are never inputs: ends the program where one file would be both.
 static void refuse_input(const char *flag, const char *output, const char *input) {
     if (same_file(output, input))
         die("%s %s would replace its own input; give it another name", flag, output);
-}
-// Ends the program early where file_begin(path) would fail later; nothing is changed.
-static void file_probe(const char *path) {
-    char temporary[PATH_MAX];
-    struct stat st;
-    if (!stat(path, &st) && !S_ISREG(st.st_mode))
-        die("%s: there is something of that name that is not a file", path);
-    if (snprintf(temporary, PATH_MAX, "%s.part", path) >= PATH_MAX) die("%s: the name is too long", path);
-    int fresh = lstat(temporary, &st), file = open(temporary, O_WRONLY | O_CREAT, 0666);
-    if (file < 0) die("%s: cannot be written: %s", temporary, strerror(errno));
-    close(file);
-    if (fresh) unlink(temporary);
 }
 #pragma GCC diagnostic pop
 #endif

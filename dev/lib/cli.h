@@ -1,6 +1,6 @@
 // The command line of the programs: one table describes each setting (its name in files, its flag, its range,
-// its help), and drives parsing, the help text and what a checkpoint says. Also Ctrl-C, and how
-// threads wait for each other.
+// its help), and drives parsing, the help text and what a checkpoint says. Also Ctrl-C, standard
+// streams, threads and how they wait for each other.
 //
 //   Option, OptionTable      a line of such a table; a table and the struct whose fields it fills
 //   options_parse            argv into those fields; a mistake is one sentence with "did you mean"
@@ -112,12 +112,11 @@ static int option_read(const OptionTable *t, int i, int at, int argc, char **arg
         *(int *)field = o->kind == SWITCH;
         return at;
     }
-    if (at + 1 >= argc) die("%s needs a value: %s", flag, o->help);
+    if (at + 1 >= argc || !strncmp(argv[at + 1], "--", 2)) die("%s needs a value: %s", flag, o->help);
     if (o->kind == LIST) {
         TextList *list = (TextList *)field;
         list->items = &argv[at + 1], list->count = 0;
         while (at + 1 < argc && strncmp(argv[at + 1], "--", 2)) at++, list->count++;
-        if (!list->count) die("%s needs at least one file", flag);
         return at;
     }
     if (o->kind == TEXT) *(const char **)field = argv[at + 1];
@@ -165,6 +164,20 @@ static void options_print(const OptionTable *t, int techniques, int width) {
     }
 }
 
+// The words of the command line with each --flag=value made two; good to the program's end.
+static char **split_words(int *argc, char **argv) {
+    static char **words;   // one that stays reachable, for leak checkers
+    int n = 0;
+    words = (char **)alloc_zero(2 * (size_t)*argc + 1, sizeof(char *));
+    for (int i = 0; i < *argc; i++) {
+        char *value = i && !strncmp(argv[i], "--", 2) ? strchr(argv[i], '=') : NULL;
+        words[n++] = value ? strndup(argv[i], (size_t)(value - argv[i])) : argv[i];
+        if (value) words[n++] = value + 1;
+    }
+    *argc = n;
+    return words;
+}
+
 static int wants_help(int argc, char **argv) {
     for (int i = 1; i < argc; i++)
         if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h")) return 1;
@@ -175,7 +188,10 @@ static int wants_help(int argc, char **argv) {
 static const char *text_after(const char *flag, int argc, char **argv) {
     const char *text = NULL;
     for (int i = 1; i + 1 < argc; i++)
-        if (!strcmp(argv[i], flag)) text = argv[i + 1];
+        if (!strcmp(argv[i], flag)) {
+            if (text) die("%s is given twice; once is enough", flag);
+            text = argv[i + 1];
+        }
     return text;
 }
 
@@ -200,14 +216,52 @@ static void catch_interrupts(void) {
     signal(SIGPIPE, SIG_IGN);
 }
 
+// A standard stream that was closed would be given, as its number, to the next file that is opened, and text
+// would go into that. A file that grows past `ulimit -f` is an error to be told of, not a death by signal.
+static void guard_streams(void) {
+    for (int fd = 0; fd < 3; fd++)
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDWR) < 0) _exit(1);
+    signal(SIGXFSZ, SIG_IGN);
+}
+
+// The program's last act: was all that it said taken?
+static void check_output_taken(void) {
+    if (fflush(stdout) || ferror(stdout)) die("standard output: %s", strerror(errno));
+}
+
+// Word for a shell: as it is, or in quotes
+static void print_word(const char *word) {
+    static const char plain[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_./=,:+@%";
+    if (*word && !word[strspn(word, plain)]) {
+        fputs(word, stdout);
+        return;
+    }
+    putchar('\'');
+    for (; *word; word++)
+        if (*word == '\'') fputs("'\\''", stdout);
+        else putchar(*word);
+    putchar('\'');
+}
+
+// threads: 0 for what OpenMP chooses. More than a few for each processor only wait for each other.
+static void use_threads(int threads) {
+    int most = 4 * omp_get_num_procs();
+    if (threads > most) printf("--threads %d: %d, which is four for each processor here\n", threads, most);
+    if (threads) omp_set_num_threads(imin(threads, most));
+}
+
 // OpenMP's threads wait for each other by spinning for long, which on a machine that has anything else to do
 // costs a multiple of what it saves; falling asleep at once makes a step half as long again (measured in
-// dev/README.md). gcc's library can spin for some microseconds first, clang's cannot. They read their setting
-// before main, so the program starts anew.
+// dev/README.md). So they spin for some microseconds first: gcc's library counts turns, clang's milliseconds.
+// Both read their setting before main, so the program starts anew.
 static void wait_calmly(char **argv) {
 #ifdef _OPENMP
+#ifdef __clang__
+    if (getenv("OMP_WAIT_POLICY") || getenv("KMP_BLOCKTIME") || setenv("KMP_BLOCKTIME", "1", 1)) return;
+#else
     if (getenv("OMP_WAIT_POLICY") || setenv("OMP_WAIT_POLICY", "passive", 1)) return;
     setenv("GOMP_SPINCOUNT", "500", 0);
+#endif
     execv("/proc/self/exe", argv);   // where there is no such file, it spins
 #else
     (void)argv;

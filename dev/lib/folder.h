@@ -10,7 +10,6 @@
 #include "base.h"
 #include <ctype.h>
 #include <glob.h>
-#include <sys/file.h>
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wunused-function"   // a program takes what it needs
 
@@ -18,6 +17,7 @@ typedef struct {
     char name[PATH_MAX - 64], checkpoint[PATH_MAX], picture[PATH_MAX], log[PATH_MAX];
     int lock;       // a file descriptor
     int replaces;   // 1: it holds another run, which goes once this one has made a step
+    int made;       // 1: it was not there before
 } Folder;
 
 static void make_folder(const char *path) {   // and those above it
@@ -33,22 +33,32 @@ static void make_folder(const char *path) {   // and those above it
     if (stat(path, &st) || !S_ISDIR(st.st_mode)) die("%s: is not a folder", path);
 }
 
+// A descriptor that holds the folder's lock, or -1: another program has it. Where a file system knows no locks
+// there is none.
+static int folder_lock(const char *path) {
+    int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0) die("%s: the folder cannot be opened: %s", path, strerror(errno));
+    if (!flock(fd, LOCK_EX | LOCK_NB) || errno != EWOULDBLOCK) return fd;
+    close(fd);
+    return -1;
+}
+
 // Makes and locks the folder and names its files; returns 0 if another program has it.
 static int folder_take(Folder *f, const char *path) {
+    struct stat st;
+    f->made = stat(path, &st) != 0;
     make_folder(path);
     snprintf(f->name, sizeof(f->name), "%s", path);
     snprintf(f->checkpoint, sizeof(f->checkpoint), "%s/checkpoint.safetensors", path);
     snprintf(f->picture, sizeof(f->picture), "%s/samples.png", path);
     snprintf(f->log, sizeof(f->log), "%s/log.csv", path);
     f->replaces = 0;
-    f->lock = open(path, O_RDONLY | O_DIRECTORY);
-    if (f->lock < 0) die("%s: the folder cannot be opened: %s", path, strerror(errno));
-    if (!flock(f->lock, LOCK_EX | LOCK_NB) || errno != EWOULDBLOCK) return 1;
-    close(f->lock);
-    return 0;
+    f->lock = folder_lock(path);
+    return f->lock >= 0;
 }
-static int folder_holds_run(const Folder *f) {
-    return !access(f->checkpoint, F_OK) || !access(f->picture, F_OK) || !access(f->log, F_OK);
+static int folder_holds_run(const Folder *f) {   // a link to nothing counts: something will come back there
+    struct stat st;
+    return !lstat(f->checkpoint, &st) || !lstat(f->picture, &st) || !lstat(f->log, &st);
 }
 // out: as the command line has it, NULL where it has none: then a resumed run goes on beside its checkpoint,
 // and a new one takes the first of out, out-2, out-3 ... that holds no run. A folder that holds another run
@@ -88,13 +98,15 @@ static Folder folder_open(const char *out, const char *resume, int overwrite) {
 // log.csv with its head, or on resume the rows up to `step` of the one that is there, which is replaced when
 // the new one is whole
 static FILE *log_open(const char *path, const char *head, int step) {
-    char line[1024], temporary[PATH_MAX];
-    FILE *old = step ? fopen(path, "r") : NULL, *fresh = file_begin(temporary, path);
-    fprintf(fresh, "%s\n", head);
+    char line[1024];
+    FILE *old = step ? fopen(path, "r") : NULL;
+    NewFile fresh = file_begin(path);
+    fprintf(fresh.file, "%s\n", head);
     while (old && fgets(line, sizeof(line), old))
-        if (isdigit((unsigned char)line[0]) && atoi(line) <= step && strchr(line, '\n')) fputs(line, fresh);
+        if (isdigit((unsigned char)line[0]) && atoi(line) <= step && strchr(line, '\n'))
+            fputs(line, fresh.file);
     if (old) fclose(old);
-    file_end(fresh, temporary, path);
+    file_end(&fresh);
     FILE *log = fopen(path, "a");
     if (!log) die("%s: cannot be written: %s", path, strerror(errno));
     return log;

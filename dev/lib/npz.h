@@ -1,24 +1,21 @@
 // One .npz file, written as a stream: pictures of bytes as the ADM evaluator reads them (guided-diffusion,
 // evaluations/), in any number, without holding them in memory; an interrupted file can go on.
 //
-//   npz_open     PATH.part, new or with the pictures that an interrupted run with the same settings left
+//   npz_open     PATH.srdit.part, new or with the pictures that an interrupted run with the same settings left
 //   npz_put      more pictures; each whole one survives whatever happens next
 //   npz_close    the archive's directory, and the name PATH
 //
 // A zip archive with one stored member, arr_0.npy, uint8 [N,H,W,3]. Its header holds the member's size, which
-// is known in advance, and, in an extra field with the id "SR", the settings as text. So a PATH.part tells by
-// itself whether a run may go on in it, and where. The checksum goes back into the header at the end.
+// is known in advance, and, in an extra field with the id "SR", the settings as text. So a part tells by itself
+// whether a run may go on in it, and where. The checksum goes back into the header at the end.
 #ifndef SRDIT_NPZ_H
 #define SRDIT_NPZ_H
 #include "picture.h"   // for crc32_of
-#include <sys/file.h>
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wunused-function"   // a program takes what it needs
 
 typedef struct {
-    FILE *file;
-    char temporary[PATH_MAX];
-    const char *path;
+    NewFile out;
     uint8_t *head;                  // the zip header, with a zero checksum, and the npy header
     size_t head_bytes, zip_bytes;   // of both; of the zip header alone
     uint64_t image_bytes, images, done, member_bytes;
@@ -28,7 +25,13 @@ typedef struct {
 static uint64_t npz_wide_from = 0xFFFFFFFFu;   // bytes; the tests make it small
 
 static const char npz_member[] = "arr_0.npy";
-enum { ZIP_NAME = sizeof(npz_member) - 1, ZIP_HEAD = 30, ZIP_ENTRY = 46, ZIP_WIDE = 20 };   // bytes
+enum {
+    ZIP_NAME = sizeof(npz_member) - 1,
+    ZIP_HEAD = 30,
+    ZIP_CRC = 14,
+    ZIP_ENTRY = 46,
+    ZIP_WIDE = 20
+};   // bytes
 
 static void put_le(FILE *out, int bytes, uint64_t value) {
     for (int i = 0; i < bytes; i++) fputc((int)(value >> (8 * i) & 255), out);
@@ -60,7 +63,7 @@ static void zip_wide_sizes(FILE *out, const Npz *z) {
 
 __attribute__((noreturn)) static void npz_die(const Npz *z) {
     die("%s: cannot be written: %s; it holds the pictures so far, and the same command goes on with them",
-        z->temporary, strerror(errno));
+        z->out.temporary, strerror(errno));
 }
 
 // Shows the first line that differs between two settings texts, and ends.
@@ -69,11 +72,11 @@ __attribute__((noreturn)) static void npz_differs(const Npz *z, const char *ther
         size_t a = strcspn(there, "\n"), b = strcspn(here, "\n");
         if (a != b || memcmp(there, here, a))
             die("%s was begun with other settings: %.*s there, %.*s now; delete it to begin anew",
-                z->temporary, (int)a, there, (int)b, here);
+                z->out.temporary, (int)a, there, (int)b, here);
         there += a + (there[a] == '\n');
         here += b + (here[b] == '\n');
     }
-    die("%s was begun with other settings; delete it to begin anew", z->temporary);
+    die("%s was begun with other settings; delete it to begin anew", z->out.temporary);
 }
 
 // z->head: what stands before the first picture
@@ -90,7 +93,7 @@ static void npz_head(Npz *z, int H, int W, const char *settings) {
 
     size_t text = strlen(settings);
     FILE *head = open_memstream((char **)&z->head, &z->head_bytes);
-    if (!head || text > 30000) die("%s: no room for its header", z->path);
+    if (!head || text > 30000) die("%s: no room for its header", z->out.path);
     put_le(head, 4, 0x04034b50);
     zip_common(head, z, 0, (z->wide ? ZIP_WIDE : 0) + 4 + text);
     fputs(npz_member, head);
@@ -118,7 +121,7 @@ __attribute__((noreturn)) static void npz_refuse(const Npz *z, char *there, size
         at += ZIP_WIDE;
     }
     if (!ours || extra < 4 || at + extra > have || there[at] != 'S')
-        die("%s: is not a part of an .npz of this program; delete it to begin anew", z->temporary);
+        die("%s: is not a part of an .npz of this program; delete it to begin anew", z->out.temporary);
     there[at + extra] = 0;
     npz_differs(z, there + at + 4, settings);
 }
@@ -127,48 +130,43 @@ __attribute__((noreturn)) static void npz_refuse(const Npz *z, char *there, size
 static void npz_resume(Npz *z, uint64_t size, const char *settings) {
     enum { PIECE = 1 << 20 };   // a header is much shorter
     char *there = (char *)alloc_zero(PIECE + 1, 1);
-    size_t have = fread(there, 1, 65535, z->file);
+    size_t have = fread(there, 1, 65535, z->out.file);
+    if (have >= z->head_bytes) memset(there + ZIP_CRC, 0, 4);   // the end may have been begun already
     if (have < z->head_bytes || memcmp(there, z->head, z->head_bytes)) npz_refuse(z, there, have, settings);
     z->done = (size - z->head_bytes) / z->image_bytes;
     if (z->done > z->images) z->done = z->images;
-    fseeko(z->file, (off_t)z->head_bytes, SEEK_SET);
+    fseeko(z->out.file, (off_t)z->head_bytes, SEEK_SET);
     for (uint64_t left = z->done * z->image_bytes; left;) {
         size_t k = left < (uint64_t)PIECE ? (size_t)left : (size_t)PIECE;
-        if (fread(there, 1, k, z->file) != k) die("%s: cannot be read: %s", z->temporary, strerror(errno));
+        if (fread(there, 1, k, z->out.file) != k)
+            die("%s: cannot be read: %s", z->out.temporary, strerror(errno));
         z->crc = crc32_of(z->crc, (const uint8_t *)there, k);
         left -= k;
     }
     free(there);
 }
 
-// Opens PATH.part for n pictures H x W and returns how many of them it has already. settings: lines "key:
-// value", at most 30000 characters; a part that was begun with others is refused. `path` must outlive z.
+// Opens PATH.srdit.part for n pictures H x W and returns how many of them it has already. settings: lines "key:
+// value", at most 30000 characters; a part that was begun with others is refused.
 static uint64_t npz_open(Npz *z, const char *path, uint64_t n, int H, int W, const char *settings) {
     memset(z, 0, sizeof(*z));
-    z->path = path;
     z->images = n;
     z->image_bytes = (uint64_t)H * (uint64_t)W * 3;
-    if (snprintf(z->temporary, sizeof(z->temporary), "%s.part", path) >= PATH_MAX)
-        die("%s: the name is too long", path);
+    part_open(&z->out, path);
     npz_head(z, H, W, settings);
-
     struct stat st;
-    int fd = open(z->temporary, O_RDWR | O_CREAT, 0666);
-    if (fd < 0) die("%s: cannot be written: %s", z->temporary, strerror(errno));
-    if (flock(fd, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK)
-        die("%s: another run is writing it", z->temporary);
-    z->file = fdopen(fd, "r+b");
-    if (!z->file || fstat(fd, &st)) die("%s: cannot be written: %s", z->temporary, strerror(errno));
+    int fd = fileno(z->out.file);
+    if (fstat(fd, &st)) npz_die(z);
     // a beginning of a header is nobody's work
     if (st.st_size >= (off_t)(z->zip_bytes - strlen(settings))) npz_resume(z, (uint64_t)st.st_size, settings);
 
     int good = 1;
     if (!z->done)
-        good = !fseeko(z->file, 0, SEEK_SET) && fwrite(z->head, 1, z->head_bytes, z->file) == z->head_bytes &&
-               !fflush(z->file);
+        good = !fseeko(z->out.file, 0, SEEK_SET) &&
+               fwrite(z->head, 1, z->head_bytes, z->out.file) == z->head_bytes && !fflush(z->out.file);
     off_t end = (off_t)(z->head_bytes + z->done * z->image_bytes);
     if (good && S_ISREG(st.st_mode)) good = !ftruncate(fd, end);   // what follows the last whole picture goes
-    if (!good || fseeko(z->file, end, SEEK_SET)) npz_die(z);
+    if (!good || fseeko(z->out.file, end, SEEK_SET)) npz_die(z);
     return z->done;
 }
 
@@ -177,7 +175,7 @@ static void npz_put(Npz *z, const uint8_t *pixels, size_t n, int channels) {
     uint8_t *rgb = (uint8_t *)alloc_zero(n, (size_t)z->image_bytes);
     size_t count = n * (size_t)z->image_bytes;
     for (size_t i = 0; i < count; i++) rgb[i] = channels == 3 ? pixels[i] : pixels[i / 3];
-    if (fwrite(rgb, 1, count, z->file) != count || fflush(z->file)) npz_die(z);
+    if (fwrite(rgb, 1, count, z->out.file) != count || fflush(z->out.file)) npz_die(z);
     z->crc = crc32_of(z->crc, rgb, count);
     z->done += n;
     free(rgb);
@@ -202,7 +200,7 @@ static void zip_wide_end(FILE *out, uint64_t bytes, uint64_t at) {
 }
 
 static void npz_close(Npz *z) {
-    FILE *out = z->file;
+    FILE *out = z->out.file;
     uint64_t at = z->zip_bytes + z->member_bytes, bytes = ZIP_ENTRY + ZIP_NAME + (z->wide ? ZIP_WIDE : 0);
     put_le(out, 4, 0x02014b50);          // the directory's only entry
     put_le(out, 2, z->wide ? 45 : 20);   // version that made it
@@ -222,9 +220,10 @@ static void npz_close(Npz *z) {
     put_le(out, 4, bytes);
     put_le(out, 4, z->wide ? 0xFFFFFFFFu : at);
     put_le(out, 2, 0);   // bytes of a comment
-    if (fflush(out) || fseeko(out, 14, SEEK_SET)) npz_die(z);
+    if (fflush(out) || fseeko(out, ZIP_CRC, SEEK_SET)) npz_die(z);
     put_le(out, 4, z->crc);
-    file_end(out, z->temporary, z->path);
+    errno = file_finish(&z->out);
+    if (errno) npz_die(z);
     free(z->head);
 }
 #pragma GCC diagnostic pop

@@ -4,7 +4,8 @@
 //   Picture                  bytes [height, width, channels], channels 1 (grey) or 3 (RGB)
 //   pixels_of                numbers in [-1, 1], a plane for each channel, to such bytes
 //   grid_create, grid_put    many pictures of one size in one, each pixel enlarged
-//   png_write                a file, which appears when it is whole, with settings as text in it
+//   png_write                a file, which appears when it is whole, with settings as text in it; png_end:
+//                            the same for a file that was begun before
 //   pictures_show            in any terminal, as half blocks; picture_send: real pixels, where terminal_kind
 //                            says that the terminal takes them (Kitty's and iTerm2's protocols)
 #ifndef SRDIT_PICTURE_H
@@ -163,8 +164,9 @@ static size_t zlib_pack(uint8_t *packed, const uint8_t *raw, size_t n) {
     return (size_t)(w.at + 4 - packed);
 }
 
-// p as an 8-bit PNG with the pairs as text chunks. Rows are stored as the difference from the row above.
-static void png_write(const char *path, const Picture *p, const SafePair *pairs, int pair_count) {
+// p into a file just begun, as an 8-bit PNG with the pairs as text chunks; then the file is ended. Rows are
+// stored as the difference from the row above.
+static void png_end(NewFile *file, const Picture *p, const SafePair *pairs, int pair_count) {
     size_t row = (size_t)p->width * (size_t)p->channels, n = (row + 1) * (size_t)p->height;
     uint8_t *raw = (uint8_t *)alloc_zero(n, 1), *packed = (uint8_t *)alloc_zero(n + n / 8 + 64, 1);
     for (int y = 0; y < p->height; y++) {
@@ -175,8 +177,7 @@ static void png_write(const char *path, const Picture *p, const SafePair *pairs,
     }
     size_t bytes = zlib_pack(packed, raw, n);
 
-    char temporary[PATH_MAX];
-    FILE *out = file_begin(temporary, path);
+    FILE *out = file->file;
     fwrite("\x89PNG\r\n\x1a\n", 1, 8, out);
     uint8_t head[13] = {0};   // width, height, bits, kind of colour, and three methods, 0
     big_endian(head, (uint32_t)p->width);
@@ -191,9 +192,13 @@ static void png_write(const char *path, const Picture *p, const SafePair *pairs,
     }
     png_chunk(out, "IDAT", packed, bytes);
     png_chunk(out, "IEND", head, 0);
-    file_end(out, temporary, path);
+    file_end(file);
     free(raw);
     free(packed);
+}
+static void png_write(const char *path, const Picture *p, const SafePair *pairs, int pair_count) {
+    NewFile file = file_begin(path);
+    png_end(&file, p, pairs, pair_count);
 }
 
 // ----------------------------------------------------------------------------------------------------------

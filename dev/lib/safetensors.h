@@ -11,6 +11,7 @@
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wunused-function"   // a program takes what it needs
 #include <ctype.h>
+#include <signal.h>
 #include <sys/mman.h>
 
 enum Dtype { BOOL, U8, I8, F16, BF16, I16, U16, F32, I32, U32, F64, I64, U64, DTYPES };
@@ -32,10 +33,13 @@ typedef struct {
     uint64_t begin, end;   // bytes, from the start of the data
 } SafeTensor;
 
-typedef struct {
+typedef struct SafeFile {
     char *path;
+    struct SafeFile *next;       // of all that are open
     const uint8_t *map, *data;   // the whole file, and its data
     size_t size;
+    dev_t device;   // which file it is, whatever has its name by now
+    ino_t inode;
     SafeTensor *tensors;   // in order of their names
     int count;
     char **keys, **values;   // __metadata__
@@ -284,18 +288,46 @@ static size_t safe_elements(const SafeTensor *t) {
     return n;
 }
 
+// Pages of a mapped file that is cut short afterwards are gone: the signal that reading one gives ends the program
+// with the file's name. Only what is safe in a signal handler is called.
+static SafeFile *safe_files;   // all that are open
+static void say(const char *text) {
+    if (write(STDERR_FILENO, text, strlen(text)) < 0) _exit(1);
+}
+static void on_lost_page(int signal, siginfo_t *info, void *context) {
+    const uint8_t *at = (const uint8_t *)info->si_addr;
+    const SafeFile *f = safe_files;
+    (void)signal, (void)context;
+    while (f && !(at >= f->map && at < f->map + f->size)) f = f->next;
+    say("\nerror: ");
+    say(f ? f->path : "a mapped file");
+    say(": it could not be read any more: it was cut short, or its disk failed; all files written so far are "
+        "whole\n");
+    _exit(1);
+}
+
 static SafeFile *safe_open(const char *path) {
     SafeFile *f = (SafeFile *)alloc_zero(1, sizeof(SafeFile));
     f->path = strdup(path);
+    if (!f->path) die("out of memory");
     int fd = open(path, O_RDONLY | O_NONBLOCK);   // a FIFO would wait for its writer
     struct stat st;
     if (fd < 0 || fstat(fd, &st)) die("%s: cannot be opened: %s", path, strerror(errno));
     if (!S_ISREG(st.st_mode)) die("%s: is not a file", path);
     f->size = (size_t)st.st_size;
+    f->device = st.st_dev;
+    f->inode = st.st_ino;
     if (f->size < 8) die("%s: is not a safetensors file: it has only %zu bytes", path, f->size);
     f->map = (const uint8_t *)mmap(NULL, f->size, PROT_READ, MAP_PRIVATE, fd, 0);
     if (f->map == MAP_FAILED) die("%s: cannot be mapped: %s", path, strerror(errno));
     close(fd);
+    struct sigaction action;
+    memset(&action, 0, sizeof(action));
+    action.sa_sigaction = on_lost_page;
+    action.sa_flags = SA_SIGINFO;
+    sigaction(SIGBUS, &action, NULL);
+    f->next = safe_files;
+    safe_files = f;
     uint64_t length = 0;
     for (int i = 0; i < 8; i++) length |= (uint64_t)f->map[i] << (8 * i);
     if (length > 100000000 || length > f->size - 8)
@@ -324,6 +356,8 @@ static SafeFile *safe_open(const char *path) {
                 f->keys[f->metadata_count] = json_string(&j);
                 json_expect(&j, ':');
                 f->values[f->metadata_count] = json_string(&j);
+                for (char *v = f->values[f->metadata_count]; *v; v++)   // it will be printed
+                    if ((unsigned char)*v < 32 || *v == 127) *v = '?';
                 inner = json_accept(&j, ',');
                 if (!inner) json_expect(&j, '}');
             }
@@ -371,6 +405,9 @@ static SafeFile *safe_open(const char *path) {
 }
 
 static void safe_close(SafeFile *f) {
+    SafeFile **at = &safe_files;
+    while (*at != f) at = &(*at)->next;
+    *at = f->next;
     for (int i = 0; i < f->count; i++) free(f->tensors[i].name);
     for (int i = 0; i < f->metadata_count; i++) free(f->keys[i]), free(f->values[i]);
     munmap((void *)f->map, f->size);
@@ -436,8 +473,8 @@ static size_t item_bytes(const SafeItem *item) {
 }
 
 // A file with its header; the items' data follow in their order, by the caller, and file_end ends it.
-static FILE *safe_begin(char temporary[PATH_MAX], const char *path, const SafePair *pairs, int pair_count,
-                        const SafeItem *items, int count) {
+static NewFile safe_begin(const char *path, const SafePair *pairs, int pair_count, const SafeItem *items,
+                          int count) {
     char *header = NULL;
     size_t length = 0, at = 0;
     FILE *text = open_memstream(&header, &length);
@@ -460,20 +497,20 @@ static FILE *safe_begin(char temporary[PATH_MAX], const char *path, const SafePa
     while ((fflush(text), length % 8)) fputc(' ', text);   // the data starts at a multiple of 8 bytes
     fclose(text);
 
-    FILE *out = file_begin(temporary, path);
+    NewFile out = file_begin(path);
     uint8_t size8[8];
     for (int i = 0; i < 8; i++) size8[i] = (uint8_t)((uint64_t)length >> (8 * i));
-    fwrite(size8, 1, 8, out);
-    fwrite(header, 1, length, out);
+    fwrite(size8, 1, 8, out.file);
+    fwrite(header, 1, length, out.file);
     free(header);
     return out;
 }
 static void safe_write(const char *path, const SafePair *pairs, int pair_count, const SafeItem *items,
                        int count) {
-    char temporary[PATH_MAX];
-    FILE *out = safe_begin(temporary, path, pairs, pair_count, items, count);
-    for (int i = 0; i < count && !ferror(out); i++) fwrite(items[i].data, 1, item_bytes(&items[i]), out);
-    file_end(out, temporary, path);
+    NewFile out = safe_begin(path, pairs, pair_count, items, count);
+    for (int i = 0; i < count && !ferror(out.file); i++)
+        fwrite(items[i].data, 1, item_bytes(&items[i]), out.file);
+    file_end(&out);
 }
 static enum Dtype real_dtype(void) { return sizeof(real) == 4 ? F32 : F64; }
 

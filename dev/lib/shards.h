@@ -12,7 +12,8 @@
 typedef struct {
     SafeFile *file;
     const SafeTensor *latents, *labels, *feats, *cls;
-    size_t count;   // samples to train on
+    size_t count;     // samples to train on
+    uint64_t print;   // of its samples: all labels, and some latents
 } Shard;
 typedef struct {
     Shard *shards;
@@ -32,6 +33,32 @@ static const SafeTensor *shard_tensor(const SafeFile *f, const char *name, int n
     return t;
 }
 
+// The types that a tensor of a shard may have (data/README.md)
+static void shard_type(const SafeFile *f, const SafeTensor *t, int allowed, const char *types) {
+    if (t && !allowed) die("%s: tensor %s: dtype %s where %s is expected", f->path, t->name, t->dtype, types);
+}
+
+// FNV-1a of n bytes at stride apart, going on from `hash`
+static uint64_t print_bytes(uint64_t hash, const uint8_t *bytes, size_t n, size_t stride) {
+    for (size_t i = 0; i < n; i += stride) hash = (hash ^ bytes[i]) * 1099511628211u;
+    return hash;
+}
+// Tells shards apart, so that a run goes on with its own, in their order: all labels and a thousand bytes of
+// the latents
+static uint64_t shard_print(const Shard *s) {
+    const SafeTensor *t = s->labels, *x = s->latents;
+    size_t bytes = (size_t)(x->end - x->begin);
+    uint64_t hash = print_bytes(1469598103934665603u, (const uint8_t *)safe_data(s->file, t),
+                                (size_t)(t->end - t->begin), 1);
+    return print_bytes(hash, (const uint8_t *)safe_data(s->file, x), bytes, bytes / 1009 + 1);
+}
+// The same of all shards; the order counts
+static uint64_t data_print(const Data *d) {
+    uint64_t hash = 0;
+    for (int i = 0; i < d->shard_count; i++) hash = (hash ^ d->shards[i].print) * 1099511628211u;
+    return hash;
+}
+
 static Data *data_open(char **paths, int count) {
     Data *d = (Data *)alloc_zero(1, sizeof(Data));
     d->shards = (Shard *)alloc_zero((size_t)count, sizeof(Shard)), d->shard_count = count;
@@ -47,8 +74,11 @@ static Data *data_open(char **paths, int count) {
         if (s->labels->shape[0] != n)
             die("%s: tensor labels: %.0f labels for %.0f latents", f->path, (double)s->labels->shape[0],
                 (double)n);
-        if (!is_integer(s->labels->type))
-            die("%s: tensor labels: dtype %s is no integer type", f->path, s->labels->dtype);
+        enum Dtype x = s->latents->type, feats = s->feats ? s->feats->type : F32;
+        shard_type(f, s->labels, is_integer(s->labels->type), "an integer type");
+        shard_type(f, s->latents, x == U8 || is_floating(x), "U8, F16, BF16, F32 or F64");
+        shard_type(f, s->feats, feats == I8 || is_floating(feats), "I8, F16, BF16, F32 or F64");
+        shard_type(f, s->cls, s->cls && is_floating(s->cls->type), "F16, BF16, F32 or F64");
         if (s->feats && s->feats->shape[0] != n)
             die("%s: tensor feats: not one for each of %.0f latents", f->path, (double)n);
         if (s->cls && s->cls->shape[0] != n)
@@ -76,16 +106,17 @@ static Data *data_open(char **paths, int count) {
         if (one.K < 1) die("%s: metadata `classes` is missing: how many classes the labels have", f->path);
         if (one.scale == 0 || !(fabs(one.scale) < INFINITY) || !(fabs(one.offset) < INFINITY))
             die("%s: latent_scale %g, latent_offset %g are not usable", f->path, one.scale, one.offset);
-        double use = safe_number(f, "train_samples", (double)n);
-        if (!(use >= 1 && use <= (double)n))
-            die("%s: train_samples %g is not from 1 to %.0f", f->path, use, (double)n);
-        s->count = (size_t)use;
+        s->count = (size_t)safe_whole(f, "train_samples", 1, (double)n, (double)n);
         for (size_t k = 0; k < n; k++) {
             double label = element(safe_data(f, s->labels), s->labels->type, k);
             if (!(label >= 0 && label < one.K))
                 die("%s: tensor labels: sample %zu has label %.0f, but classes are 0 to %d", f->path, k,
                     label, one.K - 1);
         }
+        s->print = shard_print(s);
+        for (int k = 0; k < i; k++)
+            if (s->print == d->shards[k].print)
+                die("%s: it has the same samples as %s; each shard is given once", f->path, paths[k]);
         if (i == 0) {
             Shard *shards = d->shards;
             *d = one, d->shards = shards, d->shard_count = count;
