@@ -2001,11 +2001,15 @@ static SafeFile *start_resumed(Config *c, Run *run, int *step) {
     const char *name = safe_metadata(f, "model");
     run->model = name ? name : "custom";
     OptionTable config = config_table(c);
-    for (int i = 0; i < config.count; i++) {
+    int missing = 0;
+    for (int i = 0; i < config.count;
+         i++) {   // from a program that did not know the setting, or kept it apart
         const char *key = config.options[i].name;
-        if (!safe_metadata(f, key) && (strcmp(key, "align_coeff") || !safe_metadata(f, "proj_coeff")))
-            die("%s: its metadata have no %s: not a whole checkpoint", f->path, key);
+        if (safe_metadata(f, key) || (!strcmp(key, "align_coeff") && safe_metadata(f, "proj_coeff")))
+            continue;
+        printf("%s%s", missing++ ? ", " : "the checkpoint does not say, so the defaults stand: ", key);
     }
+    if (missing) printf("\n");
     static const char *const keys[] = {"step", "steps", "batch", "seed"};
     for (int i = 0; i < 4; i++)
         if (!safe_metadata(f, keys[i]))

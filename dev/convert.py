@@ -74,16 +74,19 @@ def read_safetensors(path):
         except ValueError:
             fail("%s is not a safetensors file" % path)
         data, out = f.read(), collections.OrderedDict()
-    meta = header.pop("__metadata__", {})
-    for name, h in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        raw = data[slice(*h["data_offsets"])]
-        if h["dtype"] == "BF16":
-            x = torch.from_numpy(np.frombuffer(raw, "<i2").copy()).view(torch.bfloat16)
-        elif h["dtype"] in NUMPY:
-            x = torch.from_numpy(np.frombuffer(raw, NUMPY[h["dtype"]]).copy())
-        else:
-            fail("%s: tensor %s: dtype %s is not known here" % (path, name, h["dtype"]))
-        out[name] = x.reshape(h["shape"])
+    try:
+        meta = header.pop("__metadata__", {})
+        for name, h in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            raw = data[slice(*h["data_offsets"])]
+            if h["dtype"] == "BF16":
+                x = torch.from_numpy(np.frombuffer(raw, "<i2").copy()).view(torch.bfloat16)
+            elif h["dtype"] in NUMPY:
+                x = torch.from_numpy(np.frombuffer(raw, NUMPY[h["dtype"]]).copy())
+            else:
+                fail("%s: tensor %s: dtype %s is not known here" % (path, name, h["dtype"]))
+            out[name] = x.reshape(h["shape"])
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
+        fail("%s: its header is not that of a whole safetensors file" % path)
     return meta, out
 
 # ------------------------------------------------------------------------ reading a .pt without running it
@@ -281,7 +284,15 @@ def to_pt(options):
         out = collections.OrderedDict((n[len(prefix):], x) for n, x in tensors.items()
                                       if n.startswith(prefix) and not (prefix == "" and
                                                                        n.startswith("adam.")))
-        number = lambda key: int(float(meta[key]))
+        def number(key):
+            try:
+                value = float(meta[key])
+                if value != int(value) or value < 1:
+                    raise ValueError
+            except (KeyError, ValueError, OverflowError):
+                fail("%s: its metadata say %s is %s, which is no size" %
+                     (options.input, key, meta.get(key, "missing")))
+            return int(value)
         side = number("input_size") // number("patch_size")
         D, Dh = number("hidden_size"), number("hidden_size") // number("num_heads")
         if "pos_embed" not in out:
@@ -291,10 +302,19 @@ def to_pt(options):
         return out
     result = state("" if kind == "srdit-export-1" else "model." if options.raw else "ema.")
     if options.full:
-        result = {"model": state("model."), "ema": state("ema."), "steps": int(float(meta.get("step", 0))),
+        try:
+            step = int(meta.get("step", "0"))
+        except ValueError:
+            fail("%s: its metadata say step is %s, which is no number of steps" % (options.input, meta["step"]))
+        result = {"model": state("model."), "ema": state("ema."), "steps": step,
                   "args": argparse.Namespace(**meta)}
-    torch.save(result, options.output + ".part")
-    os.replace(options.output + ".part", options.output)
+    try:
+        torch.save(result, options.output + ".part")
+        os.replace(options.output + ".part", options.output)
+    except (OSError, RuntimeError) as error:            # torch.save says RuntimeError for a missing folder
+        if os.path.exists(options.output + ".part"):
+            os.remove(options.output + ".part")
+        fail("%s: cannot be written: %s" % (options.output, str(error).splitlines()[0]))
     print("%s: %s of step %s" % (options.output, "model, ema, steps, args" if options.full else
                                  "the weights" if options.raw else "the moving average", meta.get("step",
                                                                                                   "?")))
@@ -398,6 +418,14 @@ def selftest(options):
         check("tables that a checkpoint lacks are made", set(made) == set(back) and
               all((made[n] - back[n]).abs().max() < 1e-6 for n in FIXED))
         torch.save(ema.state_dict(), at("bare.pt"))
+        meta.pop("input_size")
+        write_safetensors(at("sizeless.safetensors"), meta, {k: x for k, x in ours.items()})
+        for words, pattern in ((("to-pt", at("nothing"), at("x.pt")), "No such file"),
+                               (("to-pt", at("sizeless.safetensors"), at("x.pt")), "input_size is missing"),
+                               (("to-pt", at("trained.safetensors"), at("no/x.pt")), "cannot be written"),
+                               (("from-pt", at("ref.pt"), at("no/x.safetensors")), "No such file")):
+            said = run(*words)
+            check("%s %s: one sentence" % (words[0], pattern), pattern in said and said.count("\n") <= 1)
         check("a bare state_dict becomes an export", run("from-pt", at("bare.pt"), at("bare.safetensors"),
                                                          "--decoder", "pixels") == "" and
               run("to-pt", at("bare.safetensors"), at("bare2.pt")) == "" and
@@ -479,7 +507,10 @@ def main(argv=None):
     options = parser.parse_args(argv)
     if not options.command:
         parser.error("a command is needed: from-pt, to-pt, decoder or selftest (--help has examples)")
-    options.function(options)
+    try:
+        options.function(options)
+    except OSError as error:
+        fail("%s: %s" % (error.filename, error.strerror))
 
 if __name__ == "__main__":
     main()

@@ -23,7 +23,10 @@ def find(name, lines):
 
 
 def main():
-    fix, bad = "--fix" in sys.argv[1:], 0
+    if sys.argv[1:] not in ([], ["--fix"]):
+        print(__doc__.strip(), file=sys.stdout if "--help" in sys.argv else sys.stderr)
+        return 0 if "--help" in sys.argv else 2
+    fix, bad = len(sys.argv) > 1, 0
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
 
