@@ -1895,7 +1895,10 @@ static void checkpoint_write(Training *t) {
                 t->step, t->folder.checkpoint);
         count = items_add(t->items, count, &m->table, block, block_prefix[saved_blocks[k]], 0);
     }
-    safe_write(t->folder.checkpoint, pairs, run_pairs(pairs, "srdit-checkpoint-1", t), t->items, count);
+    int pair_count = run_pairs(pairs, "srdit-checkpoint-1", t);
+    NewFile file = safe_fill(t->folder.checkpoint, pairs, pair_count, t->items, count);
+    folder_clear(&t->folder);   // the new run is on the disk; now its name
+    file_end(&file);
     t->saved = t->step;
 }
 
@@ -2158,13 +2161,10 @@ static int write_samples(const Training *t) {
 // log last: whenever the program is ended, the folder never holds this run's log beside another's checkpoint.
 static void log_begin(Training *t) {
     const Folder *f = &t->folder;
-    if (f->replaces) {
-        checkpoint_write(t);
-        if (unlink(f->picture) && errno != ENOENT)
-            die("%s: cannot be removed: %s", f->picture, strerror(errno));
-    }
+    int fresh = f->replaces;
+    if (fresh) checkpoint_write(t);
     t->log.file = log_open(f->log, "step,loss,denoise,cls,align,cfm,grad_norm,lr,ms_per_step,images_per_s",
-                           f->replaces ? 0 : t->first);
+                           fresh ? 0 : t->first);
 }
 
 // The dashboard: a line in the terminal and in log.csv, of means over the steps since the last one
@@ -2279,9 +2279,10 @@ static int report_end(Training *t) {
         printf("\n%s: written after step %d, %.1f s\n", t->folder.checkpoint, t->step,
                now_seconds() - t->log.begin);
         good = write_samples(t);
-    } else if (t->step)
+    } else if (t->step) {
         printf("%s is at step %d, its last; --steps with a larger number goes on\n", t->run.resume, t->step);
-    else printf("no step was asked for, and nothing was written to %s\n", t->folder.name);
+        if (folder_lacks_picture(&t->folder)) good = write_samples(t);   // it was stopped while drawing
+    } else printf("no step was asked for, and nothing was written to %s\n", t->folder.name);
     if (t->folder.made && t->step == t->first) rmdir(t->folder.name);   // if nothing is in it
     return interrupted ? 130 : !good;
 }

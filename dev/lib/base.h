@@ -145,18 +145,25 @@ static void file_abandon(const NewFile *n) {
     unlink(n->temporary);
     fclose(n->file);
 }
+// Everything so far to the disk; returns 0 or the error.
+static int file_flush(NewFile *n) {
+    int failed = ferror(n->file);   // an earlier write, and errno is still what it said
+    return failed || fflush(n->file) || fsync(fileno(n->file)) ? errno ? errno : EIO : 0;
+}
 // Returns 0, or the error where the file did not come to its name; then it is still in n->temporary.
 static int file_finish(NewFile *n) {
-    int failed = ferror(n->file);   // an earlier write, and errno is still what it said
-    if (failed || fflush(n->file) || fsync(fileno(n->file)) || rename(n->temporary, n->path))
-        return errno ? errno : EIO;
-    return fclose(n->file) ? errno : 0;   // closed last: the lock holds until the name is given
+    int error = file_flush(n);
+    if (!error && rename(n->temporary, n->path)) error = errno;
+    if (!error && fclose(n->file)) error = errno;   // closed last: the lock holds until the name is given
+    return error;
+}
+__attribute__((noreturn)) static void file_failed(const NewFile *n, int error) {
+    unlink(n->temporary);
+    die("%s: cannot be written: %s; a file that had this name is untouched", n->path, strerror(error));
 }
 static void file_end(NewFile *n) {
     int error = file_finish(n);
-    if (!error) return;
-    unlink(n->temporary);
-    die("%s: cannot be written: %s; a file that had this name is untouched", n->path, strerror(error));
+    if (error) file_failed(n, error);
 }
 // Ends the program early where file_begin(path) would fail later; nothing is changed.
 static void file_probe(const char *path) {

@@ -2,6 +2,7 @@
 // command that is typed twice loses nothing: a new run never writes to a folder that holds another one,
 // unless it is told to.
 //
+//   folder_clear    removes what is left of the run that is replaced
 //   folder_open     finds or makes the folder that a command means, and locks it until the program ends
 //   log_open        log.csv: fresh, or on resume the rows up to a step of the one that is there
 //   newest_run      the checkpoint that a command means that names none
@@ -60,6 +61,13 @@ static int folder_holds_run(const Folder *f) {   // a link to nothing counts: so
     struct stat st;
     return !lstat(f->checkpoint, &st) || !lstat(f->picture, &st) || !lstat(f->log, &st);
 }
+// Is the picture missing, or older than the checkpoint?
+static int folder_lacks_picture(const Folder *f) {
+    struct stat c, p;
+    if (stat(f->checkpoint, &c)) return 0;
+    return stat(f->picture, &p) || p.st_mtim.tv_sec < c.st_mtim.tv_sec ||
+           (p.st_mtim.tv_sec == c.st_mtim.tv_sec && p.st_mtim.tv_nsec < c.st_mtim.tv_nsec);
+}
 // out: as the command line has it, NULL where it has none: then a resumed run goes on beside its checkpoint,
 // and a new one takes the first of out, out-2, out-3 ... that holds no run. A folder that holds another run
 // is refused, unless `overwrite`.
@@ -95,16 +103,27 @@ static Folder folder_open(const char *out, const char *resume, int overwrite) {
     return f;
 }
 
+// The run that the folder holds goes: its picture and its log first, so that they never stand beside another's
+// checkpoint.
+static void folder_clear(Folder *f) {
+    const char *const gone[] = {f->picture, f->log};
+    for (int i = 0; i < 2 && f->replaces; i++)
+        if (unlink(gone[i]) && errno != ENOENT) die("%s: cannot be removed: %s", gone[i], strerror(errno));
+    f->replaces = 0;
+}
+
 // log.csv with its head, or on resume the rows up to `step` of the one that is there, which is replaced when
 // the new one is whole
 static FILE *log_open(const char *path, const char *head, int step) {
     char line[1024];
     FILE *old = step ? fopen(path, "r") : NULL;
+    if (step && !old && errno != ENOENT) die("%s: cannot be read: %s", path, strerror(errno));
     NewFile fresh = file_begin(path);
     fprintf(fresh.file, "%s\n", head);
     while (old && fgets(line, sizeof(line), old))
         if (isdigit((unsigned char)line[0]) && atoi(line) <= step && strchr(line, '\n'))
             fputs(line, fresh.file);
+    if (old && ferror(old)) die("%s: cannot be read: %s", path, strerror(errno));
     if (old) fclose(old);
     file_end(&fresh);
     FILE *log = fopen(path, "a");

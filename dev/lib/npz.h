@@ -130,9 +130,14 @@ __attribute__((noreturn)) static void npz_refuse(const Npz *z, char *there, size
 static void npz_resume(Npz *z, uint64_t size, const char *settings) {
     enum { PIECE = 1 << 20 };   // a header is much shorter
     char *there = (char *)alloc_zero(PIECE + 1, 1);
-    size_t have = fread(there, 1, 65535, z->out.file);
-    if (have >= z->head_bytes) memset(there + ZIP_CRC, 0, 4);   // the end may have been begun already
-    if (have < z->head_bytes || memcmp(there, z->head, z->head_bytes)) npz_refuse(z, there, have, settings);
+    size_t have = fread(there, 1, 65535, z->out.file), head = have < z->head_bytes ? have : z->head_bytes;
+    if (ferror(z->out.file)) die("%s: cannot be read: %s", z->out.temporary, strerror(errno));
+    if (have > ZIP_CRC + 4) memset(there + ZIP_CRC, 0, 4);   // the end may have been begun already
+    if (memcmp(there, z->head, head)) npz_refuse(z, there, have, settings);
+    if (have < z->head_bytes) {   // a beginning of a header is nobody's work
+        free(there);
+        return;
+    }
     z->done = (size - z->head_bytes) / z->image_bytes;
     if (z->done > z->images) z->done = z->images;
     fseeko(z->out.file, (off_t)z->head_bytes, SEEK_SET);
@@ -157,8 +162,7 @@ static uint64_t npz_open(Npz *z, const char *path, uint64_t n, int H, int W, con
     struct stat st;
     int fd = fileno(z->out.file);
     if (fstat(fd, &st)) npz_die(z);
-    // a beginning of a header is nobody's work
-    if (st.st_size >= (off_t)(z->zip_bytes - strlen(settings))) npz_resume(z, (uint64_t)st.st_size, settings);
+    if (S_ISREG(st.st_mode) && st.st_size) npz_resume(z, (uint64_t)st.st_size, settings);
 
     int good = 1;
     if (!z->done)

@@ -505,11 +505,19 @@ static NewFile safe_begin(const char *path, const SafePair *pairs, int pair_coun
     free(header);
     return out;
 }
-static void safe_write(const char *path, const SafePair *pairs, int pair_count, const SafeItem *items,
-                       int count) {
+// The same with the items' data, on the disk: what is missing is its name.
+static NewFile safe_fill(const char *path, const SafePair *pairs, int pair_count, const SafeItem *items,
+                         int count) {
     NewFile out = safe_begin(path, pairs, pair_count, items, count);
     for (int i = 0; i < count && !ferror(out.file); i++)
         fwrite(items[i].data, 1, item_bytes(&items[i]), out.file);
+    int error = file_flush(&out);
+    if (error) file_failed(&out, error);
+    return out;
+}
+static void safe_write(const char *path, const SafePair *pairs, int pair_count, const SafeItem *items,
+                       int count) {
+    NewFile out = safe_fill(path, pairs, pair_count, items, count);
     file_end(&out);
 }
 static enum Dtype real_dtype(void) { return sizeof(real) == 4 ? F32 : F64; }
