@@ -147,6 +147,7 @@ int lstat(const char *path, struct stat *st) {
     return FROM_PROGRAM && fault("stat", path) ? -1 : REAL(lstat)(path, st);
 }
 int unlink(const char *path) { return FROM_PROGRAM && fault("unlink", path) ? -1 : REAL(unlink)(path); }
+int rmdir(const char *path) { return FROM_PROGRAM && fault("unlink", path) ? -1 : REAL(rmdir)(path); }
 int mkdir(const char *path, mode_t mode) {
     return FROM_PROGRAM && fault("mkdir", path) ? -1 : REAL(mkdir)(path, mode);
 }
@@ -222,10 +223,9 @@ void *calloc(size_t n, size_t size) {
     return FROM_PROGRAM && fault("malloc", "") ? NULL : __libc_calloc(n, size);
 }
 void *realloc(void *p, size_t n) { return FROM_PROGRAM && fault("malloc", "") ? NULL : __libc_realloc(p, n); }
-char *strdup(const char *text) {
-    size_t n = strlen(text) + 1;
-    char *copy = FROM_PROGRAM && fault("malloc", "") ? NULL : (char *)__libc_malloc(n);
-    return copy ? memcpy(copy, text, n) : NULL;
+char *strdup(const char *text) { return FROM_PROGRAM && fault("malloc", "") ? NULL : REAL(strdup)(text); }
+char *strndup(const char *text, size_t n) {
+    return FROM_PROGRAM && fault("malloc", "") ? NULL : REAL(strndup)(text, n);
 }
 int posix_memalign(void **p, size_t alignment, size_t n) {
     if (FROM_PROGRAM && fault("malloc", "")) return ENOMEM;
