@@ -126,6 +126,8 @@ static void part_open(NewFile *n, const char *path) {
         if (flock(fd, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK)
             die("%s: another output or another program is writing it; give this one another name", path);
         if (fstat(fd, &ours)) die("%s: cannot be written: %s", n->temporary, strerror(errno));
+        if (S_ISREG(ours.st_mode) && !lstat(n->temporary, &there) && S_ISLNK(there.st_mode))
+            die("%s: is a link; delete it", n->temporary);
         same = !stat(n->temporary, &there) && ours.st_dev == there.st_dev && ours.st_ino == there.st_ino;
         if (!same) close(fd);
         else if (!(n->file = fdopen(fd, "r+b"))) die("%s: cannot be written: %s", path, strerror(errno));
@@ -152,9 +154,11 @@ static int file_flush(NewFile *n) {
 }
 // Returns 0, or the error where the file did not come to its name; then it is still in n->temporary.
 static int file_finish(NewFile *n) {
-    int error = file_flush(n);
+    int error = file_flush(n), lock = dup(fileno(n->file));   // it holds until the name is given
+    if (lock < 0 && !error) error = errno;
+    if (fclose(n->file) && !error) error = errno;
     if (!error && rename(n->temporary, n->path)) error = errno;
-    if (!error && fclose(n->file)) error = errno;   // closed last: the lock holds until the name is given
+    close(lock);
     return error;
 }
 __attribute__((noreturn)) static void file_failed(const NewFile *n, int error) {

@@ -123,7 +123,11 @@ static FILE *log_open(const char *path, const char *head, int step) {
     while (old && fgets(line, sizeof(line), old))
         if (isdigit((unsigned char)line[0]) && atoi(line) <= step && strchr(line, '\n'))
             fputs(line, fresh.file);
-    if (old && ferror(old)) die("%s: cannot be read: %s", path, strerror(errno));
+    if (old && ferror(old)) {
+        int error = errno;
+        file_abandon(&fresh);
+        die("%s: cannot be read: %s", path, strerror(error));
+    }
     if (old) fclose(old);
     file_end(&fresh);
     FILE *log = fopen(path, "a");
