@@ -408,7 +408,8 @@ def test_judge():
     for path in ("fashion_mnist_judge", "cifar10_judge"):
         path = os.path.join(ROOT, "data", path + ".safetensors")
         if not os.path.exists(path):
-            print("note: %s is not there and not tested" % os.path.relpath(path, ROOT))
+            if options.mutants is None:
+                print("note: %s is not there and not tested" % os.path.relpath(path, ROOT))
             continue
         w, meta = digits.read_safetensors(path)
         convs = [tuple(int(meta["conv%d.%s" % (i + 1, k)]) for k in ("kernel", "stride", "padding"))
@@ -512,7 +513,6 @@ MUTANTS = (
     ("kernel: wrong sign", "- 2 * ab / (m * n)", "+ 2 * ab / (m * n)"),
     ("kernel: square", "row += k * k * k", "row += k * k"),
     ("kernel: no division by d", "/ (double)d + 1;", "+ 1;"),
-    ("kernel: a set against itself has no diagonal", "if (a.x == b.x) {   //", "if (0) {   //"),
     ("Frechet: wrong sign of the cross term", "(traces - 2 * cross)", "(traces + 2 * cross)"),
     ("Frechet: cross term once", "(traces - 2 * cross)", "(traces - cross)"),
     ("Frechet: no means", "return means + (", "return ("),

@@ -263,9 +263,8 @@ static double frechet_distance(Features a, Features b) {
 // ----------------------------------------------------------------------------------------------------------
 // Kernel distance
 
-// The sum of k(x, y) = (x.y / d + 1)^3 over all pairs of rows, or (where b is a) over pairs of different rows
-static double kernel_sum(Features a, Features b) {
-    int same = a.x == b.x;
+// The sum of k(x, y) = (x.y / d + 1)^3 over all pairs of rows or, where b is the same as a, of different rows
+static double kernel_sum(Features a, Features b, int same) {
     size_t tiles = (a.n + SCORE_TILE - 1) / SCORE_TILE, d = a.d, all = panel_count(b.n);
     double *panels = panels_of(b.x, b.n, d, NULL), *part = (double *)score_memory(tiles, sizeof(double)),
            sum = 0;
@@ -273,7 +272,7 @@ static double kernel_sum(Features a, Features b) {
     for (size_t t = 0; t < tiles; t++) {
         size_t i0 = t * SCORE_TILE, rows = size_min(a.n - i0, SCORE_TILE);
         double out[SCORE_TILE * SCORE_ROW];
-        // k is symmetric: where b is a, pairs above the diagonal are enough
+        // k is symmetric: where b is the same, pairs above the diagonal are enough
         for (size_t p = same ? i0 / DNR : 0; p < all; p += SCORE_PANELS) {
             size_t count = size_min(all - p, SCORE_PANELS);
             dots(out, SCORE_ROW, a.x + i0 * d, rows, d, panels + p * d * DNR, count);
@@ -302,13 +301,7 @@ static double kernel_sum(Features a, Features b) {
 static double kernel_distance(Features a, Features b) {
     features_check(a, 2), features_check(b, 2), features_match(a, b);
     double m = (double)a.n, n = (double)b.n;
-    double *copy = NULL;
-    if (a.x == b.x) {   // a set against itself: the third sum is over all pairs, too
-        copy = (double *)score_memory(b.n * b.d, sizeof(double));
-        b.x = (double *)memcpy(copy, b.x, b.n * b.d * sizeof(double));
-    }
-    double aa = kernel_sum(a, a), bb = kernel_sum(b, b), ab = kernel_sum(a, b);
-    free(copy);
+    double aa = kernel_sum(a, a, 1), bb = kernel_sum(b, b, 1), ab = kernel_sum(a, b, 0);
     return aa / (m * (m - 1)) + bb / (n * (n - 1)) - 2 * ab / (m * n);
 }
 
