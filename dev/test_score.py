@@ -55,8 +55,9 @@ def close(what, got, want, tol, scale=None):
 # running the program
 
 def build(name, *flags, source=os.path.join(ROOT, "dev", "score_check.c")):
-    r = subprocess.run([os.environ.get("CC", "cc"), "-std=gnu11", "-fno-math-errno", "-Wall", "-Wextra", "-Werror",
-                        *flags, source, "-o", name, "-lm"], stderr=subprocess.PIPE, universal_newlines=True)
+    r = subprocess.run([os.environ.get("CC", "cc"), "-std=gnu11", "-fno-math-errno", "-Wall", "-Wextra",
+                        "-Werror", *flags, source, "-o", name, "-lm"], stderr=subprocess.PIPE,
+                       universal_newlines=True)
     if r.returncode:
         sys.exit("test_score.py: %s does not build: %s" % (name, r.stderr[-2000:]))
     return os.path.abspath(name)
@@ -113,8 +114,8 @@ def frechet_by_sqrtm(a, b):
 
 
 def frechet_by_data(a, b):
-    """tr (S1 S2)^(1/2) is the sum of the singular values of A B^T for centred data A, B: no root of a matrix, so
-    that it holds to the last digits for fewer rows than columns, too."""
+    """tr (S1 S2)^(1/2) is the sum of the singular values of A B^T for centred data A, B: no root of a matrix,
+    so that it holds to the last digits for fewer rows than columns, too."""
     x, y, shift = a - a.mean(0), b - b.mean(0), a.mean(0) - b.mean(0)
     n, m = len(a) - 1, len(b) - 1
     cross = scipy.linalg.svdvals(x @ y.T).sum() / math.sqrt(n * m)
@@ -217,18 +218,22 @@ def test_against_scipy():
     for scale in (1e-70, 1e70):        # squares of covariances leave the range of a double
         got = scores(made=a * scale, real=b * scale)
         if got:
-            close("Frechet distance scaled by %g" % scale, got["frechet"] / scale / scale, frechet_by_data(a, b), EXACT)
+            close("Frechet distance scaled by %g" % scale, got["frechet"] / scale / scale,
+                  frechet_by_data(a, b), EXACT)
 
 
 def test_few_rows():
     rng = np.random.default_rng(2)
-    for n, m, d in ((2, 2, 5), (2, 2, 1), (3, 2, 40), (20, 30, 64), (30, 200, 64), (64, 64, 64), (33, 31, 512)):
-        compare("rank: %d and %d of %d" % (n, m, d), rng.standard_normal((n, d)), rng.standard_normal((m, d)) + 0.1)
+    for n, m, d in ((2, 2, 5), (2, 2, 1), (3, 2, 40), (20, 30, 64), (30, 200, 64), (64, 64, 64),
+                    (33, 31, 512)):
+        compare("rank: %d and %d of %d" % (n, m, d), rng.standard_normal((n, d)),
+                rng.standard_normal((m, d)) + 0.1)
     a, b = rng.standard_normal((100, 4)), rng.standard_normal((80, 4)) + 0.2
     up = np.linalg.qr(rng.standard_normal((30, 4)))[0].T       # four dimensions, turned into thirty
     s, flat = scores(made=a @ up, real=b @ up), scores(made=a, real=b)
     close("turned into more dimensions: Frechet distance", s["frechet"], flat["frechet"], EXACT)
-    check("turned: precision and recall", (s["precision"], s["recall"]) == (flat["precision"], flat["recall"]))
+    check("turned: precision and recall",
+          (s["precision"], s["recall"]) == (flat["precision"], flat["recall"]))
     other = np.linalg.qr(rng.standard_normal((60, 60)))[0]
     a, b = a @ other[:4], b @ other[30:34]                      # orthogonal subspaces: no cross term
     close("orthogonal subspaces", scores(made=a, real=b)["frechet"],
@@ -254,7 +259,8 @@ def test_closed_forms():
         got = scores(_few=n < 4, made=a, real=a)
         close("identical sets: Frechet distance, %d of %d" % (n, d), got["frechet"], 0, 1e-13, a.var(0).sum())
         check("identical sets: sliced distance", got["sliced"] == 0, got["sliced"])
-        close("identical sets: kernel distance", got["kernel"], kernel_distance(a, a), CLOSED, kernel(a, a).mean())
+        close("identical sets: kernel distance", got["kernel"], kernel_distance(a, a), CLOSED,
+              kernel(a, a).mean())
         if n >= 4:
             check("identical sets: precision and recall", got["precision"] == got["recall"] == 1)
             got = scores(made=a, real=a[rng.permutation(n)])
@@ -272,9 +278,15 @@ def test_closed_forms():
     line = np.array([[0.], [1], [2], [3], [10]])
     got = scores(made=np.array([[-2.9], [-3.1], [6], [6.1], [0.9]]), real=line)
     check("by hand: precision", got["precision"] == 0.8, got["precision"])     # all but -3.1
-    got = scores(made=line, real=np.array([[100.], [100], [100], [100], [3]]))
+    # the balls of 0 ... 4 reach 3, 2, 2, 2 and 3 far, and their rims belong to them
+    got = scores(made=np.array([[-3.], [-4], [7], [8]]), real=np.array([[0.], [1], [2], [3], [4]]))
+    check("by hand: rims", got["precision"] == 0.5, got["precision"])
     # four equal pictures have balls of no size, and the ball of 3 reaches 97 far: 0, 1, 2, 3, 10 lie in it
+    got = scores(made=line, real=np.array([[100.], [100], [100], [100], [3]]))
     check("by hand: balls of no size", got["precision"] == 1 and got["recall"] == 0.2, got)
+    x = rng.standard_normal((1, 7)).repeat(6, 0)
+    got = scores(made=np.concatenate([x, x + 1]), real=x)
+    check("equal pictures lie in each other's balls", got["precision"] == 0.5 and got["recall"] == 1, got)
 
 
 def test_memorisation():
@@ -282,7 +294,7 @@ def test_memorisation():
     train, held, made = (rng.standard_normal((n, 48)) for n in (700, 301, 400))
     made[:30] = train[:30]                                      # copies
     made[30:60] = train[30:60] + 1e-7 * rng.standard_normal((30, 48))
-    for offset in (0, 1000):                                    # far from 0, where |x|^2 - 2xy + |y|^2 cancels
+    for offset in (0, 1000):                        # far from 0, where |x|^2 - 2xy + |y|^2 cancels
         a, b, c = made + offset, held + offset, train + offset
         s = scores(made_pixels=a, held_pixels=b, train_pixels=c)
         want = scipy.spatial.distance.cdist(a, c).min(1)
@@ -292,8 +304,8 @@ def test_memorisation():
         check("copies are at 0", (s["nearest"][:30] == 0).all() and (s["nearest_in_parts"][:30] == 0).all())
         close("near copies, each by itself", s["nearest"][30:60] / want[30:60], np.ones(30), 1e-9)
         close("ratio of medians", s["ratio"], np.median(want) / np.median(other), CLOSED)
-        check("share nearer than the first percentile", s["close"] == (want < np.quantile(other, 0.01)).mean(),
-              s["close"])
+        check("share nearer than the first percentile",
+              s["close"] == (want < np.quantile(other, 0.01)).mean(), s["close"])
     x = np.round(rng.standard_normal((64, 30)))                 # many equal distances
     s = scores(made_pixels=x, held_pixels=x[:1] + 7, train_pixels=x[:5])
     close("nearest of whole numbers", s["nearest"], scipy.spatial.distance.cdist(x, x[:5]).min(1), CLOSED)
@@ -302,7 +314,8 @@ def test_memorisation():
 def test_accuracy():
     rng = np.random.default_rng(5)
     logits, wanted = rng.standard_normal((333, 10)), rng.integers(0, 10, 333).astype(np.int32)
-    check("label accuracy", scores(logits=logits, wanted=wanted)["accuracy"] == (logits.argmax(1) == wanted).mean())
+    check("label accuracy",
+          scores(logits=logits, wanted=wanted)["accuracy"] == (logits.argmax(1) == wanted).mean())
     equal = np.zeros((4, 3))
     check("of equal logits the first counts",
           scores(logits=equal, wanted=np.array([0, 0, 1, 2], np.int32))["accuracy"] == 0.5)
@@ -339,7 +352,8 @@ def plain_judge(x, w, convs, quarters=False, vector="features", head="features_l
         W, out = w["conv%d.weight" % (i + 1)].reshape(kernel, kernel, x.shape[3], -1), 0
         for r in range(kernel):
             for c in range(kernel):
-                out = out + x[:, r:r + stride * side:stride, c:c + stride * side:stride][:, :side, :side] @ W[r, c]
+                seen = x[:, r:r + stride * side:stride, c:c + stride * side:stride]
+                out = out + seen[:, :side, :side] @ W[r, c]
         x = np.maximum(out + w["conv%d.bias" % (i + 1)], 0)
     if quarters:
         h = x.shape[1] // 2
@@ -375,7 +389,8 @@ def random_judge(rng, size, channels, convs, widths, z=9, classes=4):
     meta = {"format": "srdit-judge-1", "name": "test", "size": "%d" % size, "channels": "%d" % channels,
             "classes": "%d" % classes, "convolutions": "%d" % len(convs)}
     for i, conv in enumerate(convs):
-        meta.update({"conv%d.%s" % (i + 1, k): "%d" % v for k, v in zip(("kernel", "stride", "padding"), conv)})
+        for k, v in zip(("kernel", "stride", "padding"), conv):
+            meta["conv%d.%s" % (i + 1, k)] = "%d" % v
     return w, meta
 
 
@@ -414,7 +429,8 @@ def test_judge():
         w, meta = digits.read_safetensors(path)
         convs = [tuple(int(meta["conv%d.%s" % (i + 1, k)]) for k in ("kernel", "stride", "padding"))
                  for i in range(int(meta["convolutions"]))]
-        x = rng.uniform(-1, 1, (64, int(meta["channels"]), int(meta["size"]), int(meta["size"]))).astype(np.float32)
+        size = int(meta["size"])
+        x = rng.uniform(-1, 1, (64, int(meta["channels"]), size, size)).astype(np.float32)
         shard_of(x)
         judged(os.path.basename(path), path, "shard.safetensors", 0,
                plain_judge(x.astype(float).transpose(0, 2, 3, 1), doubles(w), convs))
@@ -437,20 +453,58 @@ def test_judge():
     broken("a negative padding", "conv2.padding is -1", **{"conv2.padding": "-1"})
     broken("a large kernel", "kernel of 64 does not fit into 10", **{"conv1.kernel": "64"})
     broken("too many classes", "features_logits.weight: 4 outputs where 7", classes="7")
-    broken("a missing tensor", "tensor conv2.bias is missing", {k: x for k, x in w.items() if k != "conv2.bias"})
+    broken("a missing tensor", "tensor conv2.bias is missing",
+           {k: x for k, x in w.items() if k != "conv2.bias"})
     broken("a bias of another length", "conv2.bias: 4 outputs where 5",
            dict(w, **{"conv2.bias": w["conv2.bias"][:4]}))
     broken("a bias that is a matrix", "conv2.bias: not a layer's bias",
            dict(w, **{"conv2.bias": w["conv2.bias"].reshape(1, 5)}))
-    broken("whole numbers", "conv2.bias: not a layer's bias", dict(w, **{"conv2.bias": np.zeros(5, np.int32)}))
+    broken("whole numbers", "conv2.bias: not a layer's bias",
+           dict(w, **{"conv2.bias": np.zeros(5, np.int32)}))
     broken("NaN in the weights", "tensor conv1.weight holds a number that is not finite",
            dict(w, **{"conv1.weight": np.full_like(w["conv1.weight"], np.nan)}))
     write("judge.safetensors", w, meta)
     shard_of(np.full((3, 1, 8, 8), np.nan, np.float32))
-    bad("judge: NaN in a picture", "picture 0 holds a number that is not finite", "judge", "judge.safetensors",
-        "shard.safetensors")
+    bad("judge: NaN in a picture", "picture 0 holds a number that is not finite", "judge",
+        "judge.safetensors", "shard.safetensors")
     shard_of(np.zeros((3, 1, 9, 9), np.float32))
-    bad("judge: pictures of another size", "no pictures for", "judge", "judge.safetensors", "shard.safetensors")
+    bad("judge: pictures of another size", "no pictures for", "judge", "judge.safetensors",
+        "shard.safetensors")
+
+
+def test_pictures():
+    """The whole way, from a file of samples to a table, on noisy training digits"""
+    rng = np.random.default_rng(9)
+    t, about = digits.read_safetensors(digits.SHARD)
+    train, w = int(about["train_samples"]), doubles(digits.read_safetensors(digits.ENCODER)[0])
+    pick = rng.permutation(train)[:200]
+    x = (t["latents"][pick] / 8 - 1 + 0.2 * rng.standard_normal((200, 1, 8, 8))).astype(np.float32)
+    write("samples.safetensors", {"latents": x, "labels": t["labels"][pick].astype(np.int32)},
+          {"space": "model"})
+    words = ["pictures", digits.ENCODER, digits.SHARD, "samples.safetensors"]
+    r = call(*words)
+    check("scores of samples", r.returncode == 0, r.stderr)
+    got = re.findall(r"-?[0-9]+(?:\.[0-9]+)?(?=[\s,;])", r.stdout.replace(" 99 %", ""))
+    real = digits.model_input(t["latents"])
+    held, known, made = real[train:], real[:train], np.clip(x.astype(float).transpose(0, 2, 3, 1), -1, 1)
+    judge = lambda x: plain_judge(x, w, ((3, 1, 1),) * 3, True, "cls", "cls_head")
+    theta, (b, _), want = philox_directions(256, 32, 1), judge(held), []
+    for pictures, labels in ((made, t["labels"][pick]), (known[:200], t["labels"][:200])):
+        a, logits = judge(pictures)
+        want += [200, frechet_by_data(a, b), kernel_distance(a, b), sliced(a, b, theta),
+                 *precision_recall(a, b), (logits[:, :10].argmax(1) == labels).mean()]
+    near, other = (scipy.spatial.distance.cdist(x.reshape(-1, 64), known.reshape(-1, 64)).min(1)
+                   for x in (made, held))
+    want += [np.median(near), np.median(other), np.median(near) / np.median(other),
+             100 * (near < np.quantile(other, 0.01)).mean()]
+    check("the table has %d numbers" % len(want), len(got) == len(want), (r.stdout, want))
+    for printed, number in zip(got, want):
+        digits_shown = len(printed.partition(".")[2])
+        close("in the table: %s" % printed, float(printed), number, 1, 0.51 * 10.0 ** -digits_shown)
+    write("samples.safetensors", {"latents": np.where(x > 1, np.nan, x), "labels": np.zeros(200, np.int32)})
+    bad("NaN in a sample", "picture [0-9]+ holds a number that is not finite", *words)
+    write("samples.safetensors", {"latents": x[:, :, :7, :7].copy(), "labels": np.zeros(200, np.int32)})
+    bad("samples of another size", r"no latents \[N,1,8,8\]", *words)
 
 
 def test_bad_input():
@@ -465,10 +519,12 @@ def test_bad_input():
         x = good.copy()
         x[7, 2] = value
         refused("%s in the samples" % value, "made: number 2 of picture 7 is not finite", made=x, real=good)
-        refused("%s in the real pictures" % value, "real: number 2 of picture 7 is not finite", made=good, real=x)
-        refused("%s in pixels" % value, "train_pixels: number 2 of picture 7", made_pixels=good, held_pixels=good + 1,
-                train_pixels=x)
-        refused("%s in logits" % value, "logits: number 2 of picture 7", logits=x, wanted=np.zeros(20, np.int32))
+        refused("%s in the real pictures" % value, "real: number 2 of picture 7 is not finite", made=good,
+                real=x)
+        refused("%s in pixels" % value, "train_pixels: number 2 of picture 7", made_pixels=good,
+                held_pixels=good + 1, train_pixels=x)
+        refused("%s in logits" % value, "logits: number 2 of picture 7", logits=x,
+                wanted=np.zeros(20, np.int32))
     refused("one sample", "made: 1 pictures, and this score needs at least 2", made=good[:1], real=good)
     refused("one real picture", "real: 1 pictures, and this score needs at least 2", made=good, real=good[:1])
     refused("three samples", "made: 3 pictures, and this score needs at least 4", made=good[:3], real=good)
@@ -485,8 +541,8 @@ def test_bad_input():
 
 def test_alone():
     """The header by itself, in both languages and with both compilers, without a warning"""
-    for compiler, flags, name in (("gcc", ["-std=gnu11"], "alone.c"), ("g++", ["-std=c++17"], "alone.cpp"),
-                                  ("clang", ["-std=gnu11"], "alone.c"), ("clang++", ["-std=c++17"], "alone.cpp")):
+    for compiler, flags, name in (("gcc", "-std=gnu11", "alone.c"), ("g++", "-std=c++17", "alone.cpp"),
+                                  ("clang", "-std=gnu11", "alone.c"), ("clang++", "-std=c++17", "alone.cpp")):
         if not shutil.which(compiler):
             print("note: no %s here" % compiler)
             continue
@@ -495,14 +551,14 @@ def test_alone():
         for openmp in (["-fopenmp"], ["-Wno-unknown-pragmas"]):
             if openmp == ["-fopenmp"] and compiler.startswith("clang"):
                 continue               # Debian's clang has no omp.h of its own
-            r = subprocess.run([compiler, *flags, *openmp, "-Wall", "-Wextra", "-Werror", "-fsyntax-only", "-I",
-                                os.path.join(ROOT, "dev", "lib"), name], stderr=subprocess.PIPE,
+            r = subprocess.run([compiler, flags, *openmp, "-Wall", "-Wextra", "-Werror", "-fsyntax-only",
+                                "-I", os.path.join(ROOT, "dev", "lib"), name], stderr=subprocess.PIPE,
                                universal_newlines=True)
             check("%s %s compiles score.h alone" % (compiler, openmp[0]), r.returncode == 0, r.stderr)
 
 
 TESTS = (test_closed_forms, test_memorisation, test_accuracy, test_against_scipy, test_few_rows, test_judge,
-         test_bad_input, test_threads)
+         test_pictures, test_bad_input, test_threads)
 
 # What the tests must notice: a line of score.h and what it becomes
 MUTANTS = (
@@ -523,7 +579,8 @@ MUTANTS = (
     ("Jacobi: too early an end", "4 * DBL_EPSILON * sqrt", "1e-4 * sqrt"),
     ("Jacobi: a row never plays", "game < even / 2", "game < even / 2 - 1"),
     ("Jacobi: turned the wrong way", "cosine * x - sine * y", "cosine * x + sine * y"),
-    ("precision: the picture itself is a neighbour", "mine[k - 1]) || p * DNR + j == tile->first + i", "mine[k - 1])"),
+    ("precision: the picture itself is a neighbour", "mine[k - 1]) || p * DNR + j == tile->first + i",
+     "mine[k - 1])"),
     ("precision: k - 1", "near[(i + 1) * (size_t)k - 1]", "near[(i + 1) * (size_t)k - 2]"),
     ("precision: open balls", "<= radius[p * DNR + j]", "< radius[p * DNR + j]"),
     ("precision and recall exchanged", "*(s ? recall : precision)", "*(s ? precision : recall)"),
@@ -532,8 +589,10 @@ MUTANTS = (
     ("distances: columns past the end", "size_min(o->rows.n - p * DNR, count * DNR)", "count * DNR"),
     ("nearest: squared", "sqrt(least) < *mine ? sqrt(least) : *mine", "least < *mine ? least : *mine"),
     ("nearest: the last part wins", "sqrt(least) < *mine ? sqrt(least) : *mine", "sqrt(least)"),
-    ("memorisation: upside down", "score_quantile(made, n, 0.5) / usual", "usual / score_quantile(made, n, 0.5)"),
-    ("memorisation: the 10th percentile", "score_quantile(held_out, m, 0.01)", "score_quantile(held_out, m, 0.1)"),
+    ("memorisation: upside down", "score_quantile(made, n, 0.5) / usual",
+     "usual / score_quantile(made, n, 0.5)"),
+    ("memorisation: the 10th percentile", "score_quantile(held_out, m, 0.01)",
+     "score_quantile(held_out, m, 0.1)"),
     ("memorisation: farther", "made[i] < limit", "made[i] > limit"),
     ("quantile: no interpolation", "* (place - low);", "* 0;"),
     ("sliced: first power", "(a[i] - b[j]) * (a[i] - b[j]) *", "fabs(a[i] - b[j]) *"),
@@ -551,7 +610,8 @@ MUTANTS = (
     ("judge: quarters exchanged", "/ half * 2 + p % side / half", "/ half + p % side / half * 2"),
     ("judge: NaN pictures pass", 'if (!(fabs((double)pictures[i]) < INFINITY))', "if (0)"),
     ("NaN passes", "if (!(fabs(r.x[i]) < INFINITY))", "if (fabs(r.x[i]) > DBL_MAX)"),
-    ("threads: sums in another order", "sum += part[t];", "sum += part[(t + (size_t)omp_get_max_threads()) % tiles];"),
+    ("threads: sums in another order", "sum += part[t];",
+     "sum += part[(t + (size_t)omp_get_max_threads()) % tiles];"),
 )
 
 
@@ -588,7 +648,8 @@ def mutants():
         PROGRAM = DOUBLE = PLAIN = build("mutant/check", *flags, source="mutant/score_check.c")
         failed.clear()
         run_tests(stop=True)
-        print("%s %s%s" % ("noticed " if failed else "ALIVE   ", name, ": " + failed[0] if failed else ""), flush=True)
+        print("%s %s%s" % ("noticed " if failed else "ALIVE   ", name, ": " + failed[0] if failed else ""),
+              flush=True)
         alive += not failed
     print("%d of %d mutants noticed" % (len(chosen) - alive, len(chosen)))
     return alive
