@@ -26,6 +26,7 @@
 #endif
 #endif
 #include "dev/lib/npz.h"
+#include "dev/lib/scoring.h"
 
 // ----------------------------------------------------------------------------------------------------------
 // The decoder (that of latent diffusion, arXiv 2112.10752). A map of C channels and H x W pixels lies
@@ -554,7 +555,8 @@ static void timed_velocity(Model *m, real *v, real *v_cls, const real *x, const 
 // Command line
 
 typedef struct {
-    const char *checkpoint, *sampler, *classes, *one_class, *decoder, *out, *separate, *npz, *latents;
+    const char *checkpoint, *sampler, *classes, *one_class, *decoder, *out, *separate, *npz, *latents, *score,
+        *judge;
     int steps, num, batch, threads, scale, columns, raw, no_path_drop, random_classes, show, show_steps;
     double cfg, cls_cfg, low, high;
     uint64_t seed;
@@ -592,6 +594,9 @@ static const Option sample_options[] = {
     SAMPLE_OPTION("npz", npz, TEXT, 0, 0,
                   "for the ADM evaluator; the same command goes on with what an interrupted one left"),
     SAMPLE_OPTION("latents", latents, TEXT, 0, 0, "safetensors with what the network made, undecoded"),
+    SAMPLE_OPTION("score", score, TEXT, 0, 0,
+                  "compare 10000 pictures, or --num, with the held-out ones of this data shard"),
+    SAMPLE_OPTION("judge", judge, TEXT, 0, 0, "the network that scores [the data set's own]"),
     SAMPLE_OPTION("show", show, SWITCH, 0, 0, "show the pictures in the terminal"),
     SAMPLE_OPTION("show_steps", show_steps, SWITCH, 0, 0, "and how they come out of the noise"),
     SAMPLE_OPTION("batch", batch, WHOLE, 0, 1e5, "pictures at a time; 0: what fits into 1 GB, at most 64"),
@@ -652,7 +657,8 @@ static void sample_flags(SampleRun *r, int argc, char **argv) {
         r->checkpoint = r->newest;
         printf("%s is the newest run's checkpoint\n", r->checkpoint);
     }
-    if (r->out || r->separate || r->npz || r->latents) return;
+    if (r->judge && !r->score) die("--judge is for --score SHARD");
+    if (r->out || r->separate || r->npz || r->latents || r->score) return;
     const char *slash = strrchr(r->checkpoint, '/');
     if (snprintf(r->pictures, sizeof(r->pictures), "%.*spictures.png",
                  slash ? (int)(slash + 1 - r->checkpoint) : 0, r->checkpoint) >= PATH_MAX)
@@ -862,7 +868,7 @@ static Classes choose_classes(const SampleRun *r, const Config *c) {
     int *classes = (int *)alloc_zero((size_t)count, sizeof(int));
     if (list) class_list(classes, list, K);
     k.kinds = list ? count : K;
-    k.num = r->num ? r->num : k.kinds <= 20 ? 8 * k.kinds : 8;
+    k.num = r->num ? r->num : r->score ? 10000 : k.kinds <= 20 ? 8 * k.kinds : 8;
     k.text = list ? list : r->random_classes ? "random" : "balanced";
     k.y = (int *)alloc_zero((size_t)k.num, sizeof(int));
     for (int i = 0; i < k.num; i++) {
@@ -1022,6 +1028,7 @@ typedef struct {
     NewFile png;       // the same
     Npz npz;           // for --npz
     NewFile latents;   // for --latents
+    real *scored;      // for --score, all pictures in the model's units
     uint8_t *shown;    // for --show, the first shown_count pictures
     int shown_count;
     int fresh;         // something other than the .npz wants all pictures
@@ -1073,15 +1080,16 @@ static void outputs_open(Outputs *o, const SampleRun *r, const Source *s, const 
     o->pixels = (uint8_t *)alloc_zero((size_t)batch, o->size);
     o->shown_count = r->show ? imin(k->num, s->decoder ? 4 : 10 * l->columns) : 0;
     o->shown = (uint8_t *)alloc_zero((size_t)o->shown_count, o->size);
-    o->fresh = r->out || r->separate || r->latents || r->show;
+    o->fresh = r->out || r->separate || r->latents || r->show || r->score;
+    if (r->score) o->scored = (real *)alloc_zero((size_t)k->num * (size_t)latent_of(&s->c), sizeof(real));
     if (r->npz) {
         char *text = settings_text(settings);
         o->first = (int)npz_open(&o->npz, r->npz, (uint64_t)k->num, s->H, s->W, text);
         free(text);
     }
     if (o->first && o->fresh)
-        die("%s" PART " is what an interrupted run left; it goes on without --out, --separate, --latents and "
-            "--show, which need all pictures; delete it to begin anew",
+        die("%s" PART " is what an interrupted run left; it goes on without --out, --separate, --latents, "
+            "--score and --show, which need all pictures; delete it to begin anew",
             r->npz);
     if (o->first) printf("%s" PART " has the first %d pictures already\n", r->npz, o->first);
     if (r->out) {
@@ -1108,7 +1116,10 @@ static void put_separate(const Outputs *o, int i, const uint8_t *pixels) {
 // Pictures i ... i + n - 1, x [n,C,S,S], to every place
 static void outputs_put(Outputs *o, const double *x, int i, int n) {
     const SampleRun *r = o->r;
-    if (r->latents) latents_put(&o->latents, x, (size_t)n * (size_t)latent_of(&o->source->c));
+    size_t latent = (size_t)latent_of(&o->source->c);
+    if (r->latents) latents_put(&o->latents, x, (size_t)n * latent);
+    for (size_t k = 0; r->score && k < (size_t)n * latent; k++)
+        o->scored[(size_t)i * latent + k] = (real)x[k];
     if (!wants_pictures(r)) return;
     double start = now_seconds();
     view(o->pixels, o->source, x, (size_t)n);
@@ -1150,6 +1161,13 @@ static void outputs_close(Outputs *o) {
     }
     if (r->separate) printf("%s/000000.png ... %06d.png\n", r->separate, num - 1);
     free(o->pixels);
+}
+
+static void outputs_score(Outputs *o, Scoring *scoring) {
+    const Classes *k = o->classes;
+    Scores made = scores_of(scoring, "the samples", o->scored, k->y, (size_t)k->num);
+    scores_table(scoring, made, (size_t)k->num);
+    scoring_close(scoring);
 }
 
 // The first pictures, in the terminal
@@ -1307,6 +1325,19 @@ static void print_times(const Outputs *o, const Sampling *s, double seconds) {
            s->path_drop ? ": path drop" : "");
 }
 
+// What the samples are compared with, if they can be
+static Scoring *scoring_for(const SampleRun *r, const Source *s, const Classes *k) {
+    if (s->decoder || s->H != s->c.input_size)
+        die("--score is for pixels; pictures of ImageNet are scored from an .npz");
+    Scoring *scoring = scoring_open(r->score, r->judge);
+    const Data *d = scoring->data;
+    if (d->C != s->c.in_channels || d->S != s->c.input_size || d->scale != s->scale || d->offset != s->offset)
+        die("%s: its pictures are not of the kind that %s makes", r->score, r->checkpoint);
+    for (int i = 0; i < k->num; i++)
+        if (k->y[i] >= d->K) die("--score: picture %d has no class that could be judged", i);
+    return scoring;
+}
+
 static int sample_main(int argc, char **argv, const Backend *backend) {
     SampleRun r = sample_run_default();
     memory_hint = "; a smaller --batch needs less";
@@ -1325,6 +1356,7 @@ static int sample_main(int argc, char **argv, const Backend *backend) {
     Classes classes = choose_classes(&r, &source.c);
     Layout layout = choose_layout(&r, &source, &classes);
     outputs_check(&r, &source, &layout, classes.num);
+    Scoring *scoring = r.score ? scoring_for(&r, &source, &classes) : NULL;
     int batch = choose_batch(&r, &source.c, classes.num);
     Model *m = sampling_model(backend, &source.c, batch, source.file, source.prefix, r.raw);
     double loaded = now_seconds() - begin;
@@ -1340,6 +1372,7 @@ static int sample_main(int argc, char **argv, const Backend *backend) {
     double seconds = draw_all(&outputs, backend, m, &sampling, batch);
     outputs_close(&outputs);
     print_times(&outputs, &sampling, seconds);
+    if (scoring) outputs_score(&outputs, scoring);
     outputs_show(&outputs);
 
     backend->destroy(m);
