@@ -1984,7 +1984,11 @@ static void print_help(const char *program, const OptionTable *run_table, const 
     options_print(config, 0, 22);
     printf("\nThe paper's techniques; each is on, and its flag switches it off:\n");
     options_print(config, 1, 22);
-    printf("\nCtrl-C ends the step, writes the checkpoint and says how to go on.\n");
+    printf("\nThe step line: loss = denoise + cls_coeff cls + align_coeff align + cfm_coeff cfm. align is "
+           "minus a\n"
+           "cosine and cfm minus a distance, so both, and the loss, may fall below zero; norm is the "
+           "gradient's.\n"
+           "Ctrl-C ends the step, writes the checkpoint and says how to go on.\n");
 }
 
 // A new run's defaults: those of the tables, then what --model says
