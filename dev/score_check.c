@@ -36,17 +36,17 @@ static void print_list(const char *name, const double *x, size_t n) {
 
 static void scores(const char *path) {
     SafeFile *f = safe_open(path);
-    Features made = read_set(f, "made"), real_ones = read_set(f, "real");
-    if (made.x && real_ones.x) {
+    Features made = read_set(f, "made"), reference = read_set(f, "real");
+    if (made.x && reference.x) {
         double precision, recall, *theta = score_directions(40, made.d, 1234);
         Moments m = moments_of(made);
         print_list("mean", m.mean, m.d), print_list("cov", m.cov, m.d * m.d);
-        printf("frechet %.17g\n", frechet_distance(made, real_ones));
-        printf("kernel %.17g\n", kernel_distance(made, real_ones));
-        printf("sliced %.17g\n", sliced_wasserstein(made, real_ones, 40, 1234));
+        printf("frechet %.17g\n", frechet_distance(made, reference));
+        printf("kernel %.17g\n", kernel_distance(made, reference));
+        printf("sliced %.17g\n", sliced_wasserstein(made, reference, 40, 1234));
         print_list("theta", theta, 40 * made.d);
         if (!safe_metadata(f, "few")) {   // fewer pictures than precision and recall need
-            precision_recall(&precision, &recall, made, real_ones, 3);
+            precision_recall(&precision, &recall, made, reference, 3);
             printf("precision %.17g\nrecall %.17g\n", precision, recall);
         }
         free(theta), moments_close(m);
@@ -54,11 +54,12 @@ static void scores(const char *path) {
     Features pixels = read_set(f, "made_pixels"), held = read_set(f, "held_pixels");
     Features train = read_set(f, "train_pixels");
     if (pixels.x && held.x && train.x) {
-        double ratio, close, *near_made = nearest_of(pixels, train, 1), *parts = nearest_of(pixels, train, 3);
+        double ratio, nearer, *near_made = nearest_of(pixels, train, 1),
+                              *parts = nearest_of(pixels, train, 3);
         double *near_held = nearest_of(held, train, 1);
         print_list("nearest", near_made, pixels.n), print_list("nearest_in_parts", parts, pixels.n);
-        memorisation(&ratio, &close, near_made, pixels.n, near_held, held.n);
-        printf("ratio %.17g\nclose %.17g\n", ratio, close);
+        memorisation(&ratio, &nearer, near_made, pixels.n, near_held, held.n);
+        printf("ratio %.17g\nnearer %.17g\n", ratio, nearer);
         free(near_made), free(parts), free(near_held);
     }
     Features logits = read_set(f, "logits"), wanted = read_set(f, "wanted");
@@ -68,7 +69,7 @@ static void scores(const char *path) {
         printf("accuracy %.17g\n", label_accuracy(logits.x, y, logits.n, logits.d));
         free(y);
     }
-    Features all[] = {made, real_ones, pixels, held, train, logits, wanted};
+    Features all[] = {made, reference, pixels, held, train, logits, wanted};
     for (size_t i = 0; i < sizeof(all) / sizeof(all[0]); i++) free((double *)all[i].x);
     safe_close(f);
 }
@@ -144,7 +145,7 @@ static void pictures(const char *judge_path, char *shard_path, const char *sampl
         die("%s: no latents [N,%zu,%zu,%zu] and labels [N]: ./sample --latents writes them", samples_path,
             g->C, g->S, g->S);
     size_t n[2] = {(size_t)made->shape[0], size_min((size_t)made->shape[0], train)};
-    Judged real_ones =
+    Judged reference =
         judge_set(g, "the held-out pictures",
                   read_pictures(shard->file, shard->latents, size, train, held, d->scale, d->offset), held);
     Judged sets[2] = {
@@ -158,7 +159,7 @@ static void pictures(const char *judge_path, char *shard_path, const char *sampl
         for (size_t i = 0; i < n[s]; i++)
             y[i] = s ? (int)element(safe_data(shard->file, shard->labels), shard->labels->type, i)
                      : (int)element(safe_data(f, wanted), wanted->type, i);
-        Features a = sets[s].features, b = real_ones.features;
+        Features a = sets[s].features, b = reference.features;
         precision_recall(&precision, &recall, a, b, 3);
         printf("%-19s %6zu %8.4f %8.5f %8.5f %10.4f %7.4f %6.4f\n", s ? "training pictures" : "samples", n[s],
                frechet_distance(a, b), kernel_distance(a, b), sliced_wasserstein(a, b, 256, 1), precision,
@@ -174,16 +175,16 @@ static void pictures(const char *judge_path, char *shard_path, const char *sampl
         real *x = read_pictures(shard->file, shard->latents, size, first, count, d->scale, d->offset);
         double *y = as_doubles(x, count * size);
         Features part = features_of("the training pictures", y, count, size);
-        nearest(best[0], sets[0].pixels, part), nearest(best[1], real_ones.pixels, part);
+        nearest(best[0], sets[0].pixels, part), nearest(best[1], reference.pixels, part);
         free(x), free(y);
     }
-    double ratio, close;
-    memorisation(&ratio, &close, best[0], n[0], best[1], held);
+    double ratio, nearer;
+    memorisation(&ratio, &nearer, best[0], n[0], best[1], held);
     printf("nearest training picture, in pixels: median %.4f, of held-out pictures %.4f, ratio %.4f; nearer "
            "than "
            "99 %% of these: %.2f %%\n",
-           score_quantile(best[0], n[0], 0.5), score_quantile(best[1], held, 0.5), ratio, 100 * close);
-    free(best[0]), free(best[1]), judged_close(sets[0]), judged_close(sets[1]), judged_close(real_ones);
+           score_quantile(best[0], n[0], 0.5), score_quantile(best[1], held, 0.5), ratio, 100 * nearer);
+    free(best[0]), free(best[1]), judged_close(sets[0]), judged_close(sets[1]), judged_close(reference);
     safe_close(f), data_close(d), judge_close(g);
 }
 
@@ -207,26 +208,26 @@ static void lap(const char *what, double value) {
     last = now_seconds(), last_busy = (double)clock() / CLOCKS_PER_SEC;
 }
 static void timing(size_t n, size_t m, size_t t, size_t d, size_t pixels) {
-    Features made = random_set("the samples", n, d, 1), real_ones = random_set("the real pictures", m, d, 2);
+    Features made = random_set("the samples", n, d, 1), reference = random_set("the real pictures", m, d, 2);
     Features made_pixels = random_set("the samples", n, pixels, 3);
     Features held = random_set("the held-out pictures", m, pixels, 4);
     Features train = random_set("the training pictures", t, pixels, 5);
     Features train_features = random_set("the training pictures", t, d, 6);
-    double precision, recall, ratio, close;
+    double precision, recall, ratio, nearer;
     lap(NULL, 0);
-    lap("Frechet distance", frechet_distance(made, real_ones));
+    lap("Frechet distance", frechet_distance(made, reference));
     lap("Frechet distance to train", frechet_distance(made, train_features));
-    lap("kernel distance", kernel_distance(made, real_ones));
-    lap("sliced distance, 1000", sliced_wasserstein(made, real_ones, 1000, 1));
-    precision_recall(&precision, &recall, made, real_ones, 3);
+    lap("kernel distance", kernel_distance(made, reference));
+    lap("sliced distance, 1000", sliced_wasserstein(made, reference, 1000, 1));
+    precision_recall(&precision, &recall, made, reference, 3);
     lap("precision and recall", precision);
     free(nearest_of(made, train_features, 1));
     lap("nearest, features", 0);
     double *a = nearest_of(made_pixels, train, 1), *b = nearest_of(held, train, 1);
-    memorisation(&ratio, &close, a, n, b, m);
+    memorisation(&ratio, &nearer, a, n, b, m);
     lap("memorisation, pixels", ratio);
     free(a), free(b);
-    Features all[] = {made, real_ones, made_pixels, held, train, train_features};
+    Features all[] = {made, reference, made_pixels, held, train, train_features};
     for (size_t i = 0; i < sizeof(all) / sizeof(all[0]); i++) free((double *)all[i].x);
 }
 

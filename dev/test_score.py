@@ -179,7 +179,7 @@ def whitened(rng, n, d):
 # ------------------------------------------------------------------------------------------------------------
 # tests
 
-def compare(what, a, b, tol=EXACT):
+def compare(what, a, b):
     """All scores of two sets against their definitions"""
     few = min(len(a), len(b)) < 4
     s = scores(_few=few, made=a, real=b)
@@ -188,9 +188,9 @@ def compare(what, a, b, tol=EXACT):
     d, traces = a.shape[1], a.var(0).sum() + b.var(0).sum()
     close(what + ": mean", s["mean"], a.mean(0), CLOSED, np.abs(a).max())
     close(what + ": covariance", s["cov"].reshape(d, d), np.atleast_2d(np.cov(a.T)), CLOSED)
-    close(what + ": Frechet distance, by the data", s["frechet"], frechet_by_data(a, b), tol)
+    close(what + ": Frechet distance, by the data", s["frechet"], frechet_by_data(a, b), EXACT)
     if min(len(a), len(b)) > 2 * d:    # sqrtm of singular matrices is good to 1e-7 only
-        close(what + ": Frechet distance, by sqrtm", s["frechet"], frechet_by_sqrtm(a, b), tol)
+        close(what + ": Frechet distance, by sqrtm", s["frechet"], frechet_by_sqrtm(a, b), EXACT)
     close(what + ": kernel distance", s["kernel"], kernel_distance(a, b), CLOSED, kernel(b, b).mean())
     theta = s["theta"].reshape(-1, d)
     close(what + ": directions", theta, philox_directions(len(theta), d, 1234), 1e-6)
@@ -213,9 +213,9 @@ def test_against_scipy():
         compare("%d and %d of %d" % (n, m, d), a, b)
     a, b = rng.standard_normal((500, 20)), rng.standard_normal((400, 20)) * 1.05 + 0.02
     compare("near sets", a, b)
-    compare("far from 0", a + 30, b + 30, 1e-8)
-    compare("graded", a * 10.0 ** -np.arange(0, 5, 0.25), b * 10.0 ** -np.arange(0, 5, 0.25), 1e-8)
-    for scale in (1e-70, 1e70):        # squares of covariances leave the range of a double
+    compare("far from 0", a + 30, b + 30)
+    compare("graded", a * 10.0 ** -np.arange(0, 5, 0.25), b * 10.0 ** -np.arange(0, 5, 0.25))
+    for scale in (1e-90, 1e45):        # squares of covariances leave the range of a double
         got = scores(made=a * scale, real=b * scale)
         if got:
             close("Frechet distance scaled by %g" % scale, got["frechet"] / scale / scale,
@@ -305,7 +305,7 @@ def test_memorisation():
         close("near copies, each by itself", s["nearest"][30:60] / want[30:60], np.ones(30), 1e-9)
         close("ratio of medians", s["ratio"], np.median(want) / np.median(other), CLOSED)
         check("share nearer than the first percentile",
-              s["close"] == (want < np.quantile(other, 0.01)).mean(), s["close"])
+              s["nearer"] == (want < np.quantile(other, 0.01)).mean(), s["nearer"])
     x = np.round(rng.standard_normal((64, 30)))                 # many equal distances
     s = scores(made_pixels=x, held_pixels=x[:1] + 7, train_pixels=x[:5])
     close("nearest of whole numbers", s["nearest"], scipy.spatial.distance.cdist(x, x[:5]).min(1), CLOSED)
@@ -518,8 +518,8 @@ def test_bad_input():
     for value in (np.nan, np.inf, -np.inf):
         x = good.copy()
         x[7, 2] = value
-        refused("%s in the samples" % value, "made: number 2 of picture 7 is not finite", made=x, real=good)
-        refused("%s in the real pictures" % value, "real: number 2 of picture 7 is not finite", made=good,
+        refused("%s in the samples" % value, "made: number 2 of picture 7 is", made=x, real=good)
+        refused("%s in the real pictures" % value, "real: number 2 of picture 7 is", made=good,
                 real=x)
         refused("%s in pixels" % value, "train_pixels: number 2 of picture 7", made_pixels=good,
                 held_pixels=good + 1, train_pixels=x)
@@ -531,7 +531,7 @@ def test_bad_input():
     refused("no samples", "made: 0 pictures", made=good[:0], real=good)
     refused("other features", "made have 6 numbers a picture and real 5", made=good, real=good[:, :5])
     refused("no features", "rows of no numbers", made=good[:, :0], real=good[:, :0])
-    refused("huge features", "a covariance is not finite", made=good * 1e200, real=good)
+    refused("huge features", "number 0 of picture 0 is .*e.200", made=good * 1e200, real=good)
     refused("held-out pictures that were trained on", "half of the held-out pictures are training pictures",
             made_pixels=good, held_pixels=good, train_pixels=good)
     refused("a class that there is not", "picture 4 was asked to show class 6, and the judge knows 0 to 5",
@@ -609,22 +609,25 @@ MUTANTS = (
     ("judge: quarters not divided", "/ (double)(half * half)", ""),
     ("judge: quarters exchanged", "/ half * 2 + p % side / half", "/ half + p % side / half * 2"),
     ("judge: NaN pictures pass", 'if (!(fabs((double)pictures[i]) < INFINITY))', "if (0)"),
-    ("NaN passes", "if (!(fabs(r.x[i]) < INFINITY))", "if (fabs(r.x[i]) > DBL_MAX)"),
+    ("NaN passes", "if (!(fabs(r.x[i]) <= 1e50))", "if (fabs(r.x[i]) > 1e50)"),
     ("threads: sums in another order", "sum += part[t];",
      "sum += part[(t + (size_t)omp_get_max_threads()) % tiles];"),
 )
 
 
-def run_tests(stop=False):
-    """The number of failures; with stop, only until the first"""
-    for test in TESTS:
+FIRST = {"judge": test_judge, "NaN": test_bad_input, "threads": test_threads, "sliced": test_against_scipy,
+         "Frechet": test_few_rows}      # the test that is most likely to notice
+
+
+def run_tests(first=None, stop=False):
+    """All tests, `first` first; with stop, only until the first failure"""
+    for test in sorted(TESTS, key=lambda test: test != first):
         try:
             test()
         except (KeyError, ValueError, IndexError) as error:
             check(test.__name__, False, "%s: %s" % (type(error).__name__, error))
         if stop and failed:
             break
-    return len(failed)
 
 
 def mutants():
@@ -647,7 +650,7 @@ def mutants():
         flags = ["-O2", "-march=native", "-fopenmp", "-Wno-error", "-w"]
         PROGRAM = DOUBLE = PLAIN = build("mutant/check", *flags, source="mutant/score_check.c")
         failed.clear()
-        run_tests(stop=True)
+        run_tests(FIRST.get(name.split(":")[0]), stop=True)
         print("%s %s%s" % ("noticed " if failed else "ALIVE   ", name, ": " + failed[0] if failed else ""),
               flush=True)
         alive += not failed

@@ -6,7 +6,7 @@
 //   frechet_distance           between Gaussians fitted to the features (what FID is to Inception's)
 //   kernel_distance            squared MMD of a cubic kernel, unbiased (what KID and KDD are)
 //   sliced_wasserstein         mean over random directions of the squared distance of the projections
-//   precision_recall           share of samples among the real ones, and of real ones among the samples
+//   precision_recall           share of samples among real pictures, and of real pictures among samples
 //   label_accuracy             share of pictures in which the judge sees what was asked for
 //   nearest, memorisation      distances to the nearest training picture, against those of held-out ones
 //   score_quantile             of any list, as numpy defines it
@@ -14,7 +14,7 @@
 // All of it is computed in double, whatever `real` is, so that a program in float and one in double print the
 // same scores. Sums have one fixed order; the bits do not depend on the number of threads. Bad input (numbers
 // that are not finite, too few rows, unequal widths) is one sentence with the name that the rows were given,
-// and the end. Not to be called inside a parallel region.
+// and the end. Not to be called inside a parallel region. dev/score_check.c shows all calls (`pictures`).
 #ifndef SRDIT_SCORE_H
 #define SRDIT_SCORE_H
 #include "matmul.h"
@@ -34,6 +34,7 @@ static inline Features features_of(const char *name, const double *x, size_t n, 
     return r;
 }
 
+// Zeros, or the end
 static void *score_memory(size_t count, size_t size) {
     void *p = calloc(count ? count : 1, size);
     if (!p)
@@ -44,14 +45,16 @@ static void *score_memory(size_t count, size_t size) {
 
 static inline size_t size_min(size_t a, size_t b) { return a < b ? a : b; }
 
-// Ends the program unless there are at least `least` rows and all numbers are finite
+// Ends the program unless there are at least `least` rows, of numbers whose sixth powers are finite, too
 static void features_check(Features r, size_t least) {
     if (r.n < least) die("%s: %zu pictures, and this score needs at least %zu", r.name, r.n, least);
     if (!r.d) die("%s: rows of no numbers cannot be scored", r.name);
     for (size_t i = 0; i < r.n * r.d; i++)
-        if (!(fabs(r.x[i]) < INFINITY))
-            die("%s: number %zu of picture %zu is not finite (%g): no score means anything then", r.name,
-                i % r.d, i / r.d, r.x[i]);
+        if (!(fabs(r.x[i]) <= 1e50))
+            die("%s: number %zu of picture %zu is %g: no score can be computed of what is not finite, or "
+                "that "
+                "large",
+                r.name, i % r.d, i / r.d, r.x[i]);
 }
 static void features_match(Features a, Features b) {
     if (a.d != b.d)
@@ -160,7 +163,7 @@ static void moments_close(Moments m) { free(m.mean), free(m.cov); }
 static double orthogonalise(double *w, double *norms, size_t d) {
     double top = 0, scale = 0;
     for (size_t i = 0; i < d * d; i++) scale = fabs(w[i]) > scale ? fabs(w[i]) : scale;
-    if (!(scale < INFINITY)) die("a covariance is not finite: features this large cannot be compared");
+    if (!(scale < INFINITY)) die("a covariance is not finite");
     for (size_t i = 0; i < d * d && scale > 0; i++) w[i] /= scale;
     size_t ld = (d + DVL - 1) / DVL * DVL, even = d + d % 2;
     double *a = (double *)score_memory(d * ld, sizeof(double));   // rows of whole vectors
@@ -174,7 +177,7 @@ static double orthogonalise(double *w, double *norms, size_t d) {
         }
         double nothing = top * (double)(d * d) * DBL_EPSILON * DBL_EPSILON;
         rotated = 0;
-#pragma omp parallel reduction(| : rotated)
+#pragma omp parallel if (d > 256) reduction(| : rotated)   // shorter rounds are not worth waking threads for
         for (size_t round = 0; round + 1 < even; round++) {
 #pragma omp for
             for (size_t game = 0; game < even / 2; game++) {
@@ -253,6 +256,7 @@ static double frechet_of_moments(Moments a, Moments b) {
     free(F1), free(F2), free(panels), free(out), free(sigma);
     return means + (traces - 2 * cross);
 }
+// The same from the sets themselves
 static double frechet_distance(Features a, Features b) {
     Moments m1 = moments_of(a), m2 = moments_of(b);
     double distance = frechet_of_moments(m1, m2);
@@ -376,6 +380,7 @@ typedef struct {
     double *center, *panels, *square;   // [d], panels_of, [panels * DNR]
 } Others;
 
+// Keeps a pointer to y's numbers and takes as much memory again for a copy
 static Others others_open(Features y) {
     Others o = {y, (double *)score_memory(y.d, sizeof(double)), NULL,
                 (double *)score_memory(panel_count(y.n) * DNR, sizeof(double))};
@@ -483,11 +488,11 @@ static double share_inside(const Others *o, const double *radius, Features x) {
 // share of samples within the balls around real pictures that reach to their k-th nearest other real picture,
 // and the share of real pictures within the samples' balls. Both depend on the numbers of pictures: compare
 // equal ones.
-static void precision_recall(double *precision, double *recall, Features made, Features real_ones, int k) {
+static void precision_recall(double *precision, double *recall, Features made, Features reference, int k) {
     if (k < 1) die("precision and recall: k is %d and must be at least 1", k);
-    features_check(made, (size_t)k + 1), features_check(real_ones, (size_t)k + 1),
-        features_match(made, real_ones);
-    Features sets[2] = {real_ones, made};
+    features_check(made, (size_t)k + 1), features_check(reference, (size_t)k + 1),
+        features_match(made, reference);
+    Features sets[2] = {reference, made};
     for (int s = 0; s < 2; s++) {
         Others o = others_open(sets[s]);
         double *radius = kth_nearest(&o, k);
@@ -533,10 +538,10 @@ static double score_quantile(const double *x, size_t n, double q) {
 
 // Are samples copies of training pictures? made[n] and held_out[m] are distances to the nearest training
 // picture, by nearest(). ratio: the samples' median over the held-out pictures' (1: as new as pictures that
-// the model never saw; 0: copies); close: the share of samples that are nearer than 99 % of held-out pictures
-// are (0.01 for pictures like these). Both are dev/eval_digits.py's; the idea is Meehan et al. 2020's, arXiv
-// 2004.05675: compare with the distances of held-out data.
-static void memorisation(double *ratio, double *close, const double *made, size_t n, const double *held_out,
+// the model never saw; 0: copies); nearer: the share of samples that are nearer than 99 % of the held-out
+// pictures are (0.01 for pictures like these). Both are also in dev/eval_digits.py; to compare with held-out
+// data is the idea of Meehan et al. 2020, arXiv 2004.05675.
+static void memorisation(double *ratio, double *nearer, const double *made, size_t n, const double *held_out,
                          size_t m) {
     features_check(features_of("the distances of the samples", made, n, 1), 1);
     features_check(features_of("the distances of the held-out pictures", held_out, m, 1), 1);
@@ -546,7 +551,7 @@ static void memorisation(double *ratio, double *close, const double *made, size_
     size_t below = 0;
     for (size_t i = 0; i < n; i++) below += made[i] < limit;
     *ratio = score_quantile(made, n, 0.5) / usual;
-    *close = (double)below / (double)n;
+    *nearer = (double)below / (double)n;
 }
 
 // ----------------------------------------------------------------------------------------------------------
@@ -619,6 +624,8 @@ static JudgeLayer *judge_layer(Judge *g, const char *name, size_t side, size_t i
     return l;
 }
 
+// The judge in a file, whose sizes and numbers are checked. safe_metadata(judge->file, "name") is the name of
+// the data set that it was trained on.
 static Judge *judge_open(const char *path) {
     Judge *g = (Judge *)score_memory(1, sizeof(Judge));
     SafeFile *f = g->file = safe_open(path);
