@@ -8,6 +8,9 @@
 //   CUDA_CPU_SEED    of the order rand (0)
 //   CUDA_CPU_ASYNC   1: streams run as late as allowed, the youngest first (0)
 //   CUDA_CPU_STRICT  0: threads may meet at different lines' barriers (1)
+//   CUDA_CPU_SM      the compute capability to pose as, 86 for 8.6; with its shared memory a block (90)
+//   CUDA_CPU_SHARED  bytes of shared memory that a block may ask for, if not those of CUDA_CPU_SM
+//   CUDA_CPU_SMS     multiprocessors (4)
 #include "cuda_cpu.h"
 #include <stdarg.h>
 #include <stdlib.h>
@@ -96,6 +99,7 @@ struct DynamicLimit { const void *kernel; size_t bytes; };
 static std::vector<DynamicLimit> dynamic_limits;    // of cudaFuncSetAttribute
 static enum { FORWARD, REVERSE, RANDOM } order;
 static bool strict = true, late_streams;
+static struct { int sm, processors; size_t shared; } card = {90, 4, MAX_SHARED};
 static uint64_t random_state = 1;
 
 static unsigned random_below(unsigned n) {          // xorshift64
@@ -405,7 +409,7 @@ void *shared_bytes(size_t bytes, const char *name, const char *function, int lin
         if (v.line == line && v.function == function && !strcmp(v.name, name)) return shared + v.offset;
     size_t offset = (shared_top + 32 + 127) / 128 * 128;
     shared_top = offset + bytes;
-    if (shared_top > MAX_SHARED) fail("__shared__ %s, line %d: %zu bytes in all", name, line, shared_top);
+    if (shared_top > card.shared) fail("__shared__ %s, line %d: %zu bytes in all", name, line, shared_top);
 #ifdef ASAN
     __asan_unpoison_memory_region(shared + offset, bytes);
 #endif
@@ -575,6 +579,25 @@ static bool flag(const char *name, bool otherwise) {
     return s ? *s == '1' : otherwise;
 }
 
+// A number from the environment
+static long number(const char *name, long otherwise, long least, long most) {
+    const char *s = getenv(name);
+    if (!s) return otherwise;
+    char *end;
+    long x = strtol(s, &end, 10);
+    if (end == s || *end || x < least || x > most)
+        fail("%s is %s; it can be a whole number from %ld to %ld", name, s, least, most);
+    return x;
+}
+
+// The shared memory that a block may ask for, by compute capability (the CUDA C++ Programming Guide's table)
+static long shared_of(long sm) {
+    return 1024 * (sm < 80                                             ? 64
+                   : sm == 80 || sm == 87                              ? 163
+                   : sm == 86 || sm == 88 || sm == 89 || sm / 10 == 12 ? 99
+                                                                       : 227);
+}
+
 static char *map(size_t bytes) {
     int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
     void *p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
@@ -595,6 +618,9 @@ static void start() {
         random_state = strtoull(s, nullptr, 0) * 0x9E3779B97F4A7C15u + 1;
     strict = flag("CUDA_CPU_STRICT", true);
     late_streams = flag("CUDA_CPU_ASYNC", false);
+    card.sm = (int)number("CUDA_CPU_SM", 90, 50, 999);
+    card.shared = (size_t)number("CUDA_CPU_SHARED", shared_of(card.sm), 48 * 1024, MAX_SHARED);
+    card.processors = (int)number("CUDA_CPU_SMS", 4, 1, 1024);
     shared_variables.reserve(256);                  // no heap in a fiber
     shared = map(MAX_SHARED + 2 * GUARD);
     char *p = map((size_t)(MAX_THREADS + SPARE_STACKS) * (STACK + GUARD));
@@ -882,35 +908,40 @@ cudaError_t cudaGetDeviceCount(int *n) { return *n = 1, cudaSuccess; }
 cudaError_t cudaDriverGetVersion(int *v) { return *v = CUDART_VERSION, cudaSuccess; }
 cudaError_t cudaRuntimeGetVersion(int *v) { return *v = CUDART_VERSION, cudaSuccess; }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
+    start();
     memset((void *)p, 0, sizeof *p);
-    strcpy(p->name, "CPU posing as a GPU");
-    p->major = 9;
-    p->multiProcessorCount = 4;
+    snprintf(p->name, sizeof p->name, "CPU posing as sm_%d", card.sm);
+    p->major = card.sm / 10;
+    p->minor = card.sm % 10;
+    p->multiProcessorCount = card.processors;
     p->warpSize = 32;
     p->maxThreadsPerBlock = MAX_THREADS;
     p->maxThreadsPerMultiProcessor = 2048;
     p->sharedMemPerBlock = 48 * 1024;
-    p->sharedMemPerBlockOptin = MAX_SHARED;
-    p->sharedMemPerMultiprocessor = MAX_SHARED + 1024;
+    p->sharedMemPerBlockOptin = card.shared;
+    p->sharedMemPerMultiprocessor = card.shared + 1024;
     p->regsPerBlock = 65536;
     p->l2CacheSize = 50 << 20;
     p->totalGlobalMem = (size_t)80 << 30;
     return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int *v, cudaDeviceAttr a, int) {
-    *v = a == cudaDevAttrMultiProcessorCount              ? 4
-         : a == cudaDevAttrMaxSharedMemoryPerBlockOptin   ? MAX_SHARED
+    start();
+    *v = a == cudaDevAttrMultiProcessorCount              ? card.processors
+         : a == cudaDevAttrMaxSharedMemoryPerBlockOptin   ? (int)card.shared
          : a == cudaDevAttrMaxSharedMemoryPerBlock        ? 48 * 1024
          : a == cudaDevAttrMaxThreadsPerBlock             ? MAX_THREADS
          : a == cudaDevAttrMaxThreadsPerMultiProcessor    ? 2048
-         : a == cudaDevAttrComputeCapabilityMajor         ? 9
+         : a == cudaDevAttrComputeCapabilityMajor         ? card.sm / 10
+         : a == cudaDevAttrComputeCapabilityMinor         ? card.sm % 10
          : a == cudaDevAttrWarpSize                       ? 32
                                                           : 0;
     return cudaSuccess;
 }
 cudaError_t cudaFuncSetAttribute(const void *kernel, cudaFuncAttribute attribute, int value) {
+    start();
     if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
-    if (value < 0 || value > MAX_SHARED) return error(cudaErrorInvalidValue);
+    if (value < 0 || (size_t)value > card.shared) return error(cudaErrorInvalidValue);
     for (DynamicLimit &d : dynamic_limits)
         if (d.kernel == kernel) return d.bytes = (size_t)value, cudaSuccess;
     dynamic_limits.push_back({kernel, (size_t)value});

@@ -294,6 +294,10 @@ inline unsigned __cvta_generic_to_shared(const void *) = delete;    // stays ins
 template <class F> cudaError_t cudaFuncSetAttribute(F *kernel, cudaFuncAttribute attribute, int value) {
     return ::cudaFuncSetAttribute((const void *)kernel, attribute, value);
 }
+template <class F> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *a, F *) {
+    memset((void *)a, 0, sizeof *a);
+    return cudaSuccess;
+}
 template <class F>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *n, F *, int threads, size_t) {
     *n = 2048 / threads;

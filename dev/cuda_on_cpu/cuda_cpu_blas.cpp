@@ -3,6 +3,12 @@
 // D = epilogue(alpha op(A) op(B) + beta C), float or bf16 in and out, summed in float; row- or column-major;
 // strided batches; every BIAS, GELU, DGELU and BGRAD epilogue. What the library refuses, or may refuse, is
 // refused here too (CUBLAS_STATUS_NOT_SUPPORTED); an attribute that this file does not know ends the program.
+//
+// No list says what the library takes on which card, so a program must live with a refusal of anything but the
+// simplest products. CUDA_CPU_CUBLAS in the environment:
+//   kind     what is documented as supported is done (the default)
+//   strict   cublasLtMatmulAlgoGetHeuristic refuses what it may refuse somewhere: see `may_be_refused`
+//   late     the same products get two proposals, of which cublasLtMatmul refuses the first
 #include "cuda_cpu.h"
 #include <cublasLt.h>
 #include <stdlib.h>
@@ -24,9 +30,12 @@ struct Product {
     void *bias, *aux;
     int64_t aux_ld, bias_stride, aux_stride;
 };
+struct Preference { uint32_t align; };              // the least of A, B, C and D, bytes
 struct Layout { int type, order, batch; int64_t rows, cols, ld, stride; };
 static_assert(sizeof(Product) <= sizeof(cublasLtMatmulDescOpaque_t));
 static_assert(sizeof(Layout) <= sizeof(cublasLtMatrixLayoutOpaque_t));
+static_assert(sizeof(Preference) <= sizeof(cublasLtMatmulPreferenceOpaque_t));
+enum Mood { KIND, STRICT, LATE };
 
 size_t bytes_of(int type) { return type == CUDA_R_32F ? 4 : 2; }
 float get(const void *p, int type, int64_t i) {
@@ -140,6 +149,27 @@ bool supported(Product &p, const Layout &a, const Layout &b, const Layout &c, co
     return p.aux && p.aux_type == d.type && p.aux_ld >= m && p.aux_ld % 8 == 0 && (uintptr_t)p.aux % 16 == 0;
 }
 
+Mood mood() {
+    const char *s = getenv("CUDA_CPU_CUBLAS");
+    if (!s || !strcmp(s, "kind")) return KIND;
+    if (!strcmp(s, "strict")) return STRICT;
+    if (!strcmp(s, "late")) return LATE;
+    fail("CUDA_CPU_CUBLAS is %s; it can be kind, strict or late", s);
+}
+
+// What a library may refuse on some card: a dimension of 1; rows or pointers aligned to no more than 4 bytes
+// (an odd leading dimension); every epilogue but BIAS, and that too in batches or into float
+bool may_be_refused(const Product &p, const Layout &a, const Layout &b, const Layout &d, uint32_t align) {
+    if (d.rows == 1 || d.cols == 1 || (p.transpose_a ? a.rows : a.cols) == 1) return true;
+    for (const Layout *x : {&a, &b, &d}) {
+        if ((size_t)x->ld * bytes_of(x->type) % 8) return true;
+        if (x->batch > 1 && (size_t)x->stride * bytes_of(x->type) % 8) return true;
+    }
+    if (align % 8) return true;
+    if (p.epilogue == CUBLASLT_EPILOGUE_DEFAULT) return false;
+    return p.epilogue != CUBLASLT_EPILOGUE_BIAS || d.batch > 1 || d.type == CUDA_R_32F;
+}
+
 template <class As, class T> void set(T &to, const void *from, size_t bytes) {
     As value;
     if (bytes != sizeof value) fail("cuBLASLt: an attribute of %zu bytes, not of %zu", bytes, sizeof value);
@@ -218,28 +248,49 @@ cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t layout,
     return CUBLAS_STATUS_SUCCESS;
 }
 
-cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t *made) { return create(made); }
+cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t *made) {
+    cublasStatus_t status = create(made);
+    ((Preference *)*made)->align = 256;
+    return status;
+}
 cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t p) { return destroy(p); }
-cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t,
-                                                    cublasLtMatmulPreferenceAttributes_t, const void *,
-                                                    size_t) {
+cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t preference,
+                                                    cublasLtMatmulPreferenceAttributes_t which,
+                                                    const void *from, size_t n) {
+    Preference *p = (Preference *)preference;
+    uint32_t align;
+    switch (which) {
+    case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES: case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES:
+    case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES: case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES:
+        set<uint32_t>(align, from, n);
+        if (align < p->align) p->align = align;
+        break;
+    default: break;
+    }
     return CUBLAS_STATUS_SUCCESS;
 }
 
-// There is one algorithm
+// There is one algorithm, proposed as numbers 0 and 1 (as if there were two, so that a choice is made)
 cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t product,
                                               cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
                                               cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d,
-                                              cublasLtMatmulPreference_t, int room,
+                                              cublasLtMatmulPreference_t preference, int room,
                                               cublasLtMatmulHeuristicResult_t *results, int *count) {
     Product p = *(Product *)product;
     *count = 0;
     if (room < 1) return CUBLAS_STATUS_INVALID_VALUE;
     if (!supported(p, *(Layout *)a, *(Layout *)b, *(Layout *)c, *(Layout *)d))
         return CUBLAS_STATUS_NOT_SUPPORTED;
-    memset((void *)results, 0, sizeof *results);
-    results->wavesCount = 1;
-    *count = 1;
+    bool doubtful = mood() != KIND && may_be_refused(p, *(Layout *)a, *(Layout *)b, *(Layout *)d,
+                                                     ((Preference *)preference)->align);
+    if (doubtful && mood() == STRICT) return CUBLAS_STATUS_NOT_SUPPORTED;
+    *count = room < 2 ? 1 : 2;
+    for (int i = 0; i < *count; i++) {
+        memset((void *)&results[i], 0, sizeof *results);
+        results[i].algo.data[0] = (uint64_t)i;
+        results[i].algo.data[1] = doubtful && i == 0;           // LATE: cublasLtMatmul will not have it
+        results[i].wavesCount = 1;
+    }
     return CUBLAS_STATUS_SUCCESS;
 }
 
@@ -247,11 +298,12 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t product, co
                               const void *A, cublasLtMatrixLayout_t a,
                               const void *B, cublasLtMatrixLayout_t b, const void *beta,
                               const void *C, cublasLtMatrixLayout_t c, void *D, cublasLtMatrixLayout_t d,
-                              const cublasLtMatmulAlgo_t *, void *workspace, size_t, cudaStream_t stream) {
+                              const cublasLtMatmulAlgo_t *algo, void *workspace, size_t,
+                              cudaStream_t stream) {
     Product p = *(Product *)product;
     Layout la = *(Layout *)a, lb = *(Layout *)b, lc = *(Layout *)c, ld = *(Layout *)d;
     float al = *(const float *)alpha, be = *(const float *)beta;
-    if (!supported(p, la, lb, lc, ld)) return CUBLAS_STATUS_NOT_SUPPORTED;
+    if (!supported(p, la, lb, lc, ld) || (algo && algo->data[1])) return CUBLAS_STATUS_NOT_SUPPORTED;
     const void *pointers[] = {A, B, C, D, p.bias, p.aux, workspace};
     Launch here{{1}, {1}, 0, stream, "cublasLtMatmul", 0, nullptr};
     for (int i = 0; i < 7; i++) check_pointer(here, i, pointers[i]);
