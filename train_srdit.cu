@@ -76,10 +76,11 @@ static void check_cuda(cudaError_t e, const char *file, int line) {
 #define CHECK(call) check_cuda((call), __FILE__, __LINE__)
 #define LAUNCHED() check_cuda(cudaGetLastError(), __FILE__, __LINE__)   // after each kernel launch
 
+static cudaDeviceProp card;            // the GPU
 static cudaStream_t stream;            // all work is queued here, in order,
 static cudaStream_t copy_stream;       // but for the copies of the next step's data
 static int verbose = 1;                // print the memory plan and what was tuned
-static int use_gelu_epilogue = 1;      // GELU inside the matrix products, where cuBLASLt offers it
+static int use_gelu_epilogue = 1;      // GELU inside the matrix products, where that is faster (bf16)
 static int use_tensor_attention = 1;   // attention on tensor cores, where it fits (bf16, Dh = 64, T <= 272)
 
 // A block of memory handed out from the front, as `Arena` in train_srdit.c, in bytes: with base NULL
@@ -238,6 +239,10 @@ static void cast(floatX *out, const float *in, size_t n) {   // n is a multiple 
 // so a plan gives the same bits each time. Since timings vary, the choices are kept in a file (GEMM_PLANS in
 // the environment, or build/gemm_plans.txt where there is a folder build); the next run takes them from there
 // and repeats this one's bits.
+//
+// Nothing says which products cuBLASLt takes on which card (a dimension of 1 or an odd row length is
+// doubtful). One that it refuses is done by simpler ones: without the bias, to which it is added, then a batch
+// one by one, and at last by a plain kernel.
 
 typedef struct {
     int M, N, K, lda, ldb, ldc;           // C[M,N] (+)= op(A)[M,K] op(B)[K,N], row-major; ld: from row to row
@@ -250,12 +255,15 @@ typedef struct {
     cublasLtMatmulDesc_t op;
     cublasLtMatrixLayout_t a, b, c;
     cublasLtMatmulAlgo_t algo;
+    int refused;       // by cuBLASLt
+    int gelu_inside;   // 1: GELU in the epilogue is faster than a kernel of its own, 0: slower, -1: not known
 } GemmPlan;
 
 enum { MAX_PLANS = 16384, MAX_PROPOSALS = 16 };   // a training run makes about a hundred; tests, thousands
 static GemmPlan *plans[MAX_PLANS];
 static int plan_count, timed_count;
-static int tuning;   // 1 while the model is created: new plans are timed
+static int tuning;       // 1 while the model is created: new plans are timed
+static int plans_kept;   // 1: what was timed last is in the file
 static cublasLtHandle_t lt;
 static void *workspace;
 static size_t workspace_bytes = (size_t)32 << 20;
@@ -271,33 +279,35 @@ static const char *plans_path(void) {
     const char *path = getenv("GEMM_PLANS");
     return path ? path : "build/gemm_plans.txt";
 }
-// The start of a line of that file: the GPU and the library the choice was timed with, and the key
-static void plan_line(char *out, size_t size, const GemmKey *k) {
-    cudaDeviceProp prop;
-    CHECK(cudaGetDeviceProperties(&prop, 0));
+// The start of a line of that file: the GPU, library and type the choice was timed with, what was chosen, the key
+enum Choice { ALGORITHM, GELU_INSIDE };
+static void plan_line(char *out, size_t size, enum Choice what, const GemmKey *k) {
     snprintf(out, size,
-             "%s, cuBLASLt %zu, %d x %d x %d ld %d %d %d op %d%d%d%d%d aux %d align %d batch %d %lld %lld "
-             "%lld %lld:",
-             prop.name, cublasLtGetVersion(), k->M, k->N, k->K, k->lda, k->ldb, k->ldc, k->ta, k->tb, k->add,
-             k->float_out, k->epilogue, k->aux_ld, k->align, k->batch, (long long)k->stepa,
+             "%s, cuBLASLt %zu, %s, %s of %d x %d x %d ld %d %d %d op %d%d%d%d%d aux %d align %d batch %d "
+             "%lld %lld %lld %lld:",
+             card.name, cublasLtGetVersion(), sizeof(floatX) == 4 ? "float" : "bf16",
+             what == ALGORITHM ? "algorithm" : "GELU inside", k->M, k->N, k->K, k->lda, k->ldb, k->ldc, k->ta,
+             k->tb, k->add, k->float_out, k->epilogue, k->aux_ld, k->align, k->batch, (long long)k->stepa,
              (long long)k->stepb, (long long)k->stepc, (long long)k->step_bias);
 }
-static int plan_remembered(const GemmKey *k) {   // -1: not in the file
-    char want[640], line[768];
+static int plan_remembered(enum Choice what, const GemmKey *k) {   // -1: not in the file
+    char want[768], line[896];
     int choice = -1;
     FILE *f = fopen(plans_path(), "r");
     if (!f) return -1;
-    plan_line(want, sizeof(want), k);
+    plan_line(want, sizeof(want), what, k);
     while (fgets(line, sizeof(line), f))
         if (!strncmp(line, want, strlen(want))) choice = atoi(line + strlen(want));
     fclose(f);
     return choice;
 }
-static void plan_remember(const GemmKey *k, int choice) {
-    char line[640];
+static void plan_remember(enum Choice what, const GemmKey *k, int choice) {
+    char line[768];
     FILE *f = fopen(plans_path(), "a");
+    plans_kept = f != NULL;
+    timed_count++;
     if (!f) return;
-    plan_line(line, sizeof(line), k);
+    plan_line(line, sizeof(line), what, k);
     fprintf(f, "%s %d\n", line, choice);
     fclose(f);
 }
@@ -314,38 +324,49 @@ static cublasLtMatrixLayout_t layout_of(cudaDataType type, int rows, int cols, i
     return l;
 }
 
-// Times the proposals on these operands, four turns each of which the first does not count, and returns the
-// fastest. (A product that adds to C adds several times then: what is computed while tuning is thrown away.)
-static int plan_time(const GemmPlan *p, const cublasLtMatmulHeuristicResult_t *found, int count, void *C,
-                     const void *A, const void *B) {
-    float least = INFINITY, beta = (float)p->key.add, one = 1;
-    int best = 0;
+// The milliseconds that work() takes on the GPU: the least of three turns after one that does not count
+template <class Work> static float time_least(Work work) {
+    float least = INFINITY, ms;
     cudaEvent_t begin, end;
     CHECK(cudaEventCreate(&begin));
     CHECK(cudaEventCreate(&end));
-    for (int i = 0; i < count; i++)
-        for (int turn = 0; turn < 4; turn++) {
-            float ms;
-            CHECK(cudaEventRecord(begin, stream));
-            cublasStatus_t status = cublasLtMatmul(lt, p->op, &one, B, p->b, A, p->a, &beta, C, p->c, C, p->c,
-                                                   &found[i].algo, workspace, workspace_bytes, stream);
-            CHECK(cudaEventRecord(end, stream));
-            CHECK(cudaEventSynchronize(end));
-            CHECK(cudaEventElapsedTime(&ms, begin, end));
-            if (status == CUBLAS_STATUS_SUCCESS && turn && ms < 0.98f * least) least = ms, best = i;
-        }
+    for (int turn = 0; turn < 4; turn++) {
+        CHECK(cudaEventRecord(begin, stream));
+        work();
+        CHECK(cudaEventRecord(end, stream));
+        CHECK(cudaEventSynchronize(end));
+        CHECK(cudaEventElapsedTime(&ms, begin, end));
+        if (turn) least = fminf(least, ms);
+    }
     CHECK(cudaEventDestroy(begin));
     CHECK(cudaEventDestroy(end));
-    timed_count++;
+    return least;
+}
+
+// Times the proposals on these operands and returns the fastest; -1 if none can be run. (A product that adds
+// to C adds several times then: what is computed while tuning is thrown away.)
+static int plan_time(const GemmPlan *p, const cublasLtMatmulHeuristicResult_t *found, int count, void *C,
+                     const void *A, const void *B) {
+    float least = INFINITY, beta = (float)p->key.add, one = 1;
+    int best = -1;
+    for (int i = 0; i < count; i++) {
+        cublasStatus_t status = CUBLAS_STATUS_SUCCESS;
+        float ms = time_least([&] {
+            status = cublasLtMatmul(lt, p->op, &one, B, p->b, A, p->a, &beta, C, p->c, C, p->c,
+                                    &found[i].algo, workspace, workspace_bytes, stream);
+        });
+        if (status == CUBLAS_STATUS_SUCCESS && (best < 0 || ms < 0.98f * least)) least = ms, best = i;
+    }
     return best;
 }
 
-// Makes the plan for a key; NULL if cuBLASLt offers nothing for it. cuBLASLt thinks in columns: the row-major
-// C = op(A) op(B) is its C^T = op(B)^T op(A)^T, so that A and B change places.
+// Makes the plan for a key. cuBLASLt thinks in columns: the row-major C = op(A) op(B) is its
+// C^T = op(B)^T op(A)^T, so that A and B change places.
 static GemmPlan *plan_make(const GemmKey *k, void *C, const void *A, const void *B, const void *bias,
                            void *aux) {
     GemmPlan *p = (GemmPlan *)alloc_zero(1, sizeof(GemmPlan));
     p->key = *k;
+    p->gelu_inside = plan_remembered(GELU_INSIDE, k);
     cublasOperation_t ta = k->tb ? CUBLAS_OP_T : CUBLAS_OP_N, tb = k->ta ? CUBLAS_OP_T : CUBLAS_OP_N;
     cublasLtEpilogue_t epilogue = (cublasLtEpilogue_t)k->epilogue;
     CHECK_LT(cublasLtMatmulDescCreate(&p->op, CUBLAS_COMPUTE_32F, CUDA_R_32F));
@@ -379,14 +400,12 @@ static GemmPlan *plan_make(const GemmKey *k, void *C, const void *A, const void 
     cublasStatus_t status =
         cublasLtMatmulAlgoGetHeuristic(lt, p->op, p->b, p->a, p->c, p->c, wish, MAX_PROPOSALS, found, &count);
     CHECK_LT(cublasLtMatmulPreferenceDestroy(wish));
-    if (status != CUBLAS_STATUS_SUCCESS || count == 0) {
-        free(p);
-        return NULL;
-    }
-    int choice = count > 1 ? plan_remembered(k) : 0;
-    if (choice < 0 && tuning) {
+    p->refused = status != CUBLAS_STATUS_SUCCESS || count == 0;
+    int choice = count > 1 ? plan_remembered(ALGORITHM, k) : 0;
+    if (choice < 0 && tuning && !p->refused) {
         choice = plan_time(p, found, count, C, A, B);
-        plan_remember(k, choice);
+        p->refused = choice < 0;
+        if (!p->refused) plan_remember(ALGORITHM, k, choice);
     }
     p->algo = found[choice < 0 || choice >= count ? 0 : choice].algo;
     if (plan_count == MAX_PLANS) die("more than %d different matrix products", MAX_PLANS);
@@ -409,25 +428,128 @@ static GemmKey gemm_key(int M, int N, int K, int ta, int tb) {
     return k;
 }
 
-// C (+)= op(A) op(B), then the epilogue: bias [N] of C's type, aux of floatX. Returns 0 if
-// cuBLASLt cannot do it.
-static int matmul(GemmKey *k, void *C, const floatX *A, const floatX *B, const void *bias, void *aux) {
+static GemmPlan *plan_of(GemmKey *k, void *C, const floatX *A, const floatX *B, const void *bias, void *aux) {
     uintptr_t bits = (uintptr_t)A | (uintptr_t)B | (uintptr_t)C | 256;
     k->align = (int)(bits & (~bits + 1));
-    GemmPlan *p = NULL;
-    for (int i = 0; i < plan_count && !p; i++)
-        if (!memcmp(&plans[i]->key, k, sizeof(*k))) p = plans[i];
-    if (!p && !(p = plan_make(k, C, A, B, bias, aux))) return 0;
-    float one = 1, beta = (float)k->add;
+    for (int i = 0; i < plan_count; i++)
+        if (!memcmp(&plans[i]->key, k, sizeof(*k))) return plans[i];
+    return plan_make(k, C, A, B, bias, aux);
+}
+
+// C (+)= op(A) op(B), then the epilogue: bias [N] of C's type, aux of floatX. Returns 0, with nothing done, if
+// cuBLASLt refuses, which it may do only here although it proposed the algorithm.
+static int matmul_lt(GemmPlan *p, void *C, const floatX *A, const floatX *B, const void *bias, void *aux) {
+    float one = 1, beta = (float)p->key.add;
+    if (p->refused) return 0;
     if (bias) SET(p->op, BIAS_POINTER, bias);
     if (aux) SET(p->op, EPILOGUE_AUX_POINTER, aux);
-    CHECK_LT(cublasLtMatmul(lt, p->op, &one, B, p->b, A, p->a, &beta, C, p->c, C, p->c, &p->algo, workspace,
-                            workspace_bytes, stream));
-    return 1;
+    cublasStatus_t status = cublasLtMatmul(lt, p->op, &one, B, p->b, A, p->a, &beta, C, p->c, C, p->c,
+                                           &p->algo, workspace, workspace_bytes, stream);
+    p->refused = status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_INVALID_VALUE ||
+                 status == CUBLAS_STATUS_ARCH_MISMATCH;
+    if (!p->refused) CHECK_LT(status);
+    return !p->refused;
 }
-static void matmul_sure(GemmKey *k, void *C, const floatX *A, const floatX *B, const void *bias) {
-    if (!matmul(k, C, A, B, bias, NULL))
-        die("cuBLASLt has no algorithm for a product of %d x %d x %d", k->M, k->N, k->K);
+
+// out[rows,cols], rows ld apart, (+)= bias[cols]; z counts independent ones, each `step` and `bias_step`
+// further. Writes an element once; bound by memory.
+template <class E>
+__global__ void __launch_bounds__(256) bias_rows_kernel(E *out, const E *bias, int rows, int cols, int ld,
+                                                        int64_t step, int64_t bias_step, int add) {
+    size_t i = (size_t)blockIdx.x * 256 + threadIdx.x, row = i / cols, c = i % cols;
+    if (row >= (size_t)rows) return;
+    E *at = out + blockIdx.z * step + row * ld + c;
+    float b = to_float(bias[blockIdx.z * bias_step + c]);
+    store(at, add ? to_float(*at) + b : b);
+}
+// The product of a key without batch or epilogue. A block makes 16 x 16 numbers of C, a thread one, from tiles
+// of op(A) and op(B) in shared memory; sums in float, in a fixed order. Bound by shared memory.
+template <class E>
+__global__ void __launch_bounds__(256)
+    matmul_kernel(E *C, const floatX *A, const floatX *B, const GemmKey k) {
+    __shared__ float a[16][17];
+    __shared__ float b[16][17];
+    int x = threadIdx.x % 16, y = threadIdx.x / 16, m = blockIdx.x * 16 + y, n = blockIdx.y * 16 + x;
+    float sum = 0;
+    for (int k0 = 0; k0 < k.K; k0 += 16) {
+        int ka = k0 + x, kb = k0 + y;
+        size_t at_a = k.ta ? (size_t)ka * k.lda + m : (size_t)m * k.lda + ka;
+        size_t at_b = k.tb ? (size_t)n * k.ldb + kb : (size_t)kb * k.ldb + n;
+        a[y][x] = m < k.M && ka < k.K ? to_float(A[at_a]) : 0;
+        b[y][x] = n < k.N && kb < k.K ? to_float(B[at_b]) : 0;
+        __syncthreads();
+        for (int i = 0; i < 16; i++) sum += a[y][i] * b[i][x];
+        __syncthreads();
+    }
+    if (m >= k.M || n >= k.N) return;
+    E *to = C + (size_t)m * k.ldc + n;
+    store(to, k.add ? to_float(*to) + sum : sum);
+}
+template <class E> static void bias_rows(E *out, const E *bias, const GemmKey *k) {
+    dim3 grid((unsigned)(((size_t)k->M * k->N + 255) / 256), 1, (unsigned)k->batch);
+    bias_rows_kernel<E>
+        <<<grid, 256, 0, stream>>>(out, bias, k->M, k->N, k->ldc, k->stepc, k->step_bias, k->add);
+    LAUNCHED();
+}
+template <class E> static void matmul_plain(E *C, const floatX *A, const floatX *B, const GemmKey *k) {
+    dim3 grid((unsigned)div_up(k->M, 16), (unsigned)div_up(k->N, 16));
+    matmul_kernel<E><<<grid, 256, 0, stream>>>(C, A, B, *k);
+    LAUNCHED();
+}
+
+// C (+)= op(A) op(B) + bias (NULL: none), C and bias of type E: by cuBLASLt, or as the head of this section says
+template <class E> static void matmul(GemmKey k, E *C, const floatX *A, const floatX *B, const E *bias) {
+    k.float_out = sizeof(E) == 4;
+    k.epilogue = bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
+    if (matmul_lt(plan_of(&k, C, A, B, bias, NULL), C, A, B, bias, NULL)) return;
+    GemmKey simpler = k;
+    simpler.step_bias = 0;
+    if (bias) {
+        bias_rows<E>(C, bias, &k);   // first, so that a bf16 is rounded once
+        simpler.add = 1;
+        matmul<E>(simpler, C, A, B, NULL);
+    } else if (k.batch > 1) {
+        simpler.batch = 1;
+        simpler.stepa = simpler.stepb = simpler.stepc = 0;
+        for (int i = 0; i < k.batch; i++)
+            matmul<E>(simpler, C + i * k.stepc, A + i * k.stepa, B + i * k.stepb, NULL);
+    } else matmul_plain<E>(C, A, B, &k);
+}
+
+// GELU (or its slope) in the epilogue of a product, `inside`, which returns 0 if cuBLASLt refuses, or a product
+// and a kernel, `apart`: whichever took less time on these operands while tuning. Not timed: inside.
+template <class Inside, class Apart> static void gelu_way(GemmPlan *p, Inside inside, Apart apart) {
+    if (tuning && p->gelu_inside < 0 && inside()) {
+        apart();   // makes its plan
+        p->gelu_inside = time_least(inside) < time_least(apart);
+        plan_remember(GELU_INSIDE, &p->key, p->gelu_inside);
+    }
+    if (p->gelu_inside == 0 || !inside()) apart();
+}
+
+// One line: how many plans there are, and which products are not done as they would be at best
+static void plans_report(FILE *to) {
+    int biases = 0, batches = 0, plain = 0, gelu = 0, inside = 0;
+    GemmKey big = {};
+    for (int i = 0; i < plan_count; i++) {
+        const GemmPlan *p = plans[i];
+        const GemmKey *k = &p->key;
+        if (k->aux_ld) gelu++, inside += !p->refused && p->gelu_inside;
+        else if (p->refused && k->epilogue != CUBLASLT_EPILOGUE_DEFAULT) biases++;
+        else if (p->refused && k->batch > 1) batches++;
+        else if (p->refused) {
+            plain++;
+            if ((double)k->M * k->N * k->K > (double)big.M * big.N * big.K) big = *k;
+        }
+    }
+    fprintf(to, "matrix products: %d plans, %d timed now", plan_count, timed_count);
+    if (timed_count) fprintf(to, " (%s %s)", plans_kept ? "kept in" : "not kept: cannot write", plans_path());
+    if (gelu) fprintf(to, "; GELU inside %d of %d", inside, gelu);
+    if (biases + batches + plain) fprintf(to, "; cuBLASLt refuses");
+    if (biases) fprintf(to, " %d with a bias (added by a kernel)%s", biases, batches + plain ? "," : "");
+    if (batches) fprintf(to, " %d batches (done one by one)%s", batches, plain ? "," : "");
+    if (plain) fprintf(to, " %d, up to %d x %d x %d (a plain kernel)", plain, big.M, big.N, big.K);
+    fprintf(to, "\n");
 }
 
 // ----------------------------------------------------------------------------------------------------------
@@ -439,9 +561,7 @@ static void linear_forward(E *out, const floatX *in, const floatX *w, const E *b
                            int ldw = 0) {
     GemmKey k = gemm_key(N, O, I, 0, 1);
     if (ldw) k.ldb = ldw;
-    k.float_out = sizeof(E) == 4;
-    if (b) k.epilogue = CUBLASLT_EPILOGUE_BIAS;
-    matmul_sure(&k, out, in, w, b);
+    matmul<E>(k, out, in, w, b);
 }
 
 // din[N,I] (+)= dout[N,O] w[O,I]
@@ -450,9 +570,8 @@ static void linear_backward_input(E *din, const floatX *dout, const floatX *w, i
                                   int ldw = 0) {
     GemmKey k = gemm_key(N, I, O, 0, 0);
     if (ldw) k.ldb = ldw;
-    k.float_out = sizeof(E) == 4;
     k.add = add;
-    matmul_sure(&k, din, dout, w, NULL);
+    matmul<E>(k, din, dout, w, NULL);
 }
 
 // dw[O,I] (+)= dout[N,O]^T in[N,I], in float
@@ -460,9 +579,8 @@ static void linear_backward_weight(float *dw, const floatX *dout, const floatX *
                                    int add, int ldw = 0) {
     GemmKey k = gemm_key(O, I, N, 1, 0);
     if (ldw) k.ldc = ldw;
-    k.float_out = 1;
     k.add = add;
-    matmul_sure(&k, dw, dout, in, NULL);
+    matmul<float>(k, dw, dout, in, NULL);
 }
 
 // The residual stream as the layer before leaves it: x + gate y, not yet added up, so that the next reader
@@ -772,6 +890,44 @@ static void activation_backward(floatX *din, float *db, float *parts, const floa
 // db[O] (+)= column sums of dout[N,O]
 static void bias_backward(float *db, float *parts, const floatX *dout, int N, int O, int add) {
     activation_backward<NONE, floatX>(NULL, db, parts, dout, NULL, N, O, add);
+}
+
+// In float GELU is never an epilogue, whose tanh is too coarse for it; aux wants rows of a multiple of 8
+static int gelu_may_be_inside(int F) { return sizeof(floatX) == 2 && use_gelu_epilogue && F % 8 == 0; }
+// fc1[N,F] = in[N,D] w[F,D]^T + b[F],  gelu = GELU(fc1)
+static void linear_gelu_forward(floatX *gelu, floatX *fc1, const floatX *in, const floatX *w, const floatX *b,
+                                int N, int D, int F) {
+    auto apart = [&] {
+        linear_forward<floatX>(fc1, in, w, b, N, D, F);
+        gelu_forward(gelu, fc1, (size_t)N * F);
+    };
+    if (!gelu_may_be_inside(F)) return apart();
+    GemmKey k = gemm_key(N, F, D, 0, 1);
+    k.epilogue = CUBLASLT_EPILOGUE_GELU_AUX_BIAS;
+    k.aux_ld = F;
+    GemmPlan *p = plan_of(&k, gelu, in, w, b, fc1);
+    gelu_way(
+        p, [&] { return matmul_lt(p, gelu, in, w, b, fc1); }, apart);
+}
+// d_fc1[N,F] = dout[N,D] w[D,F] GELU'(fc1), with w of fc2;  db[F] (+)= its column sums. (The epilogue that
+// takes these sums too, DGELU_BGRAD, would leave them in bf16, and has no fast kernel.)
+static void linear_gelu_backward(floatX *d_fc1, float *db, float *parts, const floatX *dout, const floatX *w,
+                                 floatX *fc1, int N, int D, int F, int add) {
+    auto apart = [&] {
+        linear_backward_input<floatX>(d_fc1, dout, w, N, F, D, 0);
+        activation_backward<GELU, floatX>(d_fc1, db, parts, d_fc1, fc1, N, F, add);
+    };
+    if (!gelu_may_be_inside(F)) return apart();
+    GemmKey k = gemm_key(N, F, D, 0, 0);
+    k.epilogue = CUBLASLT_EPILOGUE_DGELU;
+    k.aux_ld = F;
+    GemmPlan *p = plan_of(&k, d_fc1, dout, w, NULL, fc1);
+    auto inside = [&] {
+        if (!matmul_lt(p, d_fc1, dout, w, NULL, fc1)) return 0;
+        bias_backward(db, parts, d_fc1, N, F, add);
+        return 1;
+    };
+    gelu_way(p, inside, apart);
 }
 
 // RMSNorm with a weight, x r w (eps 1e-6), of the CLS token, put into the residual stream with
@@ -2196,15 +2352,10 @@ static void adaln_forward(GpuModel *g, const Params *w, int B) {
     Acts *a = &g->a;
     int D = c->hidden_size;
     GemmKey k = gemm_key(B, 6 * D, D, 0, 1);
-    k.float_out = 1;
-    k.epilogue = CUBLASLT_EPILOGUE_BIAS;
     k.batch = c->depth;
     k.stepb = k.step_bias = (int64_t)block_stride(g);
     k.stepc = (int64_t)B * 6 * D;
-    if (matmul(&k, a->mod, a->cond_silu, low(g, w->block[0].adaln_w), w->block[0].adaln_b, NULL)) return;
-    for (int i = 0; i < c->depth; i++)
-        linear_forward<float>(a->mod + (size_t)i * B * 6 * D, a->cond_silu, low(g, w->block[i].adaln_w),
-                              w->block[i].adaln_b, B, D, 6 * D);
+    matmul<float>(k, a->mod, a->cond_silu, low(g, w->block[0].adaln_w), w->block[0].adaln_b);
 }
 
 // The gradients of those layers from a->d_mod, all blocks at once; into a->d_cond_parts [L,B,D] each block's
@@ -2215,20 +2366,18 @@ static void adaln_backward(GpuModel *g, int B) {
     const BlockParams *w = &g->w.block[0], *dw = &g->dw.block[0];
     size_t step = block_stride(g), mod_step = (size_t)B * 6 * D;
     GemmKey k = gemm_key(6 * D, D, B, 1, 0);
-    k.float_out = 1;
     k.add = add;
     k.batch = L;
     k.stepa = (int64_t)mod_step;
     k.stepc = (int64_t)step;
-    matmul_sure(&k, dw->adaln_w, a->d_mod, a->cond_silu, NULL);
+    matmul<float>(k, dw->adaln_w, a->d_mod, a->cond_silu, NULL);
     column_sum<floatX, float>(dw->adaln_b, a->d_mod, B, 6 * D, 6 * D, add, L, mod_step, step);
     k = gemm_key(B, D, 6 * D, 0, 0);
-    k.float_out = 1;
     k.batch = L;
     k.stepa = (int64_t)mod_step;
     k.stepb = (int64_t)step;
     k.stepc = (int64_t)B * D;
-    matmul_sure(&k, a->d_cond_parts, a->d_mod, low(g, w->adaln_w), NULL);
+    matmul<float>(k, a->d_cond_parts, a->d_mod, low(g, w->adaln_w), NULL);
 }
 
 // Block i on n tokens a sample: its output is the returned residual. v1: block 0's qkv, NULL
@@ -2249,14 +2398,7 @@ static Residual block_forward(GpuModel *g, int i, BlockActs *k, const Residual &
     linear_forward<floatX>(k->proj, k->a, low(g, w->proj_w), low(g, w->proj_b), N, D, D);
     norm_modulate_forward(k->mid, k->h2, k->r2, residual_of(k->x, gate1, 6 * D, k->proj), shift2, scale2,
                           6 * D, -1, B, n, D);
-    GemmKey fused = gemm_key(N, F, D, 0, 1);
-    fused.epilogue = CUBLASLT_EPILOGUE_GELU_AUX_BIAS;
-    fused.aux_ld = F;
-    if (!use_gelu_epilogue || F % 8 ||
-        !matmul(&fused, k->gelu, k->h2, low(g, w->fc1_w), low(g, w->fc1_b), k->fc1)) {
-        linear_forward<floatX>(k->fc1, k->h2, low(g, w->fc1_w), low(g, w->fc1_b), N, D, F);
-        gelu_forward(k->gelu, k->fc1, (size_t)N * F);
-    }
+    linear_gelu_forward(k->gelu, k->fc1, k->h2, low(g, w->fc1_w), low(g, w->fc1_b), N, D, F);
     linear_forward<floatX>(k->fc2, k->gelu, low(g, w->fc2_w), low(g, w->fc2_b), N, F, D);
     return residual_of(k->mid, gate2, 6 * D, k->fc2);
 }
@@ -2301,15 +2443,7 @@ static void block_backward(GpuModel *g, int i, float *dx, const floatX *v1, cons
     floatX *d_mod = a->d_mod + (size_t)i * B * 6 * D;
     // out = mid + gate2 fc2(gelu(fc1(h2)))
     linear_backward_weight(dw->fc2_w, a->dy, k->gelu, N, F, D, add);
-    GemmKey fused = gemm_key(N, F, D, 0, 0);
-    fused.epilogue = CUBLASLT_EPILOGUE_DGELU;
-    fused.aux_ld = F;
-    if (use_gelu_epilogue && F % 8 == 0 && matmul(&fused, a->wide, a->dy, low(g, w->fc2_w), NULL, k->fc1))
-        bias_backward(dw->fc1_b, a->parts, a->wide, N, F, add);
-    else {
-        linear_backward_input<floatX>(a->wide, a->dy, low(g, w->fc2_w), N, F, D, 0);
-        activation_backward<GELU, floatX>(a->wide, dw->fc1_b, a->parts, a->wide, k->fc1, N, F, add);
-    }
+    linear_gelu_backward(a->wide, dw->fc1_b, a->parts, a->dy, low(g, w->fc2_w), k->fc1, N, D, F, add);
     linear_backward_weight(dw->fc1_w, a->wide, k->h2, N, D, F, add);
     linear_backward_input<floatX>(a->dh, a->wide, low(g, w->fc1_w), N, D, F, 0);
     NormBackward nb = norm_backward_of(g, dx, n);
@@ -2961,31 +3095,50 @@ static const real *activation(Model *m, const char *name) {
 // ----------------------------------------------------------------------------------------------------------
 // Creation
 
-// One step of each kind on an empty batch, so that every matrix product of training gets its plan and its
-// time is taken: no step makes one later, nor allocates anything else.
+// Numbers spread evenly over [-scale, scale), by a hash of their place
+static void fill_spread(float *x, size_t n, float scale) {
+#pragma omp parallel for
+    for (size_t i = 0; i < n; i++) {
+        uint32_t h = (uint32_t)i * 0x9e3779b9u;
+        h = (h ^ h >> 15) * 0x85ebca6bu;
+        x[i] = scale * (2 * uniform_of(h ^ h >> 13) - 1);
+    }
+}
+
+// One step of each kind, so that every matrix product of training gets its plan and its time is taken: no step
+// makes one later, nor allocates anything else. All numbers are random, since products of zeros, which most
+// parameters are at first, draw less power and run faster; afterwards the parameters are as before.
 static void tune(GpuModel *g) {
     Model *m = &g->base;
-    Batch *batch = batch_create(&m->c, m->max_batch);
+    const Config *c = &m->c;
+    Batch *batch = batch_create(c, m->max_batch);
+    size_t B = (size_t)m->max_batch, latent = B * (size_t)latent_of(c), Z = B * (size_t)c->z_dim,
+           n = m->table.total;
+    real *start = (real *)alloc_zero(n, sizeof(real)), *spread = (real *)alloc_zero(n, sizeof(real));
+    gpu::get_block(start, m, PARAMS);
+    fill_spread(spread, n, 0.1f);
+    gpu::put_block(m, spread, PARAMS);
+    fill_spread(batch->x, latent, 1);
+    fill_spread(batch->cls, Z, 1);
+    fill_spread(batch->feats, Z * (size_t)tokens_of(c), 1);
+    for (size_t i = 0; i < B; i++) batch->t[i] = (real)((double)(i + 1) / (double)(B + 1));
     tuning = 1;
     timed_count = 0;
     batch->on_device = 1;
     for (int turn = 0; turn < 4; turn++) {
         if (turn % 2 == 0) gpu::zero_gradients(m);
-        batch->path_drop = turn / 2 && m->c.path_drop;
+        batch->path_drop = turn / 2 && c->path_drop;
         gpu::forward_backward(m, batch);
     }
-    size_t latent = (size_t)latent_of(&m->c) * (size_t)m->max_batch;
-    real *v = (real *)alloc_zero(latent, sizeof(real)),
-         *v_cls = (real *)alloc_zero((size_t)m->c.z_dim * (size_t)m->max_batch, sizeof(real));
+    real *v = (real *)alloc_zero(latent, sizeof(real)), *v_cls = (real *)alloc_zero(Z, sizeof(real));
     for (int drop = 0; drop < 2; drop++)
         gpu::velocity(m, v, v_cls, batch->x, batch->cls, batch->t, batch->y, 0, drop, m->max_batch);
-    free(v), free(v_cls), batch_free(batch);
+    gpu::put_block(m, start, PARAMS);
+    free(v), free(v_cls), free(start), free(spread), batch_free(batch);
     gpu::read_losses(m);
     gpu::zero_gradients(m);
     tuning = 0;
-    if (verbose)
-        printf("matrix products: %d plans, %d timed now (kept in %s)\n", plan_count, timed_count,
-               plans_path());
+    if (verbose) plans_report(stdout);
 }
 
 static void device_open(void) {
@@ -3000,6 +3153,17 @@ static void device_open(void) {
     }
     if (found != cudaSuccess || devices == 0)
         die("no GPU was found: train_srdit runs the same model on the CPU");
+    CHECK(cudaGetDeviceProperties(&card, 0));
+    if (card.major < 8)
+        die("%s has compute capability %d.%d, but 8.0 is needed: train_srdit runs the same model on the CPU",
+            card.name, card.major, card.minor);
+    cudaFuncAttributes any;
+    cudaError_t built = cudaFuncGetAttributes(&any, loss_sum_kernel);
+    if (built == cudaErrorNoKernelImageForDevice || built == cudaErrorInvalidDeviceFunction)
+        die("this was not built for %s: run make clean and make again on this machine, or with "
+            "ARCH=-arch=sm_%d%d",
+            card.name, card.major, card.minor);
+    CHECK(built);
     CHECK(cudaStreamCreate(&stream));
     CHECK(cudaStreamCreate(&copy_stream));
     CHECK(cudaMalloc(&workspace, workspace_bytes));
