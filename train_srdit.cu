@@ -1101,7 +1101,8 @@ __global__ void __launch_bounds__(256)
 // ----------------------------------------------------------------------------------------------------------
 // Attention: q, k = RoPE(RMSNorm(.)), v = lambda v1 + (1 - lambda) v, out = softmax(q k^T / sqrt(Dh)) v. Two
 // ways: on tensor cores (below), with all of it in one kernel each way, for bf16, Dh = 64 and T <= 272, that
-// is all named sizes up to 16 x 16 patches; and a plain one, for everything else and for the build in float.
+// is all named sizes but XL (Dh = 72) up to 16 x 16 patches; and a plain one, for everything else and for the
+// build in float.
 
 typedef struct {
     const floatX *qkv;                  // [B,T,3D]
@@ -1378,6 +1379,7 @@ __global__ void __launch_bounds__(32)
 // spread over a warp's registers.
 
 enum { HD = 64, TMAX_SMALL = 64, TMAX_LARGE = 272 };   // head width; longest sequences of the two variants
+enum { SMALL_WARPS = 4, LARGE_WARPS = 8, HALVES_WARPS = 6 };   // of the backward's
 #ifndef FP32
 
 #ifndef CUDA_ON_CPU   // the PTX this file uses; the emulator has the same functions for the CPU
@@ -1822,6 +1824,23 @@ __device__ __forceinline__ void query_rows(const AttentionGrads &out, float (&dw
     for (int m = 0; m < MT; m++) norm_rope_backward<Q>(out.dqkv, dw, dq[m], a, b, h, t0 + m * 16, lane);
 }
 
+// The weights' gradients of a block, one row of parts: its warps' sums, added in order
+template <int NW, class Shared>
+__device__ __forceinline__ void weight_sums(float *parts, Shared &s, const float (&dwq)[2],
+                                            const float (&dwk)[2], float dl, int warp, int lane) {
+    *(float2 *)&s.dw[0][warp][lane * 2] = make_float2(dwq[0], dwq[1]);   // columns 8g + 2c = 2 lane
+    *(float2 *)&s.dw[1][warp][lane * 2] = make_float2(dwk[0], dwk[1]);
+    dl = sum_lanes<32>(dl);
+    if (lane == 0) s.dlambda[warp] = dl;
+    __syncthreads();
+    float *part = parts + (size_t)blockIdx.x * (2 * HD + 1);
+    for (int i = threadIdx.x; i <= 2 * HD; i += NW * 32) {
+        float x = 0;
+        for (int k = 0; k < NW; k++) x += i == 2 * HD ? s.dlambda[k] : s.dw[i / HD][k][i % HD];
+        part[i] = x;
+    }
+}
+
 // o, dout [B,T,H,64], lse [B,H,T]. NW warps; a job is 16 keys or MQ * 16 queries. 146 KB of shared memory at
 // T = 257, one block an SM; at T <= 64 35 KB, 3 an SM. Reads 6 (+ 2) + 4, writes 6, adds 4 + 4 bytes an
 // element: 1.2 GB, 0.4 ms; memory and shared memory bound it about equally.
@@ -1871,18 +1890,77 @@ __global__ void __launch_bounds__(NW * 32, CTAS)
         else query_rows<MQ>(out, dwq, a, b, h, t, s, lane);
     }
 
-    // the weights' gradients: the warps' sums, added in order
-    *(float2 *)&s.dw[0][warp][lane * 2] = make_float2(dwq[0], dwq[1]);   // columns 8g + 2c = 2 lane
-    *(float2 *)&s.dw[1][warp][lane * 2] = make_float2(dwk[0], dwk[1]);
-    dl = sum_lanes<32>(dl);
-    if (lane == 0) s.dlambda[warp] = dl;
-    __syncthreads();
-    float *part = out.parts + (size_t)blockIdx.x * (2 * HD + 1);
-    for (int i = threadIdx.x; i <= 2 * HD; i += NW * 32) {
-        float x = 0;
-        for (int k = 0; k < NW; k++) x += i == 2 * HD ? s.dlambda[k] : s.dw[i / HD][k][i % HD];
-        part[i] = x;
+    weight_sums<NW>(out.parts, s, dwq, dwk, dl, warp, lane);
+}
+
+// The same where a card has less shared memory than that: sm_86, sm_89 and sm_120 have 99 KB a block, and this
+// takes 97. The two kinds of jobs are two halves, one after the other, and only what all jobs of a half read
+// lies whole in shared memory, q and do or k and v; 16 rows of the other two come through a warp's own.
+// Reads each input row twice.
+template <int TMAX, int NW> struct HalvesShared {
+    Row u[TMAX], w[TMAX], own[NW][2][16];
+    float lse[TMAX], delta[TMAX];
+    float dw[2][NW][HD], dlambda[NW];
+};
+template <int TMAX, int NW>
+__global__ void __launch_bounds__(NW * 32, 1)
+    tensor_attention_halves_kernel(const AttentionGrads out, const Attention a, const bf16 *__restrict__ dout,
+                                   const bf16 *__restrict__ o, const float *__restrict__ lse) {
+    extern __shared__ __align__(128) unsigned char raw[];
+    typedef HalvesShared<TMAX, NW> Shared;
+    Shared &s = *reinterpret_cast<Shared *>(raw);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, b = blockIdx.x / a.H, h = blockIdx.x % a.H;
+    const int jobs = (a.T + 15) / 16;
+    Row *x = s.own[warp][0], *y = s.own[warp][1];
+    float dwk[2] = {}, dwq[2] = {}, dl = 0;
+    for (int t = warp * 4 + lane / 8; t < jobs * 16; t += NW * 4) {
+        uint4 q = load_row<Q>(a, b, h, t, lane), p = load_plain(dout, a, b, h, t, lane);
+        float d = 0, f[8], fo[8];
+        unpack8(f, p);
+        unpack8(fo, load_plain(o, a, b, h, t, lane));
+        for (int i = 0; i < 8; i++) d += f[i] * fo[i];
+        d = sum_lanes<8>(d);
+        *(uint4 *)tile_at(s.u, t, lane % 8) = q;
+        *(uint4 *)tile_at(s.w, t, lane % 8) = p;
+        if (lane % 8 == 0) {
+            s.lse[t] = t < a.T ? __ldg(lse + (size_t)blockIdx.x * a.T + t) * LOG2E : INFINITY;
+            s.delta[t] = d;
+        }
     }
+    __syncthreads();
+    for (int job = warp; job < jobs; job += NW) {
+        for (int i = lane / 8; i < 16; i += 4) {
+            uint4 k = load_row<K>(a, b, h, job * 16 + i, lane), v = load_row<V>(a, b, h, job * 16 + i, lane);
+            *(uint4 *)tile_at(x, i, lane % 8) = k;
+            *(uint4 *)tile_at(y, i, lane % 8) = v;
+        }
+        __syncwarp();
+        float dk[1][8][4] = {}, dv[1][8][4] = {};
+        backward_rows<1, true>(dk, dv, x, y, s.u, s.w, s.lse, s.delta, 0, a.T, lane);
+        norm_rope_backward<K>(out.dqkv, dwk, dk[0], a, b, h, job * 16, lane);
+        mix_backward(out, dl, dv[0], a, b, h, job * 16, lane);
+        __syncwarp();
+    }
+    __syncthreads();
+    for (int t = warp * 4 + lane / 8; t < jobs * 16; t += NW * 4) {
+        uint4 k = load_row<K>(a, b, h, t, lane), v = load_row<V>(a, b, h, t, lane);
+        *(uint4 *)tile_at(s.u, t, lane % 8) = k;
+        *(uint4 *)tile_at(s.w, t, lane % 8) = v;
+    }
+    __syncthreads();
+    for (int job = warp; job < jobs; job += NW) {
+        for (int i = lane / 8; i < 16; i += 4) {
+            uint4 q = load_row<Q>(a, b, h, job * 16 + i, lane);
+            *(uint4 *)tile_at(x, i, lane % 8) = q;
+            *(uint4 *)tile_at(y, i, lane % 8) = load_plain(dout, a, b, h, job * 16 + i, lane);
+        }
+        __syncwarp();
+        float dq[1][8][4] = {}, none[1][8][4];
+        backward_rows<1, false>(dq, none, x, y, s.u, s.w, s.lse + job * 16, s.delta + job * 16, 0, a.T, lane);
+        norm_rope_backward<Q>(out.dqkv, dwq, dq[0], a, b, h, job * 16, lane);
+        __syncwarp();
+    }
+    weight_sums<NW>(out.parts, s, dwq, dwk, dl, warp, lane);
 }
 
 template <int TMAX, int MT> static void forward_launch(bf16 *o, float *lse, const Attention *a, int B) {
@@ -1903,28 +1981,80 @@ static void backward_launch(const AttentionGrads *g, const bf16 *dout, const bf1
         <<<(unsigned)(B * a->H), NW * 32, bytes, stream>>>(*g, *a, dout, o, lse);
     LAUNCHED();
 }
+static void halves_launch(const AttentionGrads *g, const bf16 *dout, const bf16 *o, const float *lse,
+                          const Attention *a, int B) {
+    const size_t bytes = sizeof(HalvesShared<TMAX_LARGE, HALVES_WARPS>);
+    CHECK(cudaFuncSetAttribute(tensor_attention_halves_kernel<TMAX_LARGE, HALVES_WARPS>,
+                               cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+    tensor_attention_halves_kernel<TMAX_LARGE, HALVES_WARPS>
+        <<<(unsigned)(B * a->H), HALVES_WARPS * 32, bytes, stream>>>(*g, *a, dout, o, lse);
+    LAUNCHED();
+}
 static void tensor_attention_forward(bf16 *o, float *lse, const Attention *a, int B) {
     if (a->T <= TMAX_SMALL) forward_launch<TMAX_SMALL, 1>(o, lse, a, B);
     else forward_launch<TMAX_LARGE, 2>(o, lse, a, B);
 }
 static void tensor_attention_backward(const AttentionGrads *g, const bf16 *dout, const bf16 *o,
-                                      const float *lse, const Attention *a, int B) {
-    if (a->T <= TMAX_SMALL) backward_launch<TMAX_SMALL, 4, 1, 3>(g, dout, o, lse, a, B);
-    else backward_launch<TMAX_LARGE, 8, 2, 1>(g, dout, o, lse, a, B);
+                                      const float *lse, const Attention *a, int B, int halves) {
+    if (a->T <= TMAX_SMALL) backward_launch<TMAX_SMALL, SMALL_WARPS, 1, 3>(g, dout, o, lse, a, B);
+    else if (halves) halves_launch(g, dout, o, lse, a, B);
+    else backward_launch<TMAX_LARGE, LARGE_WARPS, 2, 1>(g, dout, o, lse, a, B);
 }
 #endif   // FP32
 
-// Which way: the tensor cores' kernels bound the scores by the norm of q and k, so they need it.
-static int tensor_attention(const Attention *a) {
+// Which way. The tensor cores' kernels bound the scores by the norm of q and k, so they need it; and a block's
+// shared memory, of which not every card has as much. Forward and backward may go different ways: between
+// them are only `out` and `lse`.
+enum Way { PLAIN, HALVES, WHOLE };   // HALVES: of the backward
 #ifdef FP32
-    return use_tensor_attention && !a;   // never
+static enum Way forward_way(const Attention *a) { return use_tensor_attention && !a ? WHOLE : PLAIN; }
+static enum Way backward_way(const Attention *a) { return forward_way(a); }   // PLAIN
 #else
+static int tensor_shape(const Attention *a) {
     return use_tensor_attention && a->Dh == HD && a->T <= TMAX_LARGE && a->wq;
-#endif
 }
+static int fits(size_t shared) { return shared <= card.sharedMemPerBlockOptin; }
+static enum Way forward_way(const Attention *a) {
+    if (!tensor_shape(a)) return PLAIN;
+    if (a->T <= TMAX_SMALL) return fits(sizeof(ForwardShared<TMAX_SMALL>)) ? WHOLE : PLAIN;
+    return fits(sizeof(ForwardShared<TMAX_LARGE>)) ? WHOLE : PLAIN;
+}
+static enum Way backward_way(const Attention *a) {
+    if (!tensor_shape(a)) return PLAIN;
+    if (a->T <= TMAX_SMALL) return fits(sizeof(BackwardShared<TMAX_SMALL, SMALL_WARPS>)) ? WHOLE : PLAIN;
+    if (fits(sizeof(BackwardShared<TMAX_LARGE, LARGE_WARPS>))) return WHOLE;
+    return fits(sizeof(HalvesShared<TMAX_LARGE, HALVES_WARPS>)) ? HALVES : PLAIN;
+}
+#endif
+// What decides that for a model's longest sequences
+static Attention longest_attention(const Config *c) {
+    static const float weight = 1;
+    Attention a;
+    memset(&a, 0, sizeof(a));
+    a.T = tokens_of(c);
+    a.Dh = c->hidden_size / c->num_heads;
+    a.wq = c->qk_norm ? &weight : NULL;
+    return a;
+}
+// One line, where attention is slower than it could be: why. (In float it is plain by design.)
+static void attention_report(FILE *to, const Config *c) {
+    Attention a = longest_attention(c);
+    enum Way forward = forward_way(&a), backward = backward_way(&a);
+    size_t room = card.sharedMemPerBlockOptin / 1024;
+    if (sizeof(floatX) == 4 || backward == WHOLE) return;
+    fprintf(to, "attention of all %d tokens: %s, since ", a.T,
+            backward == HALVES ? "backward in two halves"
+            : forward == PLAIN ? "plain kernels"
+                               : "plain kernels backward");
+    if (a.Dh != HD) fprintf(to, "heads are %d wide and the tensor cores' kernels take %d\n", a.Dh, HD);
+    else if (a.T > TMAX_LARGE) fprintf(to, "the tensor cores' kernels take at most %d\n", TMAX_LARGE);
+    else if (!a.wq) fprintf(to, "the tensor cores' kernels need QK-norm\n");
+    else fprintf(to, "%s has %zu KB of shared memory a block\n", card.name, room);
+}
+
 enum { MIX_CHUNK = 16 };
 static int attention_parts(const Attention *a, int B) {   // rows of AttentionGrads.parts
-    return tensor_attention(a) ? B * a->H : B * div_up(a->T, MIX_CHUNK);
+    return backward_way(a) == PLAIN ? B * div_up(a->T, MIX_CHUNK) : B * a->H;
 }
 
 #define BY_HEAD(KERNEL, ...)                                                                                 \
@@ -1939,7 +2069,7 @@ static int attention_parts(const Attention *a, int B) {   // rows of AttentionGr
 // out [B,T,D], lse [B,H,T]; mix [B,T,3D] is scratch of the plain way
 static void attention_forward(floatX *out, float *lse, floatX *mix, const Attention *a, int B) {
 #ifndef FP32
-    if (tensor_attention(a)) {
+    if (forward_way(a) != PLAIN) {
         tensor_attention_forward(out, lse, a, B);
         return;
     }
@@ -1954,8 +2084,9 @@ static void attention_forward(floatX *out, float *lse, floatX *mix, const Attent
 static void attention_backward(const AttentionGrads *g, floatX *mix, float *delta, const floatX *dout,
                                const floatX *out, const float *lse, const Attention *a, int B) {
 #ifndef FP32
-    if (tensor_attention(a)) {
-        tensor_attention_backward(g, dout, out, lse, a, B);
+    enum Way way = backward_way(a);
+    if (way != PLAIN) {
+        tensor_attention_backward(g, dout, out, lse, a, B, way == HALVES);
         return;
     }
 #endif
@@ -2271,13 +2402,8 @@ static void acts_layout(Acts *a, DeviceArena *m, const Config *c, int B) {
     size_t of_norm = b * (size_t)norm_chunks((int)T) * 4 * D, of_bias = BIAS_CHUNKS * columns;
     size_t of_attention = (b * H + b * (T / 16 + 1)) * (2 * Dh + 1);
     take(a->parts, m, largest(of_norm, largest(of_bias, of_attention)));
-    Attention longest;
-    memset(&longest, 0, sizeof(longest));
-    float some = 0;
-    longest.T = (int)T;
-    longest.Dh = (int)Dh;
-    longest.wq = c->qk_norm ? &some : NULL;
-    size_t plain = !tensor_attention(&longest);
+    Attention longest = longest_attention(c);
+    size_t plain = forward_way(&longest) == PLAIN || backward_way(&longest) == PLAIN;
     take(a->delta, m, plain * N * H);
     take(a->mix, m, plain * N * 3 * D);
 }
@@ -3236,6 +3362,7 @@ static Model *model_create(const Config *c, int max_batch, uint64_t seed) {
     m->table = params_table(&g->w, c, NULL);
     MemoryPlan plan = memory_plan(g, max_batch);
     memory_check(g, &plan, max_batch);
+    if (verbose) attention_report(stdout, c);
     m->parameter_bytes = plan.parameters;
     m->activation_bytes = plan.activations + plan.input;
     DeviceArena arena = {NULL, plan.all - plan.input, 0, NULL};
