@@ -1601,15 +1601,127 @@ static void test_same_bits(void) {
     }
 }
 
-// Where cuBLASLt has no GELU epilogue the layer is a kernel of its own; where there are no tensor cores'
-// shapes, so is attention
+// Where the GELU epilogue is slower the layer is a kernel of its own; where there are no tensor cores' shapes,
+// or too little shared memory (99 KB is that of sm_86, 64 that of none), attention goes another way
 static void test_other_ways(void) {
-    Config c = long_config(8, 128, 2);
+    Config c = long_config(8, 128, 2), longer = long_config(16, 64, 1);
     gpu::use_gelu_epilogue = 0;
     compare_step("GELU as its own kernel", &c, 2, 0, 1);
     gpu::use_gelu_epilogue = 1, gpu::use_tensor_attention = 0;
     compare_step("plain attention", &c, 2, 0, 1);
     gpu::use_tensor_attention = 1;
+    size_t room = gpu::card.sharedMemPerBlockOptin;
+    gpu::card.sharedMemPerBlockOptin = 99 * 1024;
+    compare_step("attention, 99 KB of shared memory", &longer, 1, 0, 1);
+    gpu::card.sharedMemPerBlockOptin = 64 * 1024;
+    compare_step("attention, 64 KB of shared memory", &c, 1, 0, 1);
+    gpu::card.sharedMemPerBlockOptin = room;
+}
+
+// Attention says at the start where it goes a slower way, and why
+static void test_attention_report(void) {
+    Config heads = long_config(8, 144, 2), many = long_config(18, 64, 1), no_norm = long_config(8, 64, 1),
+           good = long_config(16, 64, 1);
+    no_norm.qk_norm = 0;
+    struct {
+        const Config *c;
+        size_t room;
+        const char *want;
+    } list[] = {{&heads, 227, "heads are 72 wide"}, {&many, 227, "take at most 272"},
+                {&no_norm, 227, "need QK-norm"},    {&good, 227, ""},
+                {&good, 99, "in two halves"},       {&good, 64, "64 KB of shared memory"}};
+    size_t room = gpu::card.sharedMemPerBlockOptin;
+    int wrong = 0, in_float = sizeof(gpu::floatX) == 4;
+    for (size_t i = 0; i < sizeof(list) / sizeof(*list); i++) {
+        char text[512] = "";
+        FILE *f = tmpfile();
+        if (!f) die("no temporary file: %s", strerror(errno));
+        gpu::card.sharedMemPerBlockOptin = list[i].room * 1024;
+        gpu::attention_report(f, list[i].c);
+        rewind(f);
+        size_t n = fread(text, 1, sizeof(text) - 1, f);
+        fclose(f);
+        int good_text = in_float || !*list[i].want ? n == 0 : strstr(text, list[i].want) != NULL;
+        if (!good_text) printf("     not \"%s\": %s", list[i].want, text);
+        wrong += !good_text;
+    }
+    gpu::card.sharedMemPerBlockOptin = room;
+    result(!wrong, "what attention says", "%d of %zu wrong", wrong, sizeof(list) / sizeof(*list));
+}
+
+// One product of gpu::matmul against loops in double, as cuBLASLt takes it and then with refusals: of the bias,
+// of batches too, of everything. `odd`: rows of an odd length in memory. Returns how many of the four are wrong.
+template <class E>
+static int product_wrong(int M, int N, int K, int ta, int tb, int add, int with_bias, int batch, int odd) {
+    gpu::GemmKey k = gpu::gemm_key(M, N, K, ta, tb);
+    if (odd) k.lda |= 1, k.ldb |= 1, k.ldc |= 1;
+    k.add = add, k.batch = batch;
+    size_t na = (size_t)(k.lda * (ta ? K : M)), nb = (size_t)(k.ldb * (tb ? N : K)), nc = (size_t)(k.ldc * M);
+    if (batch > 1) k.stepa = (int64_t)na, k.stepb = (int64_t)nb, k.stepc = (int64_t)nc, k.step_bias = N;
+    na *= (size_t)batch, nb *= (size_t)batch, nc *= (size_t)batch;
+    size_t counts[4] = {na, nb, nc, (size_t)(N * batch)};
+    real *x[4];
+    void *device[4], *host[4];
+    for (int i = 0; i < 4; i++) {
+        size_t size = i < 2 ? sizeof(gpu::floatX) : sizeof(E);
+        x[i] = (real *)alloc_zero(counts[i], sizeof(real));
+        host[i] = alloc_zero(counts[i], size);
+        fill_normal(x[i], counts[i], 11, 0, 0, (uint32_t)i);
+        for (size_t j = 0; j < counts[i]; j++) {
+            if (i < 2) x[i][j] = (real)(float)(((gpu::floatX *)host[i])[j] = (gpu::floatX)(float)x[i][j]);
+            else x[i][j] = (real)(float)(((E *)host[i])[j] = (E)(float)x[i][j]);
+        }
+        if (cudaMalloc(&device[i], counts[i] * size)) die("no GPU memory");
+        cudaMemcpy(device[i], host[i], counts[i] * size, cudaMemcpyHostToDevice);
+    }
+    int wrong = 0, first = gpu::plan_count;
+    double tolerance = sizeof(E) == 4 ? 2e-5 : 1.0 / 128;
+    for (int refuse = 0; refuse < 4; refuse++) {
+        for (int i = first; i < gpu::plan_count; i++) {
+            gpu::GemmPlan *p = gpu::plans[i];
+            p->refused |= refuse == 3 || (refuse && p->key.epilogue != CUBLASLT_EPILOGUE_DEFAULT) ||
+                          (refuse == 2 && p->key.batch > 1);
+        }
+        cudaMemcpy(device[2], host[2], nc * sizeof(E), cudaMemcpyHostToDevice);
+        gpu::matmul<E>(k, (E *)device[2], (gpu::floatX *)device[0], (gpu::floatX *)device[1],
+                       with_bias ? (E *)device[3] : NULL);
+        E *got = (E *)alloc_zero(nc, sizeof(E));
+        cudaDeviceSynchronize();
+        cudaMemcpy(got, device[2], nc * sizeof(E), cudaMemcpyDeviceToHost);
+        int bad = 0;
+        for (int b = 0; b < batch; b++)
+            for (int i = 0; i < M; i++)
+                for (int j = 0; j < k.ldc; j++) {
+                    size_t at = (size_t)(b * k.stepc + i * k.ldc + j);
+                    double want = add || j >= N ? (double)x[2][at] : 0;   // behind a row nothing is touched
+                    for (int l = 0; l < K && j < N; l++)
+                        want += (double)x[0][b * k.stepa + (ta ? l * k.lda + i : i * k.lda + l)] *
+                                x[1][b * k.stepb + (tb ? j * k.ldb + l : l * k.ldb + j)];
+                    if (with_bias && j < N) want += x[3][b * k.step_bias + j];
+                    bad += !(fabs((double)(float)got[at] - want) <= tolerance * (1 + fabs(want)));
+                }
+        wrong += bad != 0;
+        free(got);
+    }
+    for (int i = 0; i < 4; i++) free(x[i]), free(host[i]), cudaFree(device[i]);
+    return wrong;
+}
+// Products that cuBLASLt may refuse, however it takes them, and the kernels that stand in
+static void test_products(void) {
+    static const int sizes[][3] = {{1, 24, 12}, {24, 1, 40}, {24, 12, 1}, {33, 17, 20}, {16, 48, 64}};
+    int wrong = 0, count = 0;
+    Config c = small_config();
+    gpu_backend.destroy(gpu_backend.create(&c, 1, 1));   // opens the GPU
+    for (size_t i = 0; i < sizeof(sizes) / sizeof(*sizes); i++)
+        for (int way = 0; way < 32; way++) {
+            int ta = way & 1, tb = way >> 1 & 1, add = way >> 2 & 1, odd = way >> 3 & 1,
+                batch = way & 16 ? 3 : 1;
+            const int *s = sizes[i];
+            wrong += product_wrong<float>(s[0], s[1], s[2], ta, tb, add, !add, batch, odd);
+            wrong += product_wrong<gpu::floatX>(s[0], s[1], s[2], ta, tb, add, !add, batch, odd);
+            count += 8;
+        }
+    result(!wrong, "products that cuBLASLt may refuse", "%d, %d wrong", count, wrong);
 }
 
 // The first step that is not finite changes nothing, nor does any after it; it is told at the next reading,
@@ -1641,12 +1753,20 @@ static void test_not_finite(void) {
 }
 
 // Creation makes every plan of a matrix product that training will ask for (on a GPU it also times them), so
-// that no step allocates: neither one with several parts, nor one without the sparse path.
+// that no step allocates: neither one with several parts, nor one without the sparse path. It does so on random
+// data (a model's first output is zeros) and leaves the parameters as they were.
 static void test_plans(void) {
     Config c = small_config();
     c.num_classes = 3;
     Model *m = gpu_backend.create(&c, 3, 1);
+    size_t bytes = m->table.total * sizeof(real);
+    real *start = (real *)alloc_zero(1, bytes), *after = (real *)alloc_zero(1, bytes);
+    gpu_backend.get_block(start, m, PARAMS);
     gpu::tune(gpu::gpu_of(m));
+    gpu_backend.get_block(after, m, PARAMS);
+    int same = !memcmp(start, after, bytes), zeros = 0;
+    const real *out = gpu_backend.activation(m, "out");
+    for (int i = 0; i < 3 * latent_of(&c); i++) zeros += !(fabs((double)out[i]) > 0);
     int before = gpu::plan_count;
     for (int step = 1; step <= 4; step++) {
         Batch *b = random_batch(&c, 3, 0, 3, (uint64_t)step, step > 2);
@@ -1657,8 +1777,75 @@ static void test_plans(void) {
     }
     int more = gpu::plan_count - before;
     result(before > 0 && more == 0, "plans before step 1", "%d at creation, %d later", before, more);
-    gpu_backend.destroy(m);
+    result(same && !zeros, "plans are timed on random data", "%d zeros, parameters afterwards %s", zeros,
+           same ? "as before" : "CHANGED");
+    free(start), free(after), gpu_backend.destroy(m);
 }
+
+// The file of plans: what it holds is not timed again; what was timed for the other type, or on another card, is
+static void test_plan_file(void) {
+    char path[] = "/tmp/test_srdit_plans_XXXXXX", line[1024], own[300], was[1024] = "";
+    int fd = mkstemp(path), foreign = 0, gelu = 0, in_float = sizeof(gpu::floatX) == 4, timed[4];
+    if (fd < 0) die("%s cannot be made: %s", path, strerror(errno));
+    close(fd);
+    if (getenv("GEMM_PLANS")) snprintf(was, sizeof(was), "%s", getenv("GEMM_PLANS"));
+    setenv("GEMM_PLANS", path, 1);
+    Config c = small_config();
+    c.depth = c.num_f = 1, c.num_h = 0;
+    int plan_count = gpu::plan_count;   // those of the other tests
+    static gpu::GemmPlan *plans[gpu::MAX_PLANS];
+    memcpy(plans, gpu::plans, sizeof(plans));
+    Model *m = gpu_backend.create(&c, 2, 1);
+    char name[sizeof(gpu::card.name)];
+    snprintf(name, sizeof(name), "%s", gpu::card.name);
+    for (int turn = 0; turn < 4; turn++) {   // new, again, for the other type, on another card
+        if (turn == 0 && truncate(path, 0)) die("%s: %s", path, strerror(errno));
+        if (turn == 2) {
+            char command[200];
+            snprintf(command, sizeof(command), "sed -i 's/%s/%s/' %s", in_float ? ", float," : ", bf16,",
+                     in_float ? ", bf16," : ", float,", path);
+            if (system(command)) die("sed failed");
+        }
+        if (turn == 3) snprintf(gpu::card.name, sizeof(gpu::card.name), "another");
+        gpu::plan_count = 0;
+        gpu::tune(gpu::gpu_of(m));
+        timed[turn] = gpu::timed_count;
+        if (turn == 0) {
+            FILE *f = fopen(path, "r");
+            snprintf(own, sizeof(own), "%s, cuBLASLt %zu, %s, ", name, cublasLtGetVersion(),
+                     in_float ? "float" : "bf16");
+            while (f && fgets(line, sizeof(line), f))
+                foreign += strncmp(line, own, strlen(own)) != 0, gelu += strstr(line, "GELU inside") != NULL;
+            if (f) fclose(f);
+        }
+    }
+    snprintf(gpu::card.name, sizeof(gpu::card.name), "%s", name);
+    memcpy(gpu::plans, plans, sizeof(plans)), gpu::plan_count = plan_count;
+    if (*was) setenv("GEMM_PLANS", was, 1);
+    else unsetenv("GEMM_PLANS");
+    unlink(path);
+    gpu_backend.destroy(m);
+    // (where cuBLASLt refuses the GELU epilogues there is nothing to choose)
+    int good = timed[0] > 0 && timed[1] == 0 && timed[2] == timed[0] && timed[3] == timed[0] && !foreign;
+    result(good && (in_float ? gelu == 0 : gelu <= 2), "file of plans",
+           "timed %d, again %d, other type %d, other card %d; %d of GELU; %d lines not of this card and type",
+           timed[0], timed[1], timed[2], timed[3], gelu, foreign);
+}
+
+#ifdef CUDA_ON_CPU
+// A card that is too old ends the start with a sentence
+static void test_old_card(const char *program) {
+    char command[1024], text[512] = "";
+    snprintf(command, sizeof(command), "CUDA_CPU_SM=75 '%s' --as-trainer --steps 1 2>&1 >/dev/null", program);
+    FILE *f = popen(command, "r");
+    if (!f) die("%s cannot be run: %s", program, strerror(errno));
+    size_t n = fread(text, 1, sizeof(text) - 1, f);
+    int status = pclose(f);
+    text[n] = 0;
+    result(status != 0 && strstr(text, "7.5, but 8.0 is needed") != NULL, "a card that is too old",
+           "status %d, %s", status, text);
+}
+#endif
 
 //   ./test_srdit_cu              all of it, then the reference files, if it is the build in float
 //   ./test_srdit_cu WORDS        the comparisons whose names contain the words
@@ -1690,6 +1877,12 @@ int main(int argc, char **argv) {
             test_draws();
             test_not_finite();
             test_plans();
+            test_plan_file();
+            test_products();
+            test_attention_report();
+#ifdef CUDA_ON_CPU
+            test_old_card(argv[0]);
+#endif
             test_same_bits();
             test_other_ways();
             test_training();
