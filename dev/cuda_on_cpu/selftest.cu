@@ -280,9 +280,17 @@ static void test_shared() {
     CUDA(cudaFuncSetAttribute(dynamic_shared, cudaFuncAttributeMaxDynamicSharedMemorySize, 64 * 1024));
     dynamic_shared<<<2, 48, 64 * 1024>>>(p.p);
     CUDA(cudaDeviceSynchronize());
-    CHECK(cudaFuncSetAttribute(dynamic_shared, cudaFuncAttributeMaxDynamicSharedMemorySize, 1 << 20) ==
+    cudaDeviceProp prop;                            // what the card offers a block, and not a byte more
+    CUDA(cudaGetDeviceProperties(&prop, 0));
+    const int most = (int)prop.sharedMemPerBlockOptin;
+    CUDA(cudaFuncSetAttribute(dynamic_shared, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+    dynamic_shared<<<2, 48, (size_t)most>>>(p.p);
+    CUDA(cudaDeviceSynchronize());
+    CHECK(cudaFuncSetAttribute(dynamic_shared, cudaFuncAttributeMaxDynamicSharedMemorySize, most + 1) ==
           cudaErrorInvalidValue);
     cudaGetLastError();
+    dynamic_shared<<<2, 48, (size_t)most + 1>>>(p.p);
+    CHECK(cudaGetLastError() == cudaErrorInvalidValue);
 
     const int n = 100;
     vector<float> x = fill<float>(3 * n, noise);
@@ -820,7 +828,8 @@ static void test_blas() {
     for (const Case &c : cases) refused += !blas_case(handle, c);
     if (refused) printf("cublasLt: %d of %d cases are not supported here\n", refused, (int)cases.size());
 #ifdef CUDA_ON_CPU
-    CHECK(refused == 0);
+    const char *mood = getenv("CUDA_CPU_CUBLAS");
+    CHECK(mood && strcmp(mood, "kind") ? refused > 0 : refused == 0);
 #endif
     LT(cublasLtDestroy(handle));
 }
