@@ -1603,8 +1603,8 @@ static void test_same_bits(void) {
     }
 }
 
-// Where the GELU epilogue is slower the layer is a kernel of its own; where there are no tensor cores' shapes,
-// or too little shared memory (99 KB is that of sm_86, 64 that of none), attention goes another way
+// Where the GELU epilogue is slower the layer is a kernel of its own; where there are no tensor cores'
+// shapes, or too little shared memory (99 KB is that of sm_86, 64 that of none), attention goes another way
 static void test_other_ways(void) {
     Config c = long_config(8, 128, 2), longer = long_config(16, 64, 1);
     gpu::use_gelu_epilogue = 0;
@@ -1651,8 +1651,9 @@ static void test_attention_report(void) {
     result(!wrong, "what attention says", "%d of %zu wrong", wrong, sizeof(list) / sizeof(*list));
 }
 
-// One product of gpu::matmul against loops in double, as cuBLASLt takes it and then with refusals: of the bias,
-// of batches too, of everything. `odd`: rows of an odd length in memory. Returns how many of the four are wrong.
+// One product of gpu::matmul against loops in double, as cuBLASLt takes it and then with refusals: of the
+// bias, of batches too, of everything. `odd`: rows of an odd length in memory. Returns how many of the four
+// are wrong.
 template <class E>
 static int product_wrong(int M, int N, int K, int ta, int tb, int add, int with_bias, int batch, int odd) {
     gpu::GemmKey k = gpu::gemm_key(M, N, K, ta, tb);
@@ -1755,8 +1756,8 @@ static void test_not_finite(void) {
 }
 
 // Creation makes every plan of a matrix product that training will ask for (on a GPU it also times them), so
-// that no step allocates: neither one with several parts, nor one without the sparse path. It does so on random
-// data (a model's first output is zeros) and leaves the parameters as they were.
+// that no step allocates: neither one with several parts, nor one without the sparse path. It does so on
+// random data (a model's first output is zeros) and leaves the parameters as they were.
 static void test_plans(void) {
     Config c = small_config();
     c.num_classes = 3;
@@ -1784,7 +1785,7 @@ static void test_plans(void) {
     free(start), free(after), gpu_backend.destroy(m);
 }
 
-// The file of plans: what it holds is not timed again; what was timed for the other type, or on another card, is
+// The file of plans: what it holds is not timed again, unless for the other type or on another card
 static void test_plan_file(void) {
     char path[] = "/tmp/test_srdit_plans_XXXXXX", line[1024], own[300], was[1024] = "";
     int fd = mkstemp(path), foreign = 0, gelu = 0, in_float = sizeof(gpu::floatX) == 4, timed[4];

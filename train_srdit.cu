@@ -241,8 +241,8 @@ static void cast(floatX *out, const float *in, size_t n) {   // n is a multiple 
 // and repeats this one's bits.
 //
 // Nothing says which products cuBLASLt takes on which card (a dimension of 1 or an odd row length is
-// doubtful). One that it refuses is done by simpler ones: without the bias, to which it is added, then a batch
-// one by one, and at last by a plain kernel.
+// doubtful). One that it refuses is done by simpler ones: without the bias, to which it is added, then a
+// batch one by one, and at last by a plain kernel.
 
 typedef struct {
     int M, N, K, lda, ldb, ldc;           // C[M,N] (+)= op(A)[M,K] op(B)[K,N], row-major; ld: from row to row
@@ -279,7 +279,7 @@ static const char *plans_path(void) {
     const char *path = getenv("GEMM_PLANS");
     return path ? path : "build/gemm_plans.txt";
 }
-// The start of a line of that file: the GPU, library and type the choice was timed with, what was chosen, the key
+// The start of a line of that file: GPU, library and type, what was chosen, and the key
 enum Choice { ALGORITHM, GELU_INSIDE };
 static void plan_line(char *out, size_t size, enum Choice what, const GemmKey *k) {
     snprintf(out, size,
@@ -436,8 +436,8 @@ static GemmPlan *plan_of(GemmKey *k, void *C, const floatX *A, const floatX *B, 
     return plan_make(k, C, A, B, bias, aux);
 }
 
-// C (+)= op(A) op(B), then the epilogue: bias [N] of C's type, aux of floatX. Returns 0, with nothing done, if
-// cuBLASLt refuses, which it may do only here although it proposed the algorithm.
+// C (+)= op(A) op(B), then the epilogue: bias [N] of C's type, aux of floatX. Returns 0, with nothing done,
+// if cuBLASLt refuses, which it may do only here although it proposed the algorithm.
 static int matmul_lt(GemmPlan *p, void *C, const floatX *A, const floatX *B, const void *bias, void *aux) {
     float one = 1, beta = (float)p->key.add;
     if (p->refused) return 0;
@@ -462,8 +462,8 @@ __global__ void __launch_bounds__(256) bias_rows_kernel(E *out, const E *bias, i
     float b = to_float(bias[blockIdx.z * bias_step + c]);
     store(at, add ? to_float(*at) + b : b);
 }
-// The product of a key without batch or epilogue. A block makes 16 x 16 numbers of C, a thread one, from tiles
-// of op(A) and op(B) in shared memory; sums in float, in a fixed order. Bound by shared memory.
+// The product of a key without batch or epilogue. A block makes 16 x 16 numbers of C, a thread one, from
+// tiles of op(A) and op(B) in shared memory; sums in float, in a fixed order. Bound by shared memory.
 template <class E>
 __global__ void __launch_bounds__(256)
     matmul_kernel(E *C, const floatX *A, const floatX *B, const GemmKey k) {
@@ -497,7 +497,7 @@ template <class E> static void matmul_plain(E *C, const floatX *A, const floatX 
     LAUNCHED();
 }
 
-// C (+)= op(A) op(B) + bias (NULL: none), C and bias of type E: by cuBLASLt, or as the head of this section says
+// C (+)= op(A) op(B) + bias (NULL: none), C and bias of type E: by cuBLASLt, or in simpler steps
 template <class E> static void matmul(GemmKey k, E *C, const floatX *A, const floatX *B, const E *bias) {
     k.float_out = sizeof(E) == 4;
     k.epilogue = bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
@@ -516,8 +516,8 @@ template <class E> static void matmul(GemmKey k, E *C, const floatX *A, const fl
     } else matmul_plain<E>(C, A, B, &k);
 }
 
-// GELU (or its slope) in the epilogue of a product, `inside`, which returns 0 if cuBLASLt refuses, or a product
-// and a kernel, `apart`: whichever took less time on these operands while tuning. Not timed: inside.
+// GELU (or its slope) in the epilogue of a product, `inside`, which returns 0 if cuBLASLt refuses, or a
+// product and a kernel, `apart`: whichever took less time on these operands while tuning. Not timed: inside.
 template <class Inside, class Apart> static void gelu_way(GemmPlan *p, Inside inside, Apart apart) {
     if (tuning && p->gelu_inside < 0 && inside()) {
         apart();   // makes its plan
@@ -1893,9 +1893,9 @@ __global__ void __launch_bounds__(NW * 32, CTAS)
     weight_sums<NW>(out.parts, s, dwq, dwk, dl, warp, lane);
 }
 
-// The same where a card has less shared memory than that: sm_86, sm_89 and sm_120 have 99 KB a block, and this
-// takes 97. The two kinds of jobs are two halves, one after the other, and only what all jobs of a half read
-// lies whole in shared memory, q and do or k and v; 16 rows of the other two come through a warp's own.
+// The same where a card has less shared memory than that: sm_86, sm_89 and sm_120 have 99 KB a block, and
+// this takes 97. The two kinds of jobs are two halves, one after the other, and only what all jobs of a half
+// read lies whole in shared memory, q and do or k and v; 16 rows of the other two come through a warp's own.
 // Reads each input row twice.
 template <int TMAX, int NW> struct HalvesShared {
     Row u[TMAX], w[TMAX], own[NW][2][16];
@@ -2002,9 +2002,9 @@ static void tensor_attention_backward(const AttentionGrads *g, const bf16 *dout,
 }
 #endif   // FP32
 
-// Which way. The tensor cores' kernels bound the scores by the norm of q and k, so they need it; and a block's
-// shared memory, of which not every card has as much. Forward and backward may go different ways: between
-// them are only `out` and `lse`.
+// Which way. The tensor cores' kernels bound the scores by the norm of q and k, so they need it; and a
+// block's shared memory, of which not every card has as much. Forward and backward may go different ways:
+// between them are only `out` and `lse`.
 enum Way { PLAIN, HALVES, WHOLE };   // HALVES: of the backward
 #ifdef FP32
 static enum Way forward_way(const Attention *a) { return use_tensor_attention && !a ? WHOLE : PLAIN; }
@@ -3231,9 +3231,9 @@ static void fill_spread(float *x, size_t n, float scale) {
     }
 }
 
-// One step of each kind, so that every matrix product of training gets its plan and its time is taken: no step
-// makes one later, nor allocates anything else. All numbers are random, since products of zeros, which most
-// parameters are at first, draw less power and run faster; afterwards the parameters are as before.
+// One step of each kind, so that every matrix product of training gets its plan and its time is taken: no
+// step makes one later, nor allocates anything else. All numbers are random, since products of zeros, which
+// most parameters are at first, draw less power and run faster; afterwards the parameters are as before.
 static void tune(GpuModel *g) {
     Model *m = &g->base;
     const Config *c = &m->c;
