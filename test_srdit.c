@@ -1546,6 +1546,44 @@ static void test_same_bits(void) {
     }
 }
 
+// Steps as recorded graphs leave the bits that launch by launch leaves: parts of a batch, paths dropped, both
+// buffers of the input, learning rates that change
+static void test_graph(void) {
+    Config c = small_config();
+    real *end[2];
+    Losses losses[2];
+    size_t bytes = 0;
+    int recorded = 0, graphs = 0;
+    for (int on = 0; on < 2; on++) {
+        gpu::use_graph = on;
+        Model *m = gpu_backend.create(&c, 3, 1);
+        randomize(m, 5);
+        for (int step = 1; step <= 6; step++) {
+            gpu_backend.zero_gradients(m);
+            for (int part = 0; part < 2; part++) {
+                Batch *b = random_batch(&c, 3, 3 * part, 6, (uint64_t)step, step % 3 == 0);
+                gpu_backend.forward_backward(m, b);
+                batch_free(b);
+            }
+            gpu_backend.update(m, step);
+        }
+        losses[on] = gpu_backend.read_losses(m);
+        bytes = m->table.total * sizeof(real);
+        end[on] = (real *)alloc_zero(2, bytes);
+        gpu_backend.get_block(end[on], m, PARAMS);
+        gpu_backend.get_block(end[on] + m->table.total, m, EMA);
+        recorded = gpu::gpu_of(m)->recorded;
+        for (int i = 0; i < recorded; i++) graphs += gpu::gpu_of(m)->recordings[i].graph != NULL;
+        gpu_backend.destroy(m);
+    }
+    int same = !memcmp(end[0], end[1], 2 * bytes) && !memcmp(&losses[0], &losses[1], sizeof(Losses));
+    result(same && graphs == 5 && recorded == 5, "graphs",
+           "6 steps, %d of %d kinds replayed: %s those of single launches", graphs, recorded,
+           same ? "the bits are" : "NOT");
+    gpu::use_graph = 1;
+    free(end[0]), free(end[1]);
+}
+
 // Where cuBLASLt has no GELU epilogue the layer is a kernel of its own; where there are no tensor cores'
 // shapes, so is attention
 static void test_other_ways(void) {
@@ -1606,7 +1644,7 @@ static void test_plans(void) {
 }
 
 //   ./test_srdit_cu              all of it, then the reference files, if it is the build in float
-//   ./test_srdit_cu WORDS        the comparisons whose names contain the words
+//   ./test_srdit_cu WORDS        the tests and comparisons whose names contain the words
 //   ./test_srdit_cu FILE ...     replay these reference files
 //   SHOW=1 prints every tensor
 int main(int argc, char **argv) {
@@ -1619,7 +1657,7 @@ int main(int argc, char **argv) {
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "--help")) {
             printf("%s                      all tests\n%s FILE.safetensors ... replay these reference files\n"
-                   "%s TEXT                 the comparisons with this text in their name\n"
+                   "%s TEXT                 the tests and comparisons with this text in their name\n"
                    "  --tolerance X   relative error allowed in replays\n",
                    argv[0], argv[0], argv[0]);
             return 0;
@@ -1631,13 +1669,16 @@ int main(int argc, char **argv) {
     }
     if (!files) {
         printf("train_srdit.cu, in %s, against the CPU\n", in_float ? "float" : "bf16");
+        static const struct {
+            const char *name;
+            void (*run)(void);
+        } tests[] = {{"draws", test_draws},       {"not finite", test_not_finite},
+                     {"plans", test_plans},       {"same bits", test_same_bits},
+                     {"graphs", test_graph},      {"other ways", test_other_ways},
+                     {"200 steps", test_training}};
+        for (size_t i = 0; i < sizeof(tests) / sizeof(tests[0]); i++)
+            if (strstr(tests[i].name, only)) tests[i].run();
         if (!only[0]) {
-            test_draws();
-            test_not_finite();
-            test_plans();
-            test_same_bits();
-            test_other_ways();
-            test_training();
             glob_t g;
             if (in_float && glob("dev/ref/*.safetensors", 0, NULL, &g) == 0) {
                 for (size_t i = 0; i < g.gl_pathc; i++) replay(g.gl_pathv[i], 0, 0);

@@ -812,11 +812,21 @@ typedef struct {
 } Batch;
 
 // The total, and its parts before their coefficients, summed over the steps since they were last read; the
-// last step's gradient norm; the first step that was not finite (0: none), after which updates change nothing
+// last step's gradient norm; the first step that was not finite (0: none), after which updates change nothing,
+// and what of it was not
+enum LossPart { NO_PART, DENOISE, CLS, ALIGN, CFM, GRADIENT };
 typedef struct {
     double total, denoise, cls, align, cfm, grad_norm;
     int bad_step;
+    enum LossPart bad_part;
 } Losses;
+HOST_DEVICE static inline enum LossPart bad_part_of(double denoise, double cls, double align, double cfm,
+                                                    double gradient) {
+    double parts[] = {denoise, cls, align, cfm, gradient};
+    for (int i = 0; i < 5; i++)
+        if (!(fabs(parts[i]) < (double)INFINITY)) return (enum LossPart)(DENOISE + i);
+    return NO_PART;
+}
 
 // Activations of a block that its backward needs
 typedef struct {
@@ -1414,7 +1424,11 @@ static void update(Model *model, int step) {
     Losses *losses = &model->losses;
     AdamW o = adamw_of(&model->c, step);
     double norm = losses->grad_norm = gradient_norm(model), clip = o.max_norm / (norm + 1e-6);
-    if (!losses->bad_step && !(norm < INFINITY && fabs(losses->total) < INFINITY)) losses->bad_step = step;
+    if (!losses->bad_step) {
+        losses->bad_part =
+            bad_part_of(losses->denoise, losses->cls, losses->align, losses->cfm, losses->grad_norm);
+        losses->bad_step = losses->bad_part == NO_PART ? 0 : step;
+    }
     if (losses->bad_step) return;
     real scale = (real)(clip < 1 ? clip : 1), b1 = (real)o.b1, b2 = (real)o.b2, one1 = (real)(1 - o.b1);
     real one2 = (real)(1 - o.b2), rate = (real)o.rate, root = (real)o.root, eps = (real)o.eps;
@@ -1432,7 +1446,7 @@ static void update(Model *model, int step) {
 static Losses read_losses(Model *model) {
     Losses sum = model->losses;
     memset(&model->losses, 0, sizeof(Losses));
-    model->losses.bad_step = sum.bad_step;
+    model->losses.bad_step = sum.bad_step, model->losses.bad_part = sum.bad_part;
     return sum;
 }
 
@@ -1455,6 +1469,8 @@ typedef struct {
     const real *(*host_block)(Model *, enum Block, real *room);   // the block itself, or copied to room
     void (*put_block)(Model *, const real *, enum Block);
     const real *(*activation)(Model *, const char *name);
+    // only a GPU's, else NULL
+    void (*begin)(Model *, int no_graph);   // before a training
 } Backend;
 
 static real *model_block(Model *m, enum Block which) {
@@ -1518,7 +1534,7 @@ static const real *activation(Model *m, const char *name) {   // of the last for
 
 static const Backend cpu_backend = {"CPU",     model_create, model_destroy, zero_gradients, forward_backward,
                                     update,    read_losses,  velocity,      get_block,      host_block,
-                                    put_block, activation};
+                                    put_block, activation,   NULL};
 
 static int all_finite(const real *x, size_t n) {
     for (size_t i = 0; i < n; i++)
@@ -1781,6 +1797,7 @@ typedef struct {
     TextList data;
     const char *model, *out, *resume, *export_to;
     int batch, accum, steps, log_every, save_every, sample_every, sample_steps, threads, overwrite;
+    int no_graph;
     uint64_t seed;
 } Run;
 #define OPTION(name, field, kind, initial, low, high, help)                                                  \
@@ -1807,6 +1824,8 @@ static const Option run_options[] = {
     OPTION("sample_every", sample_every, WHOLE, 0, 0, 1e9, "steps between pictures; 0: one at the end"),
     OPTION("sample_steps", sample_steps, WHOLE, 50, 1, 1e6, "network evaluations a picture"),
     OPTION("threads", threads, WHOLE, 0, 0, 4096, "CPU threads; 0: what OpenMP chooses"),
+    OPTION("no_graph", no_graph, SWITCH, 0, 0, 1,
+           "GPU: launch every kernel, instead of replaying a recorded step"),
 };
 enum { RUN_OPTIONS = sizeof(run_options) / sizeof(run_options[0]) };
 
@@ -2179,12 +2198,14 @@ static void forward_backward_step(Training *t, int step, char bad[96]) {
 
 // The end of a run whose step `step` (from 1) was not finite: the state is still that of the step before, so
 // that the step can be made once more to see where it began.
-__attribute__((noreturn)) static void report_not_finite(Training *t, int step) {
+__attribute__((noreturn)) static void report_not_finite(Training *t, int step, enum LossPart part) {
+    static const char *const parts[] = {
+        "the loss or its gradient", "the velocity loss",    "the CLS loss",
+        "the alignment loss",       "the contrastive loss", "the norm of the gradient"};
     char bad[96] = "";
     forward_backward_step(t, step - 1, bad);
-    die("step %d: the loss or its gradient is not a finite number; first bad: %s. %s%s; try a smaller --lr",
-        step, *bad ? bad : "unknown",
-        t->saved >= 0 ? "The last checkpoint is " : "No checkpoint was written yet",
+    die("step %d: %s is not a finite number; first bad: %s. %s%s; try a smaller --lr", step, parts[part],
+        *bad ? bad : "unknown", t->saved >= 0 ? "The last checkpoint is " : "No checkpoint was written yet",
         t->saved >= 0 ? t->folder.checkpoint : "");
 }
 
@@ -2200,7 +2221,7 @@ static void train(Training *t) {
         int line = save || t->step % run->log_every == 0 || t->step == 1;
         if (line || t->backend == &cpu_backend) {   // reading waits for a GPU
             Losses now = t->backend->read_losses(t->model);
-            if (now.bad_step) report_not_finite(t, now.bad_step);
+            if (now.bad_step) report_not_finite(t, now.bad_step, now.bad_part);
             log_add(log, &now);
         }
         double pause = now_seconds();
@@ -2261,6 +2282,7 @@ static Training training_open(const Config *c, const Run *run, const Backend *ba
     if (run->export_to) export_check(run, &t.folder);
     if (!t.run.accum) t.run.accum = backend == &cpu_backend ? parts_of(c, run->batch) : 1;
     t.model = backend->create(c, run->batch / t.run.accum, run->seed);
+    if (backend->begin) backend->begin(t.model, run->no_graph);
     if (resume) checkpoint_load(backend, t.model, resume);
     t.batch = batch_create(c, run->batch / t.run.accum);
     t.batch->on_device = backend != &cpu_backend;
@@ -2311,6 +2333,8 @@ static int train_main(int argc, char **argv, const Backend *backend) {
         die("--steps %d: %s is at step %d already", run.steps, run.resume, step);
     if (run.accum && run.batch % run.accum)
         die("--accum %d does not divide --batch %d", run.accum, run.batch);
+    if (!backend->begin && run.no_graph)
+        die("--no-graph: only the GPU's trainer records its steps (make train_srdit_cu)");
     if (run.threads) omp_set_num_threads(run.threads);
 
     Data *d = data_open(run.data.items, run.data.count);

@@ -35,6 +35,7 @@
 //   CLS of the final layer, of tokens    moved: last in memory, so that the patches are one matrix
 //   zero_gradients                       a flag: the next gradients overwrite
 //   noise, kept tokens of a batch        drawn on the device, from the same addresses
+//   a step                               recorded once as a CUDA graph, then replayed (run_recorded)
 //
 // The same are all formulas, Config, Table and Params, the places in the table, and every random number.
 //
@@ -79,6 +80,7 @@ static void check_cuda(cudaError_t e, const char *file, int line) {
 static cudaStream_t stream;            // all work is queued here, in order,
 static cudaStream_t copy_stream;       // but for the copies of the next step's data
 static int verbose = 1;                // print the memory plan and what was tuned
+static int use_graph = 1;              // record a step and replay it (--no-graph: launch every kernel)
 static int use_gelu_epilogue = 1;      // GELU inside the matrix products, where cuBLASLt offers it
 static int use_tensor_attention = 1;   // attention on tensor cores, where it fits (bf16, Dh = 64, T <= 272)
 
@@ -2005,11 +2007,29 @@ typedef struct {
 
 enum { LOSS_BLOCKS = 512, NORM_BLOCKS = 1024 };
 // Sums over the steps since they were read, the last step's gradient norm, and the first step that was not
-// finite (0: none), which stays
+// finite (0: none) with what of it was not, which stay
 typedef struct {
     double denoise, cls, align, cfm, grad_norm;
     int bad_step;
+    enum LossPart bad_part;
 } DeviceLosses;
+// The constants of a step, AdamW's of train_srdit.c in float, and its number (from 1)
+typedef struct {
+    float b1, b2, one1, one2, eps, rate, root, decay, ema, one_ema;
+    double max_norm;
+    int step;
+} StepConstants;
+// What tells one recorded piece of work from another: all that its kernels' arguments depend on and that may
+// change while a model lives
+typedef struct {
+    int update;                                        // 1: of the optimizer; 0: forward and backward
+    int slot, B, whole, path_drop, fresh, on_device;   // of the input queue, the batch, the gradients
+} StepKind;
+typedef struct {
+    StepKind kind;
+    cudaGraphExec_t graph;   // NULL: seen once, not recorded yet
+} Recording;
+enum { MAX_RECORDINGS = 16 };   // a training needs 5, with parts (--accum) 9
 typedef struct {
     Model base;   // its configuration and table are what shared code reads
     char *memory;
@@ -2020,11 +2040,14 @@ typedef struct {
     float2 *rope;   // [G,Dh/4] for attention on tensor cores
     Acts a;
     DeviceLosses *losses;
+    StepConstants *constants;
     float *loss_parts, *norm_parts;   // [4, ...], [NORM_BLOCKS]
     InputQueue queue;
-    Input in;      // the one of this step
-    int fresh;     // 1: gradients count as zero, the next ones overwrite
-    float *host;   // what `activation` returns lies here
+    Input in;   // the one of this step
+    Recording recordings[MAX_RECORDINGS];
+    int recorded;   // how many there were so far; the oldest makes room
+    int fresh;      // 1: gradients count as zero, the next ones overwrite
+    float *host;    // what `activation` returns lies here
     size_t host_size;
 } GpuModel;
 static GpuModel *gpu_of(Model *m) { return (GpuModel *)m; }
@@ -2140,6 +2163,7 @@ static size_t memory_layout(GpuModel *g, DeviceArena *m, int B) {
     size_t parameters = m->used;
     take(g->rope, m, (size_t)grid_of(c) * (size_t)(c->hidden_size / c->num_heads / 4));
     take(g->losses, m, 1);
+    take(g->constants, m, 1);
     take(g->loss_parts, m, 4 * loss_parts_of(c, B));
     take(g->norm_parts, m, NORM_BLOCKS);
     acts_layout(&g->a, m, c, B);
@@ -2729,6 +2753,37 @@ static void loss_and_gradients(GpuModel *g, const Batch *batch) {
     }
 }
 
+// A step is some 450 launches, of which the host needs 2 to 3 us each (arithmetic: 1 ms) and the device a gap
+// between any two. Recorded as a CUDA graph they are one launch. The first time work of a kind is done as it is,
+// so that plans of matrix products are made and kernels loaded; the second time it is recorded, from then on
+// replayed. Everything that differs from step to step is read from device memory: Draw, StepConstants.
+template <class Work> static void run_recorded(GpuModel *g, const StepKind &kind, Work work) {
+    if (!use_graph || tuning) {
+        work();
+        return;
+    }
+    Recording *r = NULL;
+    for (int i = 0; i < imin(g->recorded, MAX_RECORDINGS) && !r; i++)
+        if (!memcmp(&g->recordings[i].kind, &kind, sizeof(kind))) r = &g->recordings[i];
+    if (!r) {
+        r = &g->recordings[g->recorded++ % MAX_RECORDINGS];
+        if (r->graph) CHECK(cudaGraphExecDestroy(r->graph));
+        r->kind = kind;
+        r->graph = NULL;
+        work();
+        return;
+    }
+    if (!r->graph) {
+        cudaGraph_t graph;
+        CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+        work();
+        CHECK(cudaStreamEndCapture(stream, &graph));
+        CHECK(cudaGraphInstantiateWithFlags(&r->graph, graph, 0));
+        CHECK(cudaGraphDestroy(graph));
+    }
+    CHECK(cudaGraphLaunch(r->graph, stream));
+}
+
 static void zero_gradients(Model *m) { gpu_of(m)->fresh = 1; }   // the next gradients overwrite
 static void zero_now(GpuModel *g) {                              // where nothing came after zero_gradients
     if (g->fresh) CHECK(cudaMemsetAsync(g->grads, 0, g->base.table.total * sizeof(float), stream));
@@ -2739,11 +2794,18 @@ static void forward_backward(Model *model, const Batch *batch) {
     GpuModel *g = gpu_of(model);
     if (batch->B > model->max_batch) die("a batch of %d in a model made for %d", batch->B, model->max_batch);
     use_weights(g, PARAMS);
+    StepKind kind;
+    memset(&kind, 0, sizeof(kind));
+    kind.slot = g->queue.turn;
+    kind.B = batch->B, kind.whole = batch->whole;
+    kind.path_drop = batch->path_drop, kind.fresh = g->fresh, kind.on_device = batch->on_device;
     g->in = batch_upload(&g->queue, batch, &model->c);
-    if (batch->on_device) draw_on_device(&g->in, &model->c, batch->B);
-    network_forward(g, &g->w, 1, batch->path_drop, batch->B);
-    loss_and_gradients(g, batch);
-    network_backward(g, batch->path_drop, batch->B);
+    run_recorded(g, kind, [=] {
+        if (batch->on_device) draw_on_device(&g->in, &model->c, batch->B);
+        network_forward(g, &g->w, 1, batch->path_drop, batch->B);
+        loss_and_gradients(g, batch);
+        network_backward(g, batch->path_drop, batch->B);
+    });
     batch_done(&g->queue);
     g->fresh = 0;
 }
@@ -2792,11 +2854,11 @@ __global__ void __launch_bounds__(256) grad_norm_kernel(float *parts, const floa
     sum = sum_block(sum, sums);
     if (threadIdx.x == 0) parts[blockIdx.x] = sum;
 }
-// The norm of the gradient, and whether this step (from 1) is the first whose norm or losses are not
-// finite. The host reads the losses only now and then: what goes wrong in between is kept here, and no
-// later update covers it up. One block.
+// The norm of the gradient, and whether this step is the first whose norm or losses are not finite. The host
+// reads the losses only now and then: what goes wrong in between is kept here, and no later update covers it
+// up. One block.
 __global__ void __launch_bounds__(256)
-    root_kernel(DeviceLosses *losses, const float *parts, int count, int step) {
+    root_kernel(DeviceLosses *losses, const float *parts, int count, const StepConstants *constants) {
     __shared__ double sums[256];
     double sum = 0;
     for (int i = threadIdx.x; i < count; i += 256) sum += parts[i];
@@ -2805,18 +2867,17 @@ __global__ void __launch_bounds__(256)
     if (threadIdx.x) return;
     for (int i = 1; i < 256; i++) sum += sums[i];
     losses->grad_norm = sqrt(sum);
-    double all = sum + fabs(losses->denoise) + fabs(losses->cls) + fabs(losses->align) + fabs(losses->cfm);
-    if (!(all < (double)INFINITY) && !losses->bad_step) losses->bad_step = step;
+    enum LossPart bad = bad_part_of(losses->denoise, losses->cls, losses->align, losses->cfm, sum);
+    if (bad == NO_PART || losses->bad_step) return;
+    losses->bad_step = constants->step;
+    losses->bad_part = bad;
 }
 
-// The constants of a step, AdamW's of train_srdit.c in float
-typedef struct {
-    float b1, b2, one1, one2, eps, rate, root, decay, ema, one_ema;
-    double max_norm;
-} AdamWFloat;
-static AdamWFloat adamw_float(const Config *c, int step) {
+static StepConstants step_constants(const Config *c, int step) {
     AdamW d = adamw_of(c, step);
-    AdamWFloat o;
+    StepConstants o;
+    memset(&o, 0, sizeof(o));
+    o.step = step;
     o.b1 = (float)d.b1;
     o.b2 = (float)d.b2;
     o.one1 = (float)(1 - d.b1);
@@ -2831,11 +2892,15 @@ static AdamWFloat adamw_float(const Config *c, int step) {
     return o;
 }
 
+// To device memory by way of a kernel's arguments, which are copied as it is launched: no buffer to guard
+__global__ void constants_kernel(StepConstants *to, const StepConstants from) { *to = from; }
+
 // Reads 20, writes 16 + 2 bytes a parameter: 5.3 GB, 1.8 ms in B/1; bound by memory. From the first step that
 // is not finite on nothing is changed. n is a multiple of 64.
 __global__ void __launch_bounds__(256)
     adamw_kernel(float *params, float *m, float *v, float *ema, floatX *weights, const float *grads,
-                 const DeviceLosses *losses, const AdamWFloat o, size_t n) {
+                 const DeviceLosses *losses, const StepConstants *constants, size_t n) {
+    const StepConstants o = *constants;
     size_t i = ((size_t)blockIdx.x * 256 + threadIdx.x) * 4;
     if (i >= n || losses->bad_step) return;
     double clip = o.max_norm / (losses->grad_norm + 1e-6);
@@ -2857,17 +2922,23 @@ __global__ void __launch_bounds__(256)
 
 static void update(Model *model, int step) {
     GpuModel *g = gpu_of(model);
-    AdamWFloat o = adamw_float(&model->c, step);
-    size_t n = model->table.trained;
+    StepKind kind;
+    memset(&kind, 0, sizeof(kind));
+    kind.update = 1;
     zero_now(g);
     use_weights(g, PARAMS);
-    grad_norm_kernel<<<NORM_BLOCKS, 256, 0, stream>>>(g->norm_parts, g->grads, n);
+    constants_kernel<<<1, 1, 0, stream>>>(g->constants, step_constants(&model->c, step));
     LAUNCHED();
-    root_kernel<<<1, 256, 0, stream>>>(g->losses, g->norm_parts, NORM_BLOCKS, step);
-    LAUNCHED();
-    adamw_kernel<<<(unsigned)((n / 4 + 255) / 256), 256, 0, stream>>>(g->params, g->m, g->v, g->ema,
-                                                                      g->weights, g->grads, g->losses, o, n);
-    LAUNCHED();
+    run_recorded(g, kind, [=] {
+        size_t n = model->table.trained;
+        grad_norm_kernel<<<NORM_BLOCKS, 256, 0, stream>>>(g->norm_parts, g->grads, n);
+        LAUNCHED();
+        root_kernel<<<1, 256, 0, stream>>>(g->losses, g->norm_parts, NORM_BLOCKS, g->constants);
+        LAUNCHED();
+        adamw_kernel<<<(unsigned)((n / 4 + 255) / 256), 256, 0, stream>>>(
+            g->params, g->m, g->v, g->ema, g->weights, g->grads, g->losses, g->constants, n);
+        LAUNCHED();
+    });
 }
 
 // The losses summed since the last call, and a fresh start. This waits for the GPU.
@@ -2885,6 +2956,7 @@ static Losses read_losses(Model *model) {
     sum.cfm = d.cfm;
     sum.grad_norm = d.grad_norm;
     sum.bad_step = d.bad_step;
+    sum.bad_part = d.bad_part;
     sum.total =
         d.denoise + c->cls_coeff * d.cls + c->align_coeff * d.align + (c->cfm ? c->cfm_coeff : 0) * d.cfm;
     return sum;
@@ -3093,9 +3165,16 @@ static Model *model_create(const Config *c, int max_batch, uint64_t seed) {
     return m;
 }
 
+static void begin(Model *m, int no_graph) {
+    (void)m;
+    use_graph = !no_graph;
+}
+
 static void model_destroy(Model *m) {
     GpuModel *g = gpu_of(m);
     CHECK(cudaDeviceSynchronize());
+    for (int i = 0; i < MAX_RECORDINGS; i++)
+        if (g->recordings[i].graph) CHECK(cudaGraphExecDestroy(g->recordings[i].graph));
     queue_destroy(&g->queue);
     memory_free(g->memory, g);
     free(g->host), free(m->table.tensors), free(g);
@@ -3106,7 +3185,7 @@ static void model_destroy(Model *m) {
 static const Backend gpu_backend = {
     "GPU",          gpu::model_create, gpu::model_destroy, gpu::zero_gradients, gpu::forward_backward,
     gpu::update,    gpu::read_losses,  gpu::velocity,      gpu::get_block,      gpu::host_block,
-    gpu::put_block, gpu::activation};
+    gpu::put_block, gpu::activation,   gpu::begin};
 
 #ifndef TRAIN_SRDIT_CU_NO_MAIN
 int main(int argc, char **argv) {
