@@ -15,7 +15,7 @@ NVCC     ?= $(shell command -v nvcc 2>/dev/null || ls /usr/local/cuda/bin/nvcc 2
 # -fno-math-errno lets sqrt be one instruction; nothing here reads errno after it. No fast-math: NaN must stay NaN.
 CFLAGS   := -std=gnu11 -g $(if $(filter yes,$(NATIVE)),$(OPTIMIZE),-O3) -fno-math-errno $(WARN)
 CFLAGS   += $(if $(filter yes,$(OPENMP)),-fopenmp,-Wno-unknown-pragmas)
-LDLIBS   := -lm
+LDLIBS   := -lm -pthread
 LIB      := $(wildcard dev/lib/*.h)
 
 .PHONY: all test debug help clean found

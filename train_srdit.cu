@@ -171,6 +171,22 @@ __device__ __forceinline__ void store4(float *p, const Vec4 &v) {
 __device__ __forceinline__ void store4(bf16 *p, const Vec4 &v) {
     *(uint2 *)p = make_uint2(pack(v.x[0], v.x[1]), pack(v.x[2], v.x[3]));
 }
+// As files store them: whole numbers of 8 bits, halves
+struct Half {
+    uint16_t bits;
+};
+__device__ __forceinline__ Vec4 load4(const int8_t *p) {
+    char4 v = *(const char4 *)p;
+    return {{(float)v.x, (float)v.y, (float)v.z, (float)v.w}};
+}
+__device__ __forceinline__ Vec4 load4(const Half *p) {
+    uint2 u = *(const uint2 *)p;
+    return {{half_to_float((uint16_t)u.x), half_to_float((uint16_t)(u.x >> 16)), half_to_float((uint16_t)u.y),
+             half_to_float((uint16_t)(u.y >> 16))}};
+}
+__device__ __forceinline__ float to_float(uint8_t x) { return x; }
+__device__ __forceinline__ float to_float(int8_t x) { return x; }
+__device__ __forceinline__ float to_float(Half x) { return half_to_float(x.bits); }
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ void store(float *p, float x) { *p = x; }
@@ -1827,25 +1843,75 @@ typedef struct {
 } Draw;
 typedef struct {   // laid out alike in pinned host memory and on the device
     Draw *draw;
-    float *x, *v_before, *cls, *t;   // as in Batch
+    float *cls, *t;   // as in Batch
     int *y;
-    floatX *feats;
-    float *noise, *noise_cls;   // from here on: copied if the batch brings them, else drawn here
+    void *x_stored,
+        *feats;   // as Batch's x_stored and feats_stored; what is not so arrives as float and floatX
+    float *noise, *noise_cls;   // copied if the batch brings them, else drawn here
     int *ids;
+    float *x, *v_before;   // only on the device: from x_stored
 } Input;
-static void input_layout(Input *in, DeviceArena *m, const Config *c, int B, size_t *copied) {
+// Bytes up to the stored samples, up to what is drawn, and of all that comes from the host
+typedef struct {
+    size_t small, stored, host;
+} InputBytes;
+static InputBytes input_layout(Input *in, DeviceArena *m, const Config *c, int B) {
     size_t b = (size_t)B, latent = (size_t)latent_of(c), Z = (size_t)c->z_dim, T = (size_t)tokens_of(c);
+    InputBytes bytes;
     take(in->draw, m, 1);
-    take(in->x, m, b * latent);
-    take(in->v_before, m, latent);
     take(in->cls, m, b * Z);
     take(in->t, m, b);
     take(in->y, m, b);
-    take(in->feats, m, c->align ? b * T * Z : 0);
-    *copied = m->used;
+    bytes.small = m->used;
+    float *x;
+    floatX *feats;
+    take(x, m, (1 + b) * latent);
+    take(feats, m, c->align ? b * T * Z : 0);
+    in->x_stored = x, in->feats = feats;
+    bytes.stored = m->used;
     take(in->noise, m, b * latent);
     take(in->noise_cls, m, b * Z);
     take(in->ids, m, b * (size_t)kept_of(c));
+    bytes.host = m->used;
+    take(in->x, m, b * latent);
+    take(in->v_before, m, latent);
+    return bytes;
+}
+
+// x [B,C,S,S] and -v_before [C,S,S], the sample before, from their stored form. Reads 1 to 4, writes 4 bytes an
+// element: 13 MB from bf16 at batch 256 of B/1, some 4 us (arithmetic).
+template <class S>
+__global__ void __launch_bounds__(256)
+    latents_kernel(float *x, float *v_before, const S *stored, double scale, double offset, size_t latent,
+                   size_t count) {
+    size_t i = (size_t)blockIdx.x * 256 + threadIdx.x;
+    if (i >= count) return;
+    float value = to_float(stored[i]);
+    if (scale != 1 || offset != 0) value = (float)((double)value * scale + offset);
+    if (i < latent) v_before[i] = -value;
+    else x[i - latent] = value;
+}
+template <class S> static void latents_of(const Input *in, const Batch *batch, size_t latent) {
+    size_t count = (1 + (size_t)batch->B) * latent;
+    latents_kernel<S><<<(unsigned)((count + 255) / 256), 256, 0, stream>>>(
+        in->x, in->v_before, (const S *)in->x_stored, batch->scale, batch->offset, latent, count);
+    LAUNCHED();
+}
+// The types that kernels convert. Others, and those of 8 bytes, are converted by the host.
+static int latents_on_device(enum Dtype type) {
+    return type == U8 || type == I8 || type == F16 || type == BF16 || type == F32;
+}
+static int feats_on_device(enum Dtype type) {
+    return type == I8 || type == F16 || type == BF16 || (type == F32 && sizeof(floatX) == 4);
+}
+static void latents_convert(const Input *in, const Batch *batch, size_t latent) {
+    switch (batch->x_type) {
+        case U8: latents_of<uint8_t>(in, batch, latent); break;
+        case I8: latents_of<int8_t>(in, batch, latent); break;
+        case F16: latents_of<Half>(in, batch, latent); break;
+        case BF16: latents_of<bf16>(in, batch, latent); break;
+        default: latents_of<float>(in, batch, latent);
+    }
 }
 
 // out[samples, n] (add: +=) standard normals of samples first + shift + y, as fill_normal; a thread draws
@@ -1896,20 +1962,19 @@ typedef struct {
     char *memory[2], *pinned[2];
     Input on_device[2], on_host[2];
     cudaEvent_t sent[2], done[2];   // the copy is over; the step that reads it is over
-    size_t bytes, copied;
+    InputBytes bytes;
     int turn;
 } InputQueue;
 static void queue_create(InputQueue *q, const Config *c, int B) {
     DeviceArena size = {NULL, 0, 1, NULL};
-    input_layout(&q->on_device[0], &size, c, B, &q->copied);
-    q->bytes = size.used;
+    q->bytes = input_layout(&q->on_device[0], &size, c, B);
     for (int i = 0; i < 2; i++) {
-        DeviceArena device = {NULL, q->bytes, 1, NULL};
+        DeviceArena device = {NULL, size.used, 1, NULL};
         q->memory[i] = memory_take(&device, NULL);
-        input_layout(&q->on_device[i], &device, c, B, &q->copied);
-        CHECK(cudaMallocHost((void **)&q->pinned[i], q->bytes));
+        input_layout(&q->on_device[i], &device, c, B);
+        CHECK(cudaMallocHost((void **)&q->pinned[i], q->bytes.host));
         DeviceArena host = {q->pinned[i], 0, 1, NULL};
-        input_layout(&q->on_host[i], &host, c, B, &q->copied);
+        input_layout(&q->on_host[i], &host, c, B);
         CHECK(cudaEventCreate(&q->sent[i]));
         CHECK(cudaEventCreate(&q->done[i]));
     }
@@ -1923,33 +1988,53 @@ static void queue_destroy(InputQueue *q) {
     }
 }
 
-// Where the batch will lie for the kernels that are launched from here on; batch_done follows
-// the last of them.
-static Input batch_upload(InputQueue *q, const Batch *batch, const Config *c) {
+// A batch in memory of its own is copied to buffer k, in its stored form: latents as they are, features in
+// floatX. Returns it as it lies there.
+static Batch batch_into(InputQueue *q, int k, const Batch *batch, const Config *c) {
     size_t b = (size_t)batch->B, latent = (size_t)latent_of(c), Z = (size_t)c->z_dim;
     size_t feats = b * (size_t)tokens_of(c) * Z;
-    int k = q->turn;
     Input *to = &q->on_host[k];
+    float *x = (float *)to->x_stored;
+    floatX *rounded = (floatX *)to->feats;
     CHECK(cudaEventSynchronize(q->sent[k]));
-    Draw draw = {batch->seed, (uint32_t)batch->step, (uint32_t)batch->first, (uint32_t)batch->whole};
-    *to->draw = draw;
-    memcpy(to->x, batch->x, b * latent * sizeof(float));
-    memcpy(to->v_before, batch->v_before, latent * sizeof(float));
+    for (size_t i = 0; i < latent; i++) x[i] = -batch->v_before[i];
+    memcpy(x + latent, batch->x, b * latent * sizeof(float));
     memcpy(to->t, batch->t, b * sizeof(float));
     memcpy(to->y, batch->y, b * sizeof(int));
     if (c->cls) memcpy(to->cls, batch->cls, b * Z * sizeof(float));
     if (c->align) {
 #pragma omp parallel for
-        for (size_t i = 0; i < feats; i++) to->feats[i] = (floatX)batch->feats[i];
+        for (size_t i = 0; i < feats; i++) rounded[i] = (floatX)batch->feats[i];
     }
     if (!batch->on_device) {
         memcpy(to->noise, batch->noise, b * latent * sizeof(float));
         if (c->cls) memcpy(to->noise_cls, batch->noise_cls, b * Z * sizeof(float));
         memcpy(to->ids, batch->ids, b * (size_t)kept_of(c) * sizeof(int));
     }
+    Batch there = *batch;
+    there.stored = 1, there.slot = 1 + k, there.scale = 1, there.offset = 0;
+    there.x_type = F32, there.feats_type = sizeof(floatX) == 4 ? F32 : BF16;
+    return there;
+}
+
+static void copy_to_device(InputQueue *q, int k, size_t from, size_t bytes) {
+    if (bytes)
+        CHECK(cudaMemcpyAsync(q->memory[k] + from, q->pinned[k] + from, bytes, cudaMemcpyHostToDevice,
+                              copy_stream));
+}
+// Queues the copy of a batch that lies in its buffer; kernels launched from here on find it on the device.
+// batch_done follows the last of them.
+static Input batch_upload(InputQueue *q, const Batch *batch, const Config *c) {
+    int k = batch->slot - 1;
+    size_t samples = (size_t)batch->B, latent = (size_t)latent_of(c) * (size_t)dtypes[batch->x_type].bytes;
+    size_t feats = (size_t)(tokens_of(c) * c->z_dim) * (size_t)dtypes[batch->feats_type].bytes;
+    Draw draw = {batch->seed, (uint32_t)batch->step, (uint32_t)batch->first, (uint32_t)batch->whole};
+    *q->on_host[k].draw = draw;
     CHECK(cudaStreamWaitEvent(copy_stream, q->done[k], 0));
-    CHECK(cudaMemcpyAsync(q->memory[k], q->pinned[k], batch->on_device ? q->copied : q->bytes,
-                          cudaMemcpyHostToDevice, copy_stream));
+    copy_to_device(q, k, 0, q->bytes.small);
+    copy_to_device(q, k, q->bytes.small, (1 + samples) * latent);
+    if (c->align) copy_to_device(q, k, (size_t)((char *)q->on_host[k].feats - q->pinned[k]), samples * feats);
+    if (!batch->on_device) copy_to_device(q, k, q->bytes.stored, q->bytes.host - q->bytes.stored);
     CHECK(cudaEventRecord(q->sent[k], copy_stream));
     CHECK(cudaStreamWaitEvent(stream, q->sent[k], 0));
     q->turn = !k;
@@ -2024,6 +2109,8 @@ typedef struct {
 typedef struct {
     int update;                                        // 1: of the optimizer; 0: forward and backward
     int slot, B, whole, path_drop, fresh, on_device;   // of the input queue, the batch, the gradients
+    enum Dtype x_type, feats_type;
+    double scale, offset;
 } StepKind;
 typedef struct {
     StepKind kind;
@@ -2675,34 +2762,60 @@ __global__ void __launch_bounds__(256)
     sum = sum_block(sum, sums);
     if (threadIdx.x == 0) parts[blockIdx.x] = sum;
 }
-// Cosine loss of zs [rows,Z] against feats, and its gradient, a warp a row; the second reading comes from the
-// cache. Reads 2 + 2, writes 2 bytes an element; bound by memory.
+// Cosine loss of zs [rows,Z] against feats, as they are stored, and its gradient, a warp a row, V numbers at
+// once; the second reading comes from the cache. Reads 2 + 1 (feats in 8 bits), writes 2 bytes an element; bound
+// by memory: 0.25 GB in B/1.
+template <int V, class S> __device__ __forceinline__ void load_some(float (&x)[V], const S *p) {
+    if constexpr (V == 4) {
+        Vec4 v = load4(p);
+        for (int j = 0; j < 4; j++) x[j] = v.x[j];
+    } else x[0] = to_float(*p);
+}
+template <class S, int V>
 __global__ void __launch_bounds__(256) align_loss_kernel(floatX *dz, float *parts, const floatX *zs,
-                                                         const floatX *feats, double scale, int rows, int Z) {
+                                                         const S *feats, double scale, int rows, int Z) {
     __shared__ float cosines[8];
     int n = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
-    float cosine = 0;
+    float cosine = 0, f[V], z[V];
     if (n < rows) {
-        const floatX *z = zs + (size_t)n * Z, *f = feats + (size_t)n * Z;
+        size_t row = (size_t)n * Z;
         float ff = 0, zz = 0, fz = 0;
-        for (int i = lane; i < Z; i += 32) {
-            float a = to_float(f[i]), b = to_float(z[i]);
-            ff += a * a;
-            zz += b * b;
-            fz += a * b;
+        for (int i = lane * V; i < Z; i += 32 * V) {
+            load_some<V>(f, feats + row + i);
+            load_some<V>(z, zs + row + i);
+            for (int j = 0; j < V; j++) {
+                ff += f[j] * f[j];
+                zz += z[j] * z[j];
+                fz += f[j] * z[j];
+            }
         }
         ff = fmaxf(sqrtf(sum_lanes<32>(ff)), 1e-12f);
         zz = fmaxf(sqrtf(sum_lanes<32>(zz)), 1e-12f);
         cosine = sum_lanes<32>(fz) / (ff * zz);
         float k = (float)(scale / zz);
-        for (int i = lane; i < Z; i += 32)
-            store(&dz[(size_t)n * Z + i], k * (to_float(f[i]) / ff - cosine * to_float(z[i]) / zz));
+        for (int i = lane * V; i < Z; i += 32 * V) {
+            load_some<V>(f, feats + row + i);
+            load_some<V>(z, zs + row + i);
+            for (int j = 0; j < V; j++) f[j] = k * (f[j] / ff - cosine * z[j] / zz);
+            if constexpr (V == 4) store4(dz + row + i, {{f[0], f[1], f[2], f[3]}});
+            else store(dz + row + i, f[0]);
+        }
     }
     if (lane == 0) cosines[threadIdx.x / 32] = cosine;
     __syncthreads();
     float sum = 0;
     for (int i = 0; i < 8 && threadIdx.x == 0; i++) sum -= cosines[i];
     if (threadIdx.x == 0) parts[blockIdx.x] = sum;
+}
+template <class S>
+static void align_loss(floatX *dz, float *parts, const floatX *zs, const void *feats, double scale, int rows,
+                       int Z) {
+    unsigned blocks = (unsigned)div_up(rows, 8);
+    const S *stored = (const S *)feats;
+    if (Z % 4 == 0)
+        align_loss_kernel<S, 4><<<blocks, 256, 0, stream>>>(dz, parts, zs, stored, scale, rows, Z);
+    else align_loss_kernel<S, 1><<<blocks, 256, 0, stream>>>(dz, parts, zs, stored, scale, rows, Z);
+    LAUNCHED();
 }
 // *total += scale * sum of parts[count], in double and in a fixed order; one block
 __global__ void __launch_bounds__(256)
@@ -2745,9 +2858,14 @@ static void loss_and_gradients(GpuModel *g, const Batch *batch) {
     }
     if (c->align) {
         blocks = div_up(B * T, 8);
-        align_loss_kernel<<<(unsigned)blocks, 256, 0, stream>>>(a->wide2, parts + 3 * room, a->zs, in->feats,
-                                                                -c->align_coeff * of_align, B * T, Z);
-        LAUNCHED();
+        double scale = -c->align_coeff * of_align;
+        float *sums = parts + 3 * room;
+        switch (batch->feats_type) {
+            case I8: align_loss<int8_t>(a->wide2, sums, a->zs, in->feats, scale, B * T, Z); break;
+            case F16: align_loss<Half>(a->wide2, sums, a->zs, in->feats, scale, B * T, Z); break;
+            case BF16: align_loss<bf16>(a->wide2, sums, a->zs, in->feats, scale, B * T, Z); break;
+            default: align_loss<float>(a->wide2, sums, a->zs, in->feats, scale, B * T, Z);
+        }
         loss_sum_kernel<<<1, 256, 0, stream>>>(&g->losses->align, parts + 3 * room, blocks, of_align);
         LAUNCHED();
     }
@@ -2794,17 +2912,20 @@ static void forward_backward(Model *model, const Batch *batch) {
     GpuModel *g = gpu_of(model);
     if (batch->B > model->max_batch) die("a batch of %d in a model made for %d", batch->B, model->max_batch);
     use_weights(g, PARAMS);
+    Batch here = batch->slot ? *batch : batch_into(&g->queue, g->queue.turn, batch, &model->c);
     StepKind kind;
     memset(&kind, 0, sizeof(kind));
-    kind.slot = g->queue.turn;
-    kind.B = batch->B, kind.whole = batch->whole;
-    kind.path_drop = batch->path_drop, kind.fresh = g->fresh, kind.on_device = batch->on_device;
-    g->in = batch_upload(&g->queue, batch, &model->c);
-    run_recorded(g, kind, [=] {
-        if (batch->on_device) draw_on_device(&g->in, &model->c, batch->B);
-        network_forward(g, &g->w, 1, batch->path_drop, batch->B);
-        loss_and_gradients(g, batch);
-        network_backward(g, batch->path_drop, batch->B);
+    kind.slot = here.slot, kind.B = here.B, kind.whole = here.whole;
+    kind.path_drop = here.path_drop, kind.fresh = g->fresh, kind.on_device = here.on_device;
+    kind.x_type = here.x_type, kind.feats_type = here.feats_type;
+    kind.scale = here.scale, kind.offset = here.offset;
+    g->in = batch_upload(&g->queue, &here, &model->c);
+    run_recorded(g, kind, [=, &here] {
+        latents_convert(&g->in, &here, (size_t)latent_of(&model->c));
+        if (here.on_device) draw_on_device(&g->in, &model->c, here.B);
+        network_forward(g, &g->w, 1, here.path_drop, here.B);
+        loss_and_gradients(g, &here);
+        network_backward(g, here.path_drop, here.B);
     });
     batch_done(&g->queue);
     g->fresh = 0;
@@ -3086,8 +3207,7 @@ static MemoryPlan memory_plan(GpuModel *g, int max_batch) {
     MemoryPlan p;
     DeviceArena arena = {NULL, 0, 0, NULL}, input = {NULL, 0, 1, NULL};
     Input counted;
-    size_t copied;
-    input_layout(&counted, &input, &g->base.c, max_batch, &copied);
+    input_layout(&counted, &input, &g->base.c, max_batch);
     p.parameters = memory_layout(g, &arena, max_batch);
     p.activations = arena.used - p.parameters;
     p.input = 2 * input.used;
@@ -3165,6 +3285,20 @@ static Model *model_create(const Config *c, int max_batch, uint64_t seed) {
     return m;
 }
 
+// Input buffer i as a batch that the loader fills
+static Batch *batch_in(Model *m, const Data *d, int i) {
+    Input *in = &gpu_of(m)->queue.on_host[i];
+    if (!latents_on_device(d->latent_type) || (m->c.align && !feats_on_device(d->feat_type))) return NULL;
+    Batch *b = (Batch *)alloc_zero(1, sizeof(Batch));
+    b->B = b->whole = m->max_batch;
+    b->on_device = b->stored = 1, b->slot = 1 + i;
+    b->t = in->t, b->y = in->y, b->cls = in->cls, b->x_stored = in->x_stored, b->feats_stored = in->feats;
+    b->x_type = d->latent_type, b->feats_type = m->c.align ? d->feat_type : I8;
+    b->scale = d->scale, b->offset = d->offset;
+    return b;
+}
+static void batch_wait(Model *m, int i) { CHECK(cudaEventSynchronize(gpu_of(m)->queue.sent[i])); }
+
 static void begin(Model *m, int no_graph) {
     (void)m;
     use_graph = !no_graph;
@@ -3185,7 +3319,7 @@ static void model_destroy(Model *m) {
 static const Backend gpu_backend = {
     "GPU",          gpu::model_create, gpu::model_destroy, gpu::zero_gradients, gpu::forward_backward,
     gpu::update,    gpu::read_losses,  gpu::velocity,      gpu::get_block,      gpu::host_block,
-    gpu::put_block, gpu::activation,   gpu::begin};
+    gpu::put_block, gpu::activation,   gpu::begin,         gpu::batch_in,       gpu::batch_wait};
 
 #ifndef TRAIN_SRDIT_CU_NO_MAIN
 int main(int argc, char **argv) {
