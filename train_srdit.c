@@ -1662,8 +1662,6 @@ static void batch_load(Batch *batch, const Data *d, const Config *c, uint64_t se
     batch->seed = seed;
     batch->step = step;
     batch->path_drop = c->path_drop && uniform(seed, STREAM_PATH_DROP, (uint32_t)step, 0) < c->path_drop_prob;
-    for (int b = -1; b < batch->B && batch->stored; b++)   // all at once, so that a disk can work on all
-        data_ahead(d, sample_at(b, first, whole, step, n, seed), b >= 0 && c->align);
 #pragma omp parallel for
     for (int b = -1; b < batch->B; b++) {   // -1: the sample before the first, for the contrastive pair
         uint32_t sample = (uint32_t)((first + b + whole) % whole);

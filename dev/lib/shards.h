@@ -4,7 +4,6 @@
 //   data_open       one or more shards that belong together, every label and size checked
 //   data_sample     sample i: latent in the model's units, label, alignment features, CLS
 //   data_stored     the same with latent and features as the file stores them, to be converted elsewhere
-//   data_ahead      sample i will be read soon
 #ifndef SRDIT_SHARDS_H
 #define SRDIT_SHARDS_H
 #include "safetensors.h"
@@ -157,17 +156,6 @@ static void data_stored(const Data *d, size_t i, void *x, int *y, real *cls, voi
     from = sample_bytes(s, s->feats, i, (size_t)d->tokens * Z, &bytes);
     size_t skip = skip_cls ? bytes / (size_t)d->tokens : 0;
     memcpy(feats, from + skip, bytes - skip);
-}
-// Asks the system to read sample i from the disk, where it is not in memory, without waiting for it
-static void data_ahead(const Data *d, size_t i, int with_feats) {
-    const Shard *s = shard_of(d, &i);
-    const SafeTensor *tensors[] = {s->latents, with_feats ? s->feats : NULL};
-    size_t n[] = {(size_t)d->C * (size_t)d->S * (size_t)d->S, (size_t)d->tokens * (size_t)d->Z}, bytes;
-    for (int k = 0; k < 2 && tensors[k]; k++) {
-        const uint8_t *from = sample_bytes(s, tensors[k], i, n[k], &bytes);
-        size_t before = (uintptr_t)from % (size_t)sysconf(_SC_PAGESIZE);              // whole pages only
-        madvise((void *)(uintptr_t)(from - before), bytes + before, MADV_WILLNEED);   // a wish: may fail
-    }
 }
 #pragma GCC diagnostic pop
 #endif
