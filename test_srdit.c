@@ -1711,6 +1711,52 @@ static void test_graph(void) {
     free(end[0]), free(end[1]);
 }
 
+// --profile changes no bits, and every launch is in its table: what was timed, and the operations of the products
+// that it saw, which are those of the formula with what the padded rows of the fusion and the backward add
+static void test_profile(void) {
+    Config c = small_config();
+    real *end[2];
+    long launches = 0;
+    double flops = 0;
+    int lost = 0;
+    size_t bytes = 0;
+    for (int on = 0; on < 2; on++) {
+        Model *m = gpu_backend.create(&c, 3, 1);
+        gpu_backend.begin(m, 0, on);
+        randomize(m, 5);
+        for (int step = 1; step <= 3; step++) {
+            Batch *b = random_batch(&c, 3, 0, 3, (uint64_t)step, 0);
+            gpu_backend.zero_gradients(m);
+            gpu_backend.forward_backward(m, b);
+            gpu_backend.update(m, step);
+            batch_free(b);
+        }
+        for (int i = 0; i < gpu::PLACES && on; i++)
+            for (int k = 0; k < gpu::WORKS; k++) {
+                launches += gpu::profile.spent[i][k].launches, flops += gpu::profile.spent[i][k].flops;
+                lost += !(gpu::profile.spent[i][k].ms >= 0);
+            }
+        lost += gpu::profile.lost;
+        if (on) gpu_backend.end(m);
+        bytes = m->table.total * sizeof(real);
+        end[on] = (real *)alloc_zero(1, bytes);
+        gpu_backend.get_block(end[on], m, PARAMS);
+        gpu_backend.begin(m, 0, 0);
+        gpu_backend.destroy(m);
+    }
+    double attention = 0;   // no product: 3 forwards' worth in the formula
+    for (int i = 0; i < c.depth; i++) {
+        double n = is_sparse(&c, i) ? kept_of(&c) : tokens_of(&c);
+        attention += 4 * n * n * c.hidden_size;
+    }
+    double want = 9 * (forward_flops(&c) - attention), off = flops / want - 1;
+    int same = !memcmp(end[0], end[1], bytes);
+    result(same && !lost && launches > 100 && fabs(off) < 0.05, "profile",
+           "%ld launches of one step; operations of the products %.1f %% off the formula; the bits %s",
+           launches, 100 * off, same ? "stay" : "CHANGE");
+    free(end[0]), free(end[1]);
+}
+
 // Where cuBLASLt has no GELU epilogue the layer is a kernel of its own; where there are no tensor cores'
 // shapes, so is attention
 static void test_other_ways(void) {
@@ -1799,10 +1845,11 @@ int main(int argc, char **argv) {
         static const struct {
             const char *name;
             void (*run)(void);
-        } tests[] = {
-            {"loader", test_loader},         {"stored", test_stored},         {"draws", test_draws},
-            {"not finite", test_not_finite}, {"plans", test_plans},           {"same bits", test_same_bits},
-            {"graphs", test_graph},          {"other ways", test_other_ways}, {"200 steps", test_training}};
+        } tests[] = {{"loader", test_loader},         {"stored", test_stored},
+                     {"draws", test_draws},           {"not finite", test_not_finite},
+                     {"plans", test_plans},           {"same bits", test_same_bits},
+                     {"graphs", test_graph},          {"profile", test_profile},
+                     {"other ways", test_other_ways}, {"200 steps", test_training}};
         for (size_t i = 0; i < sizeof(tests) / sizeof(tests[0]); i++)
             if (strstr(tests[i].name, only)) tests[i].run();
         if (!only[0]) {

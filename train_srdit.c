@@ -1477,7 +1477,9 @@ typedef struct {
     void (*put_block)(Model *, const real *, enum Block);
     const real *(*activation)(Model *, const char *name);
     // only a GPU's, else NULL
-    void (*begin)(Model *, int no_graph);   // before a training
+    void (*begin)(Model *, int no_graph, int profile);   // before a training
+    void (*end)(Model *);                                // after it: says what --profile found
+    double (*peak)(void);                                // FLOP/s of its matrix products; 0: unknown
     // Its input buffer i, 0 or 1, as a batch to be loaded to; NULL: it cannot convert what the data stores
     Batch *(*batch_in)(Model *, const Data *, int i);
     void (*batch_wait)(Model *, int i);   // until buffer i may be loaded to again
@@ -1544,7 +1546,8 @@ static const real *activation(Model *m, const char *name) {   // of the last for
 
 static const Backend cpu_backend = {"CPU",     model_create, model_destroy, zero_gradients, forward_backward,
                                     update,    read_losses,  velocity,      get_block,      host_block,
-                                    put_block, activation,   NULL,          NULL,           NULL};
+                                    put_block, activation,   NULL,          NULL,           NULL,
+                                    NULL,      NULL};
 
 static int all_finite(const real *x, size_t n) {
     for (size_t i = 0; i < n; i++)
@@ -1903,7 +1906,7 @@ typedef struct {
     TextList data;
     const char *model, *out, *resume, *export_to;
     int batch, accum, steps, log_every, save_every, sample_every, sample_steps, threads, overwrite;
-    int no_graph;
+    int no_graph, profile;
     uint64_t seed;
 } Run;
 #define OPTION(name, field, kind, initial, low, high, help)                                                  \
@@ -1932,6 +1935,7 @@ static const Option run_options[] = {
     OPTION("threads", threads, WHOLE, 0, 0, 4096, "CPU threads; 0: what OpenMP chooses"),
     OPTION("no_graph", no_graph, SWITCH, 0, 0, 1,
            "GPU: launch every kernel, instead of replaying a recorded step"),
+    OPTION("profile", profile, SWITCH, 0, 0, 1, "GPU: at the end, where the time of the steps went"),
 };
 enum { RUN_OPTIONS = sizeof(run_options) / sizeof(run_options[0]) };
 
@@ -2239,6 +2243,21 @@ static int write_samples(const Training *t) {
     return 1;
 }
 
+// Additions and multiplications of a sample's forward in training: products and attention, nothing else. A step
+// counts as three forwards, the usual convention: of B/1 81.6e9 a sample.
+static double forward_flops(const Config *c) {
+    double T = tokens_of(c), P = patches_of(c), D = c->hidden_size, F = hidden_of(c), Z = c->z_dim;
+    double M = c->projector_dim, X = patch_dim_of(c), W = TIME_FEATURES, sum = 0;
+    for (int i = 0; i < c->depth; i++) {
+        double n = is_sparse(c, i) ? kept_of(c) : T;
+        sum += 2 * n * (3 * D * D + D * D + 2 * D * F) + 4 * n * n * D + 2 * D * 6 * D;
+    }
+    sum += 2 * T * 2 * D * D + 2 * (W * D + D * D) + 2 * D * 2 * D + 2 * 2 * P * X * D;
+    if (c->align) sum += 2 * T * (D * M + M * M + M * Z);
+    if (c->cls) sum += 2 * 2 * Z * D;
+    return sum;
+}
+
 // The first line of a run: a step has succeeded, so that a run that is overwritten can go. Checkpoint first,
 // log last: whenever the program is ended, the folder never holds this run's log beside another's checkpoint.
 static void log_begin(Training *t) {
@@ -2261,13 +2280,20 @@ static void log_line(Training *t) {
     int digits = snprintf(total, sizeof(total), "%d", run->steps);
     double now = now_seconds(), ms = 1000 * (now - log->since) / log->steps, k = 1.0 / log->steps;
     double left = (now - log->begin - log->paused) / (t->step - t->first) * (run->steps - t->step);
+    char mfu[16] = "";   // of a GPU: the share of its peak that the model's products take
+    double peak = t->backend->peak ? t->backend->peak() : 0;
+    if (t->backend->peak) snprintf(mfu, sizeof(mfu), "    n/a");
+    if (peak > 0)
+        snprintf(mfu, sizeof(mfu), " %5.1f%%",
+                 100 * 3 * forward_flops(&t->c) * run->batch / (ms / 1000) / peak);
     if (!log->file) log_begin(t);
     if (log->lines++ % 20 == 0)
-        printf("%*s      loss  denoise     cls    align      cfm     norm       lr      ms   img/s    left\n",
-               2 * digits + 1, "step");
-    printf("%*d/%d %9.5f %8.5f %7.4f %8.4f %8.4f %8.4f %8.1e %7.1f %7.0f %4d:%02d\n", digits, t->step,
+        printf(
+            "%*s      loss  denoise     cls    align      cfm     norm       lr      ms   img/s%s    left\n",
+            2 * digits + 1, "step", *mfu ? "    MFU" : "");
+    printf("%*d/%d %9.5f %8.5f %7.4f %8.4f %8.4f %8.4f %8.1e %7.1f %7.0f%s %4d:%02d\n", digits, t->step,
            run->steps, sum->total * k, sum->denoise * k, sum->cls * k, sum->align * k, sum->cfm * k,
-           sum->grad_norm, t->c.lr, ms, 1000 * run->batch / ms, (int)left / 60, (int)left % 60);
+           sum->grad_norm, t->c.lr, ms, 1000 * run->batch / ms, mfu, (int)left / 60, (int)left % 60);
     fprintf(log->file, "%d,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%g,%.4g,%.5g\n", t->step, sum->total * k,
             sum->denoise * k, sum->cls * k, sum->align * k, sum->cfm * k, sum->grad_norm, t->c.lr, ms,
             1000 * run->batch / ms);
@@ -2349,6 +2375,7 @@ static void train(Training *t) {
         log_pause(log, pause);
     }
     if (t->step > t->first && t->saved != t->step) checkpoint_write(t);
+    if (t->backend->end) t->backend->end(t->model);
 }
 
 // What was made, or how to go on; the exit status
@@ -2416,7 +2443,7 @@ static Training training_open(const Config *c, const Run *run, const Backend *ba
     if (run->export_to) export_check(run, &t.folder);
     if (!t.run.accum) t.run.accum = backend == &cpu_backend ? parts_of(c, run->batch) : 1;
     t.model = backend->create(c, run->batch / t.run.accum, run->seed);
-    if (backend->begin) backend->begin(t.model, run->no_graph);
+    if (backend->begin) backend->begin(t.model, run->no_graph, run->profile);
     if (resume) checkpoint_load(backend, t.model, resume);
     loader_open(&t);
     t.items = (SafeItem *)alloc_zero(4 * (size_t)t.model->table.count, sizeof(SafeItem));
@@ -2468,8 +2495,9 @@ static int train_main(int argc, char **argv, const Backend *backend) {
         die("--steps %d: %s is at step %d already", run.steps, run.resume, step);
     if (run.accum && run.batch % run.accum)
         die("--accum %d does not divide --batch %d", run.accum, run.batch);
-    if (!backend->begin && run.no_graph)
-        die("--no-graph: only the GPU's trainer records its steps (make train_srdit_cu)");
+    if (!backend->begin && (run.no_graph || run.profile))
+        die("--%s: only the GPU's trainer has it (make train_srdit_cu)",
+            run.profile ? "profile" : "no-graph");
     if (run.threads) omp_set_num_threads(run.threads);
 
     Data *d = data_open(run.data.items, run.data.count);

@@ -75,7 +75,7 @@ static void check_cuda(cudaError_t e, const char *file, int line) {
     if (e != cudaSuccess) die("CUDA: %s (%s:%d)", cudaGetErrorString(e), file, line);
 }
 #define CHECK(call) check_cuda((call), __FILE__, __LINE__)
-#define LAUNCHED() check_cuda(cudaGetLastError(), __FILE__, __LINE__)   // after each kernel launch
+#define LAUNCHED() launched(__func__, __FILE__, __LINE__)   // after each kernel launch
 
 static cudaStream_t stream;            // all work is queued here, in order,
 static cudaStream_t copy_stream;       // but for the copies of the next step's data
@@ -135,6 +135,73 @@ static void memory_free(char *base, const void *owner) {
 #endif
     (void)owner;
     CHECK(cudaFree(base));
+}
+
+// ----------------------------------------------------------------------------------------------------------
+// --profile: an event behind every launch. What passes between two counts for the launch between them: for the
+// part of the step that is being queued (`place`) and for the kind of work, told from the product's transposes
+// or from the name of the function. No step is recorded as a graph meanwhile.
+
+enum Place { INPUT, CONDITION, DENSE, SPARSE, FUSION, PROJECTOR, OPTIMIZER, PLACES };
+enum Work { PRODUCT, PRODUCT_BACK, PRODUCT_WEIGHT, ATTENTION, ATTENTION_BACK, OTHER, OTHER_BACK, WORKS };
+enum { MAX_MARKS = 4096 };
+typedef struct {
+    double ms, flops, bytes, floor;   // floor: of products, seconds at the rates that can be reached
+    long launches;
+} Spent;
+static struct {
+    int on, recording, backward;   // asked for; in the middle of a step, of its backward
+    int steps, samples, lost;      // so far; launches for which there was no room
+    enum Place place;
+    Spent spent[PLACES][WORKS];
+    cudaEvent_t event[MAX_MARKS];
+    signed char of_place[MAX_MARKS], of_work[MAX_MARKS];   // -1: a beginning, before which nothing counts
+    int marks, made;
+} profile;
+// What an H100's products and memory were found to reach of their peaks (798 of 989 TFLOP/s, 3.0 of 3.35 TB/s)
+static const double REACHED_FLOPS = 0.807, REACHED_BYTES = 0.896;
+
+static void place(enum Place where) { profile.place = where; }
+static void profile_mark(int where, int work) {
+    if (!profile.recording) return;
+    if (profile.marks == MAX_MARKS) {
+        profile.lost++;
+        return;
+    }
+    int i = profile.marks++;
+    if (i == profile.made) CHECK(cudaEventCreate(&profile.event[profile.made++]));
+    profile.of_place[i] = (signed char)where;
+    profile.of_work[i] = (signed char)work;
+    CHECK(cudaEventRecord(profile.event[i], stream));
+}
+static void launched(const char *function, const char *file, int line) {
+    check_cuda(cudaGetLastError(), file, line);
+    int attention = strstr(function, "attention") || strstr(function, "_launch");
+    profile_mark(profile.place, (attention ? ATTENTION : OTHER) + profile.backward);
+}
+
+// Peaks of the card by its data sheet: dense bf16 products that add in float, and memory; 0 where not known
+static double peak_flops(void) {
+    static const struct {
+        const char *name;
+        double tera;
+    } cards[] = {{"H100 PCIe", 756.5}, {"H100 NVL", 835}, {"H100", 989.4},
+                 {"H200 NVL", 835},    {"H200", 989.4},   {"B200", 2250},
+                 {"A100", 312},        {"L40S", 362},     {"RTX 4090", 165.2}};
+    static double peak = -1;
+    if (peak >= 0) return peak;
+    cudaDeviceProp card;
+    CHECK(cudaGetDeviceProperties(&card, 0));
+    peak = 0;
+    for (size_t i = 0; i < sizeof(cards) / sizeof(cards[0]) && !peak && sizeof(floatX) == 2; i++)
+        if (strstr(card.name, cards[i].name)) peak = cards[i].tera * 1e12;
+    return peak;
+}
+static double peak_bandwidth(void) {
+    int kilohertz = 0, bits = 0;
+    CHECK(cudaDeviceGetAttribute(&kilohertz, cudaDevAttrMemoryClockRate, 0));
+    CHECK(cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, 0));
+    return 2.0 * 1e3 * kilohertz * bits / 8;
 }
 
 static int div_up(int a, int b) { return (a + b - 1) / b; }
@@ -427,6 +494,22 @@ static GemmKey gemm_key(int M, int N, int K, int ta, int tb) {
     return k;
 }
 
+// For --profile: the product that was just queued
+static void profile_product(const GemmKey *k) {
+    if (!profile.recording) return;
+    enum Work work = k->ta ? PRODUCT_WEIGHT : k->tb ? PRODUCT : PRODUCT_BACK;
+    double M = k->M, N = k->N, K = k->K, of = sizeof(floatX), n = k->batch;
+    double flops = 2 * M * N * K * n, bytes = n * (of * (M * K + K * N + (k->aux_ld ? M * N : 0)) +
+                                                   M * N * (k->float_out ? 4 : of) * (1 + k->add));
+    double peak = peak_flops(), memory = peak_bandwidth();
+    Spent *s = &profile.spent[profile.place][work];
+    s->flops += flops;
+    s->bytes += bytes;
+    s->floor += fmax(flops / (REACHED_FLOPS * (peak ? peak : 989.4e12)),
+                     bytes / (REACHED_BYTES * (memory ? memory : 3.35e12)));
+    profile_mark(profile.place, work);
+}
+
 // C (+)= op(A) op(B), then the epilogue: bias [N] of C's type, aux of floatX. Returns 0 if
 // cuBLASLt cannot do it.
 static int matmul(GemmKey *k, void *C, const floatX *A, const floatX *B, const void *bias, void *aux) {
@@ -441,6 +524,7 @@ static int matmul(GemmKey *k, void *C, const floatX *A, const floatX *B, const v
     if (aux) SET(p->op, EPILOGUE_AUX_POINTER, aux);
     CHECK_LT(cublasLtMatmul(lt, p->op, &one, B, p->b, A, p->a, &beta, C, p->c, C, p->c, &p->algo, workspace,
                             workspace_bytes, stream));
+    profile_product(k);
     return 1;
 }
 static void matmul_sure(GemmKey *k, void *C, const floatX *A, const floatX *B, const void *bias) {
@@ -2303,6 +2387,7 @@ static size_t block_stride(const GpuModel *g) {
 
 // mod[L,B,6D] = cond_silu adaln_w^T + adaln_b for all blocks at once
 static void adaln_forward(GpuModel *g, const Params *w, int B) {
+    place(CONDITION);
     const Config *c = &g->base.c;
     Acts *a = &g->a;
     int D = c->hidden_size;
@@ -2321,6 +2406,7 @@ static void adaln_forward(GpuModel *g, const Params *w, int B) {
 // The gradients of those layers from a->d_mod, all blocks at once; into a->d_cond_parts [L,B,D] each block's
 // part of the gradient of cond_silu
 static void adaln_backward(GpuModel *g, int B) {
+    place(CONDITION);
     Acts *a = &g->a;
     int D = g->base.c.hidden_size, L = g->base.c.depth, add = !g->fresh;
     const BlockParams *w = &g->w.block[0], *dw = &g->dw.block[0];
@@ -2346,6 +2432,7 @@ static void adaln_backward(GpuModel *g, int B) {
 // where values are not mixed.
 static Residual block_forward(GpuModel *g, int i, BlockActs *k, const Residual &in, const floatX *v1,
                               const int *ids, const Params *all, int B, int n) {
+    place(is_sparse(&g->base.c, i) ? SPARSE : DENSE);
     const Config *c = &g->base.c;
     const BlockParams *w = &all->block[i];
     int D = c->hidden_size, F = hidden_of(c), N = B * n;
@@ -2402,6 +2489,7 @@ static void norm_backward_behind(NormBackward *a, GpuModel *g, int i, floatX *ds
 // dy_cls >= 0, with db (NULL: none) its sum.
 static void block_backward(GpuModel *g, int i, float *dx, const floatX *v1, const int *ids, int B, int n,
                            int before, int dy_cls, float *db) {
+    place(is_sparse(&g->base.c, i) ? SPARSE : DENSE);
     const Config *c = &g->base.c;
     Acts *a = &g->a;
     const BlockActs *k = &a->block[i];
@@ -2464,6 +2552,7 @@ static void block_backward(GpuModel *g, int i, float *dx, const floatX *v1, cons
 
 // zs [B,T,Z] = p4(silu(p2(silu(p0(E))))): what is compared with the frozen encoder's features
 static void projector_forward(GpuModel *g, const Params *w, int N) {
+    place(PROJECTOR);
     const Config *c = &g->base.c;
     Acts *a = &g->a;
     int D = c->hidden_size, M = c->projector_dim, Z = c->z_dim;
@@ -2475,6 +2564,7 @@ static void projector_forward(GpuModel *g, const Params *w, int N) {
 }
 // a->d_E = its gradient, from that of zs in a->wide2
 static void projector_backward(GpuModel *g, int N) {
+    place(PROJECTOR);
     const Config *c = &g->base.c;
     Acts *a = &g->a;
     const Params *w = &g->w, *dw = &g->dw;
@@ -2492,6 +2582,7 @@ static void projector_backward(GpuModel *g, int N) {
 
 // c = mlp(e(t)) + label, and silu(c), which all adaLN layers read
 static void condition_forward(GpuModel *g, const Params *w, int B) {
+    place(CONDITION);
     Acts *a = &g->a;
     int D = g->base.c.hidden_size, W = TIME_FEATURES, count = B * D;
     time_features_kernel<<<(unsigned)B, W / 2, 0, stream>>>(a->t_features, g->in.t);
@@ -2505,6 +2596,7 @@ static void condition_forward(GpuModel *g, const Params *w, int B) {
 }
 // From a->d_cond_parts, what each adaLN layer asks of silu(c)
 static void condition_backward(GpuModel *g, int B) {
+    place(CONDITION);
     const Config *c = &g->base.c;
     Acts *a = &g->a;
     const Params *w = &g->w, *dw = &g->dw;
@@ -2526,6 +2618,7 @@ static void condition_backward(GpuModel *g, int B) {
 // one. The norm that comes next does the reading and the sum.
 static Residual fusion_forward(GpuModel *g, const Params *w, floatX *g_out, const int *ids, int path_drop,
                                int rows, int n, int B) {
+    place(FUSION);
     Acts *a = &g->a;
     int T = tokens_of(&g->base.c), D = g->base.c.hidden_size, N = B * T, padded = padded_rows(rows);
     floatX *product = a->wide;
@@ -2543,6 +2636,7 @@ static Residual fusion_forward(GpuModel *g, const Params *w, floatX *g_out, cons
 // From a->dy, the gradient of the fused tokens: a->d_E (added to, if the projector has been there) and
 // a->d_g, of g_out's rows. The bias's gradient is taken by the norm that read the sum.
 static void fusion_backward(GpuModel *g, int rows, int N) {
+    place(FUSION);
     const Config *c = &g->base.c;
     Acts *a = &g->a;
     const Params *dw = &g->dw;
@@ -2612,6 +2706,7 @@ static void network_forward(GpuModel *g, const Params *w, int training, int path
     // decoder h on all tokens
     for (int i = first_h; i < c->depth; i++) x = block_forward(g, i, &a->block[i], x, v1, NULL, w, B, T);
     // final layer: out = linear(final_h[patches]), cls_out = linear_cls(final_h[CLS]); patches lie first
+    place(INPUT);
     linear_forward<float>(a->final_mod, a->cond_silu, low(g, w->final_adaln_w), w->final_adaln_b, B, D,
                           2 * D);
     norm_modulate_forward(c->num_h ? a->last : a->fused, a->final_h, a->final_r, x, a->final_mod,
@@ -2662,6 +2757,7 @@ static void network_backward(GpuModel *g, int path_drop, int B) {
     clear_gradients(g, path_drop, B);
     if (c->align) projector_backward(g, N);
     // final layer: out = linear(final_h[patches]), cls_out = linear_cls(final_h[CLS])
+    place(INPUT);
     linear_backward_weight(dw->final_w, a->d_out, a->final_h, B * P, D, X, add);
     bias_backward(dw->final_b, a->parts, a->d_out, B * P, X, add);
     linear_backward_input<floatX>(a->dh, a->d_out, low(g, w->final_w), B * P, D, X, 0);
@@ -2706,6 +2802,7 @@ static void network_backward(GpuModel *g, int path_drop, int B) {
     for (int i = c->num_f - 1; i >= 0; i--)
         block_backward(g, i, a->d_E, i ? v1 : NULL, NULL, B, T, i - 1, i ? -1 : c->cls, NULL);
     // tokens: a->dy has the patches' gradients, then those of CLS
+    place(INPUT);
     linear_backward_weight(dw->x_w, a->dy, a->patches, B * P, X, D, add);
     bias_backward(dw->x_b, a->parts, a->dy, B * P, D, add);
     if (c->cls) {
@@ -2857,6 +2954,7 @@ static void loss_and_gradients(GpuModel *g, const Batch *batch) {
         LAUNCHED();
     }
     if (c->align) {
+        place(PROJECTOR);
         blocks = div_up(B * T, 8);
         double scale = -c->align_coeff * of_align;
         float *sums = parts + 3 * room;
@@ -2876,7 +2974,7 @@ static void loss_and_gradients(GpuModel *g, const Batch *batch) {
 // so that plans of matrix products are made and kernels loaded; the second time it is recorded, from then on
 // replayed. Everything that differs from step to step is read from device memory: Draw, StepConstants.
 template <class Work> static void run_recorded(GpuModel *g, const StepKind &kind, Work work) {
-    if (!use_graph || tuning) {
+    if (!use_graph || tuning || profile.on) {
         work();
         return;
     }
@@ -2920,12 +3018,18 @@ static void forward_backward(Model *model, const Batch *batch) {
     kind.x_type = here.x_type, kind.feats_type = here.feats_type;
     kind.scale = here.scale, kind.offset = here.offset;
     g->in = batch_upload(&g->queue, &here, &model->c);
+    place(INPUT);
+    profile.recording = profile.on;
+    profile_mark(-1, -1);
+    profile.samples += here.B;
     run_recorded(g, kind, [=, &here] {
         latents_convert(&g->in, &here, (size_t)latent_of(&model->c));
         if (here.on_device) draw_on_device(&g->in, &model->c, here.B);
         network_forward(g, &g->w, 1, here.path_drop, here.B);
+        profile.backward = 1;
         loss_and_gradients(g, &here);
         network_backward(g, here.path_drop, here.B);
+        profile.backward = 0;
     });
     batch_done(&g->queue);
     g->fresh = 0;
@@ -3013,6 +3117,22 @@ static StepConstants step_constants(const Config *c, int step) {
     return o;
 }
 
+// The end of a step: its times are read. The first two steps, which load kernels, do not count.
+static void profile_step(void) {
+    if (!profile.on) return;
+    CHECK(cudaStreamSynchronize(stream));
+    for (int i = 1; i < profile.marks; i++) {
+        if (profile.of_place[i] < 0) continue;
+        Spent *s = &profile.spent[profile.of_place[i]][profile.of_work[i]];
+        float ms;
+        CHECK(cudaEventElapsedTime(&ms, profile.event[i - 1], profile.event[i]));
+        s->ms += ms;
+        s->launches++;
+    }
+    profile.marks = profile.recording = 0;
+    if (++profile.steps == 2) memset(profile.spent, 0, sizeof(profile.spent));
+}
+
 // To device memory by way of a kernel's arguments, which are copied as it is launched: no buffer to guard
 __global__ void constants_kernel(StepConstants *to, const StepConstants from) { *to = from; }
 
@@ -3048,6 +3168,8 @@ static void update(Model *model, int step) {
     kind.update = 1;
     zero_now(g);
     use_weights(g, PARAMS);
+    place(OPTIMIZER);
+    profile_mark(-1, -1);
     constants_kernel<<<1, 1, 0, stream>>>(g->constants, step_constants(&model->c, step));
     LAUNCHED();
     run_recorded(g, kind, [=] {
@@ -3060,6 +3182,7 @@ static void update(Model *model, int step) {
             g->params, g->m, g->v, g->ema, g->weights, g->grads, g->losses, g->constants, n);
         LAUNCHED();
     });
+    profile_step();
 }
 
 // The losses summed since the last call, and a fresh start. This waits for the GPU.
@@ -3299,9 +3422,113 @@ static Batch *batch_in(Model *m, const Data *d, int i) {
 }
 static void batch_wait(Model *m, int i) { CHECK(cudaEventSynchronize(gpu_of(m)->queue.sent[i])); }
 
-static void begin(Model *m, int no_graph) {
+static void begin(Model *m, int no_graph, int with_profile) {
     (void)m;
     use_graph = !no_graph;
+    memset(&profile, 0, sizeof(profile));
+    profile.on = with_profile;
+}
+
+// The table of --profile, a line for each part of the step: launches, GFLOP and GB that it needs at least; ms of
+// that at the rates that can be reached (floor); what to expect: products at 0.75, attention at 0.66 and 0.48,
+// passes over memory at 0.86 of the floor's rates, and 1.5 us a launch (model); and measured, with its share of
+// the memory's peak.
+static void profile_line(const char *name, const Spent *s, double share, double memory, Spent *all) {
+    double steps = profile.steps - 2, ms = s->ms / steps, floor_ms = s->floor * 1e3;
+    double model = floor_ms / share + 1.5e-3 * (double)s->launches / steps;
+    char part[16] = "n/a";
+    if (memory && ms > 0) snprintf(part, sizeof(part), "%.0f %%", 100 * s->bytes / (ms * 1e-3) / memory);
+    printf("| %s | %.0f | %.4g | %.3g | %.3f | %.3f | %.3f | %s |\n", name, (double)s->launches / steps,
+           s->flops / 1e9, s->bytes / 1e9, floor_ms, model, ms, part);
+    all->ms += s->ms, all->flops += s->flops, all->bytes += s->bytes, all->floor += s->floor;
+    all->launches += s->launches;
+}
+static void end(Model *m) {
+    if (!profile.on) return;
+    if (profile.steps < 3) {
+        printf("--profile: the first two steps do not count; there were %d\n", profile.steps);
+        return;
+    }
+    const Config *c = &m->c;
+    double steps = profile.steps - 2, B = (double)profile.samples / profile.steps, f = sizeof(floatX);
+    double T = tokens_of(c), Tk = kept_of(c), D = c->hidden_size, Z = c->z_dim;
+    double flops = peak_flops(), memory = peak_bandwidth(), M = c->align ? c->projector_dim : 0;
+    double to_flops = 1 / (REACHED_FLOPS * (flops ? flops : 989.4e12));
+    double to_bytes = 1 / (REACHED_BYTES * (memory ? memory : 3.35e12));
+    // what the passes of a step move at least
+    double least[PLACES][WORKS] = {{0}}, attention[PLACES][WORKS] = {{0}};
+    for (int i = 0; i < c->depth; i++) {
+        int at = is_sparse(c, i) ? SPARSE : DENSE;
+        double n = is_sparse(c, i) ? Tk : T, elements = B * n * D;
+        attention[at][ATTENTION] += 4 * n * elements, attention[at][ATTENTION_BACK] += 10 * n * elements;
+        least[at][ATTENTION] += 5 * f * elements;                        // q, k, v, v1; out
+        least[at][ATTENTION_BACK] += (9 * f + (i ? 8 : 4)) * elements;   // and dout; their gradients; d_v1
+        least[at][OTHER] += 2 * (8 + 2 * f) * elements;                  // twice x, y; x, h
+        least[at][OTHER_BACK] += 2 * (12 + 3 * f) * elements;            // twice dh, x, y, dx; dx, dy
+    }
+    least[INPUT][OTHER] = B * T * D * (4 + f + 8 + 2 * f) + B * latent_of(c) * 20.0;
+    least[INPUT][OTHER_BACK] = B * T * D * (12 + 3 * f) + B * latent_of(c) * (16 + f);
+    least[FUSION][OTHER_BACK] = B * (T + Tk) * D * f;
+    least[PROJECTOR][OTHER] = B * T * M * 4 * f;
+    least[PROJECTOR][OTHER_BACK] = B * T * (M * 6 * f + (c->align ? Z * (2 * f + 1) : 0));
+    least[OPTIMIZER][OTHER] = (double)m->table.trained * (24 + 16 + (f == 2 ? 2 : 0));
+    static const struct {
+        const char *name;
+        enum Place place;
+        int first, last;   // kinds of work
+        double share;
+    } lines[] = {{"products, dense blocks, forward", DENSE, PRODUCT, PRODUCT, 0.75},
+                 {"products, dense blocks, gradients", DENSE, PRODUCT_BACK, PRODUCT_BACK, 0.75},
+                 {"products, dense blocks, weights", DENSE, PRODUCT_WEIGHT, PRODUCT_WEIGHT, 0.75},
+                 {"attention, dense blocks, forward", DENSE, ATTENTION, ATTENTION, 0.66},
+                 {"attention, dense blocks, backward", DENSE, ATTENTION_BACK, ATTENTION_BACK, 0.48},
+                 {"norms and the rest, dense, forward", DENSE, OTHER, OTHER, 0.86},
+                 {"norms and the rest, dense, backward", DENSE, OTHER_BACK, OTHER_BACK, 0.86},
+                 {"products, sparse blocks, forward", SPARSE, PRODUCT, PRODUCT, 0.75},
+                 {"products, sparse blocks, gradients", SPARSE, PRODUCT_BACK, PRODUCT_BACK, 0.75},
+                 {"products, sparse blocks, weights", SPARSE, PRODUCT_WEIGHT, PRODUCT_WEIGHT, 0.75},
+                 {"attention, sparse blocks, forward", SPARSE, ATTENTION, ATTENTION, 0.66},
+                 {"attention, sparse blocks, backward", SPARSE, ATTENTION_BACK, ATTENTION_BACK, 0.48},
+                 {"norms and the rest, sparse, forward", SPARSE, OTHER, OTHER, 0.86},
+                 {"norms and the rest, sparse, backward", SPARSE, OTHER_BACK, OTHER_BACK, 0.86},
+                 {"fusion", FUSION, PRODUCT, OTHER_BACK, 0.75},
+                 {"projector, products", PROJECTOR, PRODUCT, PRODUCT_WEIGHT, 0.75},
+                 {"projector, SiLU, cosine loss", PROJECTOR, OTHER, OTHER_BACK, 0.86},
+                 {"adaLN and embedders", CONDITION, PRODUCT, OTHER_BACK, 0.75},
+                 {"input, patches, final layer, losses", INPUT, PRODUCT, OTHER_BACK, 0.86},
+                 {"optimizer", OPTIMIZER, PRODUCT, OTHER_BACK, 0.86}};
+    cudaDeviceProp card;
+    CHECK(cudaGetDeviceProperties(&card, 0));
+    printf("\nWhere a step goes, mean of %.0f steps, batch %.0f, on %s%s\n\n", steps, B, card.name,
+           flops && memory ? "" : " (its peaks are not known: floor and model are an H100's)");
+    printf("| part | launches | GFLOP | GB | floor ms | model ms | measured ms | of bandwidth |\n"
+           "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n");
+    Spent all;
+    memset(&all, 0, sizeof(all));
+    double model = 0;
+    for (size_t i = 0; i < sizeof(lines) / sizeof(lines[0]); i++) {
+        Spent sum;
+        memset(&sum, 0, sizeof(sum));
+        for (int k = lines[i].first; k <= lines[i].last; k++) {
+            const Spent *one = &profile.spent[lines[i].place][k];
+            double bytes = least[lines[i].place][k], math = attention[lines[i].place][k];
+            sum.ms += one->ms, sum.launches += one->launches;
+            sum.flops += one->flops / steps + math, sum.bytes += one->bytes / steps + bytes;
+            sum.floor += one->floor / steps + fmax(bytes * to_bytes, math * to_flops);
+        }
+        model += sum.floor * 1e3 / lines[i].share;
+        profile_line(lines[i].name, &sum, lines[i].share, memory, &all);
+    }
+    char mfu[32] = "unknown";
+    double needed = 3 * forward_flops(c) * B;
+    if (flops) snprintf(mfu, sizeof(mfu), "%.1f %%", 100 * needed / (all.ms / steps * 1e-3) / flops);
+    Spent unused = {0, 0, 0, 0, 0};
+    profile_line("all", &all, all.floor * 1e3 / model, memory, &unused);
+    if (profile.lost)
+        printf("\n%d launches were not timed: there is room for %d a step (a smaller --accum)\n",
+               profile.lost, MAX_MARKS);
+    printf("\nThe model's own products: %.1f GFLOP a step; MFU of the measured time: %s\n", needed / 1e9,
+           mfu);
 }
 
 static void model_destroy(Model *m) {
@@ -3316,10 +3543,23 @@ static void model_destroy(Model *m) {
 
 }   // namespace gpu
 
-static const Backend gpu_backend = {
-    "GPU",          gpu::model_create, gpu::model_destroy, gpu::zero_gradients, gpu::forward_backward,
-    gpu::update,    gpu::read_losses,  gpu::velocity,      gpu::get_block,      gpu::host_block,
-    gpu::put_block, gpu::activation,   gpu::begin,         gpu::batch_in,       gpu::batch_wait};
+static const Backend gpu_backend = {"GPU",
+                                    gpu::model_create,
+                                    gpu::model_destroy,
+                                    gpu::zero_gradients,
+                                    gpu::forward_backward,
+                                    gpu::update,
+                                    gpu::read_losses,
+                                    gpu::velocity,
+                                    gpu::get_block,
+                                    gpu::host_block,
+                                    gpu::put_block,
+                                    gpu::activation,
+                                    gpu::begin,
+                                    gpu::end,
+                                    gpu::peak_flops,
+                                    gpu::batch_in,
+                                    gpu::batch_wait};
 
 #ifndef TRAIN_SRDIT_CU_NO_MAIN
 int main(int argc, char **argv) {
