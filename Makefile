@@ -15,7 +15,7 @@ NVCC     ?= $(shell command -v nvcc 2>/dev/null || ls /usr/local/cuda/bin/nvcc 2
 # -fno-math-errno lets sqrt be one instruction; nothing here reads errno after it. No fast-math: NaN must stay NaN.
 CFLAGS   := -std=gnu11 -g $(if $(filter yes,$(NATIVE)),$(OPTIMIZE),-O3) -fno-math-errno $(WARN)
 CFLAGS   += $(if $(filter yes,$(OPENMP)),-fopenmp,-Wno-unknown-pragmas)
-LDLIBS   := -lm
+LDLIBS   := -lm -pthread
 LIB      := $(wildcard dev/lib/*.h)
 
 .PHONY: all test debug help clean found
@@ -48,6 +48,10 @@ debug: found
 	$(CC) $(DEBUGFLAGS) train_srdit.c -o build/debug/train_srdit $(LDLIBS)
 	$(CC) $(DEBUGFLAGS) sample.c -o build/debug/sample $(LDLIBS)
 	./build/debug/test_srdit
+
+# How fast samples are read (dev/README.md)
+bench_loader: dev/bench_loader.c train_srdit.c $(LIB) Makefile
+	$(CC) $(CFLAGS) dev/bench_loader.c -o $@ $(LDLIBS)
 
 # ---- On a GPU. The architecture is that of the GPU that is here; without one, the code is built for two.
 GPU_CAP  ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d .)
@@ -95,4 +99,4 @@ help:
 	@echo "           OPTIMIZE='-O2 -DNAIVE': the matrix product as three loops"
 
 clean:
-	rm -rf build train_srdit sample test_srdit train_srdit_cu sample_cu test_srdit_cu *_emu *_emu_bf16
+	rm -rf build train_srdit sample test_srdit bench_loader train_srdit_cu sample_cu test_srdit_cu *_emu *_emu_bf16

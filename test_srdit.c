@@ -721,6 +721,56 @@ static void test_batches(void) {
     free(x), batch_free(whole), batch_free(part), batch_free(one), data_close(d);
 }
 
+// What is read ahead by a thread is what is loaded when it is asked for, part after part; and samples as stored
+// are, converted, the samples
+static void test_loader(void) {
+    char *path[] = {(char *)"data/digits.safetensors"};
+    Data *d = data_open(path, 1);
+    Config c = config_default();
+    model_preset(&c, "nano");
+    c.in_channels = d->C, c.input_size = d->S, c.num_classes = d->K, c.z_dim = d->Z;
+    size_t latent = (size_t)latent_of(&c), of_feats = (size_t)(tokens_of(&c) * c.z_dim), B = 4;
+    Batch *one = batch_create(&c, (int)B);
+    int wrong = 0, parts = 0;
+    for (int ahead = 0; ahead < 2; ahead++)
+        for (int last = 6; last <= 40; last += 17) {
+            Loader l;
+            memset(&l, 0, sizeof(l));
+            l.data = d, l.c = &c, l.seed = 7, l.parts = 3, l.whole = 12;
+            for (int i = 0; i <= ahead; i++) l.batch[i] = batch_create(&c, (int)B);
+            loader_start(&l, 6, last);
+            for (int part = 6; part < last; part++, parts++) {
+                Batch *b = loader_next(&l);
+                loader_ask(&l);   // the other buffer's turn
+                batch_load(one, d, &c, 7, part / 3, part % 3 * (int)B, 12);
+                wrong += b->step != one->step || b->first != one->first || b->path_drop != one->path_drop;
+                wrong += memcmp(b->x, one->x, B * latent * sizeof(real)) != 0;
+                wrong += memcmp(b->noise, one->noise, B * latent * sizeof(real)) != 0;
+                wrong += memcmp(b->feats, one->feats, B * of_feats * sizeof(real)) != 0;
+            }
+            loader_stop(&l);
+            for (int i = 0; i <= ahead; i++) batch_free(l.batch[i]);
+        }
+    Batch stored;
+    memset(&stored, 0, sizeof(stored));
+    stored.B = (int)B, stored.on_device = stored.stored = 1;
+    stored.x_type = d->latent_type, stored.feats_type = d->feat_type;
+    stored.t = one->t, stored.y = one->y, stored.cls = one->noise_cls;   // (not compared here)
+    stored.x_stored = alloc_zero(1 + B, latent * 8), stored.feats_stored = alloc_zero(B, of_feats * 8);
+    real *x = (real *)alloc_zero((1 + B) * latent, sizeof(real)),
+         *feats = (real *)alloc_zero(B, of_feats * 8);
+    batch_load(&stored, d, &c, 7, 5, 8, 12);
+    elements_read(x, stored.x_stored, stored.x_type, 0, (1 + B) * latent, d->scale, d->offset);
+    elements_read(feats, stored.feats_stored, stored.feats_type, 0, B * of_feats, 1, 0);
+    batch_load(one, d, &c, 7, 5, 8, 12);
+    int apart = memcmp(x + latent, one->x, B * latent * sizeof(real)) != 0;
+    apart += memcmp(feats, one->feats, B * of_feats * sizeof(real)) != 0;
+    for (size_t i = 0; i < latent; i++) apart += one->noise_before[i] - x[i] != one->v_before[i];
+    result(!wrong && !apart, "loader", "%d parts read ahead or not, %d wrong; as stored: %s", parts, wrong,
+           apart ? "OTHERS" : "the same");
+    free(x), free(feats), free(stored.x_stored), free(stored.feats_stored), batch_free(one), data_close(d);
+}
+
 // The value of --tolerance, which is argument i
 static double tolerance_after(int argc, char **argv, int i) {
     if (i + 1 >= argc) die("--tolerance needs a value");
@@ -1603,6 +1653,167 @@ static void test_same_bits(void) {
     }
 }
 
+// x, a small whole number, in a type of 1, 2 or 4 bytes
+static void store_as(uint8_t *to, enum Dtype type, size_t i, int x) {
+    float single = (float)x;
+    uint32_t bits;
+    uint16_t half = 0;
+    memcpy(&bits, &single, 4);
+    if (type == BF16) half = (uint16_t)(bits >> 16);
+    for (; type == F16 && half_to_float(half) != single; half++) continue;
+    if (type == F32) memcpy(to + 4 * i, &bits, 4);
+    else if (type == F16 || type == BF16) memcpy(to + 2 * i, &half, 2);
+    else to[i] = (uint8_t)x;
+}
+// Samples that go to the device as they are stored leave the bits that the host's conversion leaves, for every
+// type that kernels convert, with and without CLS, in features of even and odd width
+static void test_stored(void) {
+    static const enum Dtype pairs[][2] = {{U8, I8}, {I8, F16}, {F16, BF16}, {BF16, I8}, {F32, F32}};
+    int differ = 0, taken = 0, count = (int)(sizeof(pairs) / sizeof(pairs[0]));
+    for (int k = 0; k < count; k++) {
+        Config c = small_config();
+        c.z_dim = k == 1 ? 30 : 32, c.cls = k != 2;
+        int n = 5, B = 3, Z = c.z_dim, T = patches_of(&c) + 1, C = c.in_channels, S = c.input_size;
+        size_t latent = (size_t)latent_of(&c), of_feats = (size_t)(T * Z), feats_at = 4 * 5 * latent,
+               cls_at = feats_at + 4 * 5 * of_feats, y_at = cls_at + 4 * 5 * (size_t)Z;
+        uint8_t *bytes = (uint8_t *)alloc_zero(1, y_at + 5);
+        for (size_t i = 0; i < 5 * latent; i++)
+            store_as(bytes, pairs[k][0], i, (int)(philox(1, (uint32_t)i, 0, 0, 0).v[0] % 17));
+        for (size_t i = 0; i < 5 * of_feats; i++)
+            store_as(bytes + feats_at, pairs[k][1], i, (int)(philox(2, (uint32_t)i, 0, 0, 0).v[0] % 31) - 15);
+        for (size_t i = 0; i < 5 * (size_t)Z; i++) store_as(bytes + cls_at, F32, i, (int)(i % 5) - 2);
+        for (size_t i = 0; i < 5; i++) bytes[y_at + i] = (uint8_t)(i % 3);
+        SafeFile file;
+        memset(&file, 0, sizeof(file));
+        file.data = bytes;
+        SafeTensor tensors[4];
+        memset(tensors, 0, sizeof(tensors));
+        tensors[0].type = pairs[k][0], tensors[1].type = pairs[k][1], tensors[1].begin = feats_at;
+        tensors[2].type = F32, tensors[2].begin = cls_at, tensors[3].type = U8, tensors[3].begin = y_at;
+        Shard shard = {&file, &tensors[0], &tensors[3], &tensors[1], &tensors[2], (size_t)n, 0};
+        Data d;
+        memset(&d, 0, sizeof(d));
+        d.shards = &shard, d.shard_count = 1, d.count = (size_t)n, d.scale = 0.125, d.offset = -1;
+        d.C = C, d.S = S, d.K = 3, d.tokens = T, d.Z = Z;
+        d.latent_type = pairs[k][0], d.feat_type = pairs[k][1];
+        Model *m = gpu_backend.create(&c, B, 1);
+        randomize(m, 5);
+        real *grads[2];
+        Losses losses[2];
+        for (int stored = 0; stored < 2; stored++) {
+            Batch *b = stored ? gpu_backend.batch_in(m, &d, 1) : batch_create(&c, B);
+            if (!b) {   // left to the host
+                losses[1] = losses[0], grads[1] = (real *)alloc_zero(m->table.total, sizeof(real));
+                memcpy(grads[1], grads[0], m->table.total * sizeof(real));
+                continue;
+            }
+            b->on_device = 1, taken += stored;
+            gpu_backend.batch_wait(m, 1);
+            batch_load(b, &d, &c, 7, 5, 3, 6);
+            gpu_backend.zero_gradients(m);
+            gpu_backend.forward_backward(m, b);
+            losses[stored] = gpu_backend.read_losses(m);
+            grads[stored] = (real *)alloc_zero(m->table.total, sizeof(real));
+            gpu_backend.get_block(grads[stored], m, GRADS);
+            batch_free(b);
+        }
+        int same = !memcmp(grads[0], grads[1], m->table.total * sizeof(real)) &&
+                   !memcmp(&losses[0], &losses[1], sizeof(Losses)) && losses[0].align != 0;
+        if (!same)
+            printf("     %s latents, %s feats: other bits\n", dtypes[pairs[k][0]].name,
+                   dtypes[pairs[k][1]].name);
+        differ += !same;
+        free(grads[0]), free(grads[1]), free(bytes), gpu_backend.destroy(m);
+    }
+    int want = sizeof(gpu::floatX) == 4 ? count : count - 1;   // floats are rounded by the host in bf16
+    result(!differ && taken == want, "stored samples",
+           "%d of %d pairs of types go as they are; %d with other bits", taken, count, differ);
+}
+
+// Steps as recorded graphs leave the bits that launch by launch leaves: parts of a batch, paths dropped, both
+// buffers of the input, learning rates that change
+static void test_graph(void) {
+    Config c = small_config();
+    real *end[2];
+    Losses losses[2];
+    size_t bytes = 0;
+    int recorded = 0, graphs = 0;
+    for (int on = 0; on < 2; on++) {
+        gpu::use_graph = on;
+        Model *m = gpu_backend.create(&c, 3, 1);
+        randomize(m, 5);
+        for (int step = 1; step <= 6; step++) {
+            gpu_backend.zero_gradients(m);
+            for (int part = 0; part < 2; part++) {
+                Batch *b = random_batch(&c, 3, 3 * part, 6, (uint64_t)step, step % 3 == 0);
+                gpu_backend.forward_backward(m, b);
+                batch_free(b);
+            }
+            gpu_backend.update(m, step);
+        }
+        losses[on] = gpu_backend.read_losses(m);
+        bytes = m->table.total * sizeof(real);
+        end[on] = (real *)alloc_zero(2, bytes);
+        gpu_backend.get_block(end[on], m, PARAMS);
+        gpu_backend.get_block(end[on] + m->table.total, m, EMA);
+        recorded = gpu::gpu_of(m)->recorded;
+        for (int i = 0; i < recorded; i++) graphs += gpu::gpu_of(m)->recordings[i].graph != NULL;
+        gpu_backend.destroy(m);
+    }
+    int same = !memcmp(end[0], end[1], 2 * bytes) && !memcmp(&losses[0], &losses[1], sizeof(Losses));
+    result(same && graphs == 5 && recorded == 5, "graphs",
+           "6 steps, %d of %d kinds replayed: %s those of single launches", graphs, recorded,
+           same ? "the bits are" : "NOT");
+    gpu::use_graph = 1;
+    free(end[0]), free(end[1]);
+}
+
+// --profile changes no bits, and every launch is in its table: what was timed, and the operations of the products
+// that it saw, which are those of the formula with what the padded rows of the fusion and the backward add
+static void test_profile(void) {
+    Config c = small_config();
+    real *end[2];
+    long launches = 0;
+    double flops = 0;
+    int lost = 0;
+    size_t bytes = 0;
+    for (int on = 0; on < 2; on++) {
+        Model *m = gpu_backend.create(&c, 3, 1);
+        gpu_backend.begin(m, 0, on);
+        randomize(m, 5);
+        for (int step = 1; step <= 3; step++) {
+            Batch *b = random_batch(&c, 3, 0, 3, (uint64_t)step, 0);
+            gpu_backend.zero_gradients(m);
+            gpu_backend.forward_backward(m, b);
+            gpu_backend.update(m, step);
+            batch_free(b);
+        }
+        for (int i = 0; i < gpu::PLACES && on; i++)
+            for (int k = 0; k < gpu::WORKS; k++) {
+                launches += gpu::profile.spent[i][k].launches, flops += gpu::profile.spent[i][k].flops;
+                lost += !(gpu::profile.spent[i][k].ms >= 0);
+            }
+        lost += gpu::profile.lost;
+        if (on) gpu_backend.end(m);
+        bytes = m->table.total * sizeof(real);
+        end[on] = (real *)alloc_zero(1, bytes);
+        gpu_backend.get_block(end[on], m, PARAMS);
+        gpu_backend.begin(m, 0, 0);
+        gpu_backend.destroy(m);
+    }
+    double attention = 0;   // no product: 3 forwards' worth in the formula
+    for (int i = 0; i < c.depth; i++) {
+        double n = is_sparse(&c, i) ? kept_of(&c) : tokens_of(&c);
+        attention += 4 * n * n * c.hidden_size;
+    }
+    double want = 9 * (forward_flops(&c) - attention), off = flops / want - 1;
+    int same = !memcmp(end[0], end[1], bytes);
+    result(same && !lost && launches > 100 && fabs(off) < 0.05, "profile",
+           "%ld launches of one step; operations of the products %.1f %% off the formula; the bits %s",
+           launches, 100 * off, same ? "stay" : "CHANGE");
+    free(end[0]), free(end[1]);
+}
+
 // Where the GELU epilogue is slower the layer is a kernel of its own; where there are no tensor cores'
 // shapes, or too little shared memory (99 KB is that of sm_86, 64 that of none), attention goes another way
 static void test_other_ways(void) {
@@ -1851,7 +2062,7 @@ static void test_old_card(const char *program) {
 #endif
 
 //   ./test_srdit_cu              all of it, then the reference files, if it is the build in float
-//   ./test_srdit_cu WORDS        the comparisons whose names contain the words
+//   ./test_srdit_cu WORDS        the tests and comparisons whose names contain the words
 //   ./test_srdit_cu FILE ...     replay these reference files
 //   SHOW=1 prints every tensor
 int main(int argc, char **argv) {
@@ -1864,7 +2075,7 @@ int main(int argc, char **argv) {
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "--help")) {
             printf("%s                      all tests\n%s FILE.safetensors ... replay these reference files\n"
-                   "%s TEXT                 the comparisons with this text in their name\n"
+                   "%s TEXT                 the tests and comparisons with this text in their name\n"
                    "  --tolerance X   relative error allowed in replays\n",
                    argv[0], argv[0], argv[0]);
             return 0;
@@ -1876,19 +2087,22 @@ int main(int argc, char **argv) {
     }
     if (!files) {
         printf("train_srdit.cu, in %s, against the CPU\n", in_float ? "float" : "bf16");
+        static const struct {
+            const char *name;
+            void (*run)(void);
+        } tests[] = {{"loader", test_loader},       {"stored", test_stored},
+                     {"draws", test_draws},         {"not finite", test_not_finite},
+                     {"plans", test_plans},         {"file of plans", test_plan_file},
+                     {"products", test_products},   {"attention", test_attention_report},
+                     {"same bits", test_same_bits}, {"graphs", test_graph},
+                     {"profile", test_profile},     {"other ways", test_other_ways},
+                     {"200 steps", test_training}};
+        for (size_t i = 0; i < sizeof(tests) / sizeof(tests[0]); i++)
+            if (strstr(tests[i].name, only)) tests[i].run();
         if (!only[0]) {
-            test_draws();
-            test_not_finite();
-            test_plans();
-            test_plan_file();
-            test_products();
-            test_attention_report();
 #ifdef CUDA_ON_CPU
             test_old_card(argv[0]);
 #endif
-            test_same_bits();
-            test_other_ways();
-            test_training();
             glob_t g;
             if (in_float && glob("dev/ref/*.safetensors", 0, NULL, &g) == 0) {
                 for (size_t i = 0; i < g.gl_pathc; i++) replay(g.gl_pathv[i], 0, 0);
@@ -1941,6 +2155,7 @@ int main(int argc, char **argv) {
         if (!mkdtemp(folder)) die("%s: cannot be made: %s", folder, strerror(errno));
         test_random();
         test_batches();
+        test_loader();
         test_functions();
         test_matmul();
         for (size_t i = 0; i < g.gl_pathc; i++) {

@@ -32,6 +32,7 @@
 #include "dev/lib/picture.h"
 #include "dev/lib/random.h"
 #include "dev/lib/shards.h"
+#include <pthread.h>
 #include <sys/mman.h>
 
 // ----------------------------------------------------------------------------------------------------------
@@ -809,14 +810,30 @@ typedef struct {
     real *feats;             // [B,T,Z]
     real *noise_before;      // [C,S,S] scratch
     uint64_t *keys;          // [B,T] scratch
+    // For a GPU that converts by itself: the samples as the data stores them, in place of x, v_before and feats
+    int stored;   // 1: so it is
+    enum Dtype x_type, feats_type;
+    double scale, offset;            // x = stored scale + offset
+    void *x_stored, *feats_stored;   // [1+B,C,S,S] from the sample before the first on, [B,T,Z]
+    int slot;   // 1, 2: the batch lies in that input buffer of a GPU; 0: in memory of its own
 } Batch;
 
 // The total, and its parts before their coefficients, summed over the steps since they were last read; the
-// last step's gradient norm; the first step that was not finite (0: none), after which updates change nothing
+// last step's gradient norm; the first step that was not finite (0: none), after which updates change nothing,
+// and what of it was not
+enum LossPart { NO_PART, DENOISE, CLS, ALIGN, CFM, GRADIENT };
 typedef struct {
     double total, denoise, cls, align, cfm, grad_norm;
     int bad_step;
+    enum LossPart bad_part;
 } Losses;
+HOST_DEVICE static inline enum LossPart bad_part_of(double denoise, double cls, double align, double cfm,
+                                                    double gradient) {
+    double parts[] = {denoise, cls, align, cfm, gradient};
+    for (int i = 0; i < 5; i++)
+        if (!(fabs(parts[i]) < (double)INFINITY)) return (enum LossPart)(DENOISE + i);
+    return NO_PART;
+}
 
 // Activations of a block that its backward needs
 typedef struct {
@@ -1414,7 +1431,11 @@ static void update(Model *model, int step) {
     Losses *losses = &model->losses;
     AdamW o = adamw_of(&model->c, step);
     double norm = losses->grad_norm = gradient_norm(model), clip = o.max_norm / (norm + 1e-6);
-    if (!losses->bad_step && !(norm < INFINITY && fabs(losses->total) < INFINITY)) losses->bad_step = step;
+    if (!losses->bad_step) {
+        losses->bad_part =
+            bad_part_of(losses->denoise, losses->cls, losses->align, losses->cfm, losses->grad_norm);
+        losses->bad_step = losses->bad_part == NO_PART ? 0 : step;
+    }
     if (losses->bad_step) return;
     real scale = (real)(clip < 1 ? clip : 1), b1 = (real)o.b1, b2 = (real)o.b2, one1 = (real)(1 - o.b1);
     real one2 = (real)(1 - o.b2), rate = (real)o.rate, root = (real)o.root, eps = (real)o.eps;
@@ -1432,7 +1453,7 @@ static void update(Model *model, int step) {
 static Losses read_losses(Model *model) {
     Losses sum = model->losses;
     memset(&model->losses, 0, sizeof(Losses));
-    model->losses.bad_step = sum.bad_step;
+    model->losses.bad_step = sum.bad_step, model->losses.bad_part = sum.bad_part;
     return sum;
 }
 
@@ -1455,6 +1476,13 @@ typedef struct {
     const real *(*host_block)(Model *, enum Block, real *room);   // the block itself, or copied to room
     void (*put_block)(Model *, const real *, enum Block);
     const real *(*activation)(Model *, const char *name);
+    // only a GPU's, else NULL
+    void (*begin)(Model *, int no_graph, int profile);   // before a training
+    void (*end)(Model *);                                // after it: says what --profile found
+    double (*peak)(void);                                // FLOP/s of its matrix products; 0: unknown
+    // Its input buffer i, 0 or 1, as a batch to be loaded to; NULL: it cannot convert what the data stores
+    Batch *(*batch_in)(Model *, const Data *, int i);
+    void (*batch_wait)(Model *, int i);   // until buffer i may be loaded to again
 } Backend;
 
 static real *model_block(Model *m, enum Block which) {
@@ -1518,7 +1546,8 @@ static const real *activation(Model *m, const char *name) {   // of the last for
 
 static const Backend cpu_backend = {"CPU",     model_create, model_destroy, zero_gradients, forward_backward,
                                     update,    read_losses,  velocity,      get_block,      host_block,
-                                    put_block, activation};
+                                    put_block, activation,   NULL,          NULL,           NULL,
+                                    NULL,      NULL};
 
 static int all_finite(const real *x, size_t n) {
     for (size_t i = 0; i < n; i++)
@@ -1575,6 +1604,10 @@ static Batch *batch_create(const Config *c, int B) {
     return batch;
 }
 static void batch_free(Batch *b) {
+    if (b->stored) {   // in memory of others
+        free(b);
+        return;
+    }
     free(b->x), free(b->noise), free(b->v_before), free(b->noise_before), free(b->cls), free(b->noise_cls);
     free(b->t), free(b->y), free(b->ids), free(b->feats), free(b->keys), free(b);
 }
@@ -1597,8 +1630,15 @@ static void sample_load(Batch *batch, size_t b, const Data *d, size_t at, uint32
     size_t latent = latent_of(c), Z = c->z_dim, T = tokens_of(c), Tk = kept_of(c);
     uint64_t seed = batch->seed;
     uint32_t step = (uint32_t)batch->step;
-    data_sample(d, at, batch->x + b * latent, &batch->y[b], c->cls ? batch->cls + b * Z : NULL,
-                c->align ? batch->feats + b * T * Z : NULL, !c->cls);
+    real *cls = c->cls ? batch->cls + b * Z : NULL;
+    if (batch->stored) {
+        size_t of_x = (size_t)dtypes[batch->x_type].bytes, of_feats = (size_t)dtypes[batch->feats_type].bytes;
+        char *x = (char *)batch->x_stored + (1 + b) * latent * of_x;
+        char *feats = c->align ? (char *)batch->feats_stored + b * T * Z * of_feats : NULL;
+        data_stored(d, at, x, &batch->y[b], cls, feats, !c->cls);
+    } else
+        data_sample(d, at, batch->x + b * latent, &batch->y[b], cls,
+                    c->align ? batch->feats + b * T * Z : NULL, !c->cls);
     batch->t[b] = (real)shift_time(c, uniform(seed, STREAM_TIME, step, sample));
     if (c->label_dropout && uniform(seed, STREAM_LABEL_DROP, step, sample) < c->class_dropout_prob)
         batch->y[b] = c->num_classes;
@@ -1610,6 +1650,11 @@ static void sample_load(Batch *batch, size_t b, const Data *d, size_t at, uint32
         for (size_t i = 0; i < T; i++) batch->ids[b * T + i] = (int)i;
 }
 
+// Where in the n samples of the data that of a step lies: every pass over the data has an order of its own
+static size_t sample_at(int b, int first, int whole, int step, uint32_t n, uint64_t seed) {
+    uint64_t position = (uint64_t)step * (uint64_t)whole + (uint64_t)((first + b + whole) % whole);
+    return permuted((uint32_t)(position % n), n, seed, STREAM_ORDER, (uint32_t)(position / n));
+}
 // The data and the draws of samples first ... first+B of a step whose batch has `whole` samples
 static void batch_load(Batch *batch, const Data *d, const Config *c, uint64_t seed, int step, int first,
                        int whole) {
@@ -1623,10 +1668,13 @@ static void batch_load(Batch *batch, const Data *d, const Config *c, uint64_t se
 #pragma omp parallel for
     for (int b = -1; b < batch->B; b++) {   // -1: the sample before the first, for the contrastive pair
         uint32_t sample = (uint32_t)((first + b + whole) % whole);
-        uint64_t position = (uint64_t)step * (uint64_t)whole + sample;
-        size_t at = permuted((uint32_t)(position % n), n, seed, STREAM_ORDER, (uint32_t)(position / n));
+        size_t at = sample_at(b, first, whole, step, n, seed);
         if (b >= 0) {
             sample_load(batch, (size_t)b, d, at, sample, c);
+            continue;
+        }
+        if (batch->stored) {
+            data_stored(d, at, batch->x_stored, NULL, NULL, NULL, 0);
             continue;
         }
         data_sample(d, at, batch->v_before, NULL, NULL, NULL, 0);
@@ -1634,6 +1682,83 @@ static void batch_load(Batch *batch, const Data *d, const Config *c, uint64_t se
             fill_normal(batch->noise_before, latent, seed, STREAM_NOISE, (uint32_t)step, sample);
         for (size_t i = 0; i < latent; i++) batch->v_before[i] = batch->noise_before[i] - batch->v_before[i];
     }
+}
+
+// The batches of a training, part by part and step by step. With two buffers a thread of its own reads one
+// while the other is computed on: it reads files and writes to memory, and never calls a GPU.
+typedef struct {
+    const Data *data;
+    const Config *c;
+    uint64_t seed;
+    int parts, whole, threads;   // parts a step; samples a step; of OpenMP, 0: its choice
+    Batch *batch[2];             // [1] NULL: nothing is read ahead
+    long first, last;            // parts, counted through all steps: the next that loader_next gives, the end
+    long asked, ready;           // ends of what may be read, and of what has been: under the lock
+    int stop, started;
+    pthread_t thread;
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+} Loader;
+
+static void loader_read(Loader *l, long part) {
+    Batch *b = l->batch[l->batch[1] ? part % 2 : 0];
+    batch_load(b, l->data, l->c, l->seed, (int)(part / l->parts), (int)(part % l->parts) * b->B, l->whole);
+}
+static void *loader_thread(void *loader) {
+    Loader *l = (Loader *)loader;
+    if (l->threads) omp_set_num_threads(l->threads);   // what a thread starts with is not what main set
+    pthread_mutex_lock(&l->lock);
+    for (;;) {
+        while (!l->stop && l->ready == l->asked) pthread_cond_wait(&l->changed, &l->lock);
+        if (l->stop) break;
+        long part = l->ready;
+        pthread_mutex_unlock(&l->lock);
+        loader_read(l, part);
+        pthread_mutex_lock(&l->lock);
+        l->ready++;
+        pthread_cond_signal(&l->changed);
+    }
+    pthread_mutex_unlock(&l->lock);
+    return NULL;
+}
+// From now on the next part may be read: the buffer that it goes to is free.
+static void loader_ask(Loader *l) {
+    if (!l->started || l->asked == l->last) return;
+    pthread_mutex_lock(&l->lock);
+    l->asked++;
+    pthread_cond_signal(&l->changed);
+    pthread_mutex_unlock(&l->lock);
+}
+// Of parts first ... last
+static void loader_start(Loader *l, long first, long last) {
+    l->first = l->asked = l->ready = first, l->last = last;
+    if (!l->batch[1] || first == last) return;
+    pthread_mutex_init(&l->lock, NULL), pthread_cond_init(&l->changed, NULL);
+    if (pthread_create(&l->thread, NULL, loader_thread, l))
+        die("the thread that reads data cannot be started");
+    l->started = 1;
+    loader_ask(l);
+}
+// The next part, waited for; it stays until loader_ask has been called twice more.
+static Batch *loader_next(Loader *l) {
+    long part = l->first++;
+    if (!l->started) loader_read(l, part);
+    else {
+        pthread_mutex_lock(&l->lock);
+        while (l->ready <= part) pthread_cond_wait(&l->changed, &l->lock);
+        pthread_mutex_unlock(&l->lock);
+    }
+    return l->batch[l->batch[1] ? part % 2 : 0];
+}
+static void loader_stop(Loader *l) {
+    if (!l->started) return;
+    pthread_mutex_lock(&l->lock);
+    l->stop = 1;
+    pthread_cond_signal(&l->changed);
+    pthread_mutex_unlock(&l->lock);
+    pthread_join(l->thread, NULL);
+    pthread_mutex_destroy(&l->lock), pthread_cond_destroy(&l->changed);
+    l->started = l->stop = 0;
 }
 
 // ----------------------------------------------------------------------------------------------------------
@@ -1783,6 +1908,7 @@ typedef struct {
     char **words;   // the command line, for how to go on
     int word_count;
     int batch, accum, steps, log_every, save_every, sample_every, sample_steps, threads, overwrite;
+    int no_graph, profile;
     uint64_t seed;
 } Run;
 #define OPTION(name, field, kind, initial, low, high, help)                                                  \
@@ -1809,6 +1935,9 @@ static const Option run_options[] = {
     OPTION("sample_every", sample_every, WHOLE, 0, 0, 1e9, "steps between pictures; 0: one at the end"),
     OPTION("sample_steps", sample_steps, WHOLE, 50, 1, 1e6, "network evaluations a picture"),
     OPTION("threads", threads, WHOLE, 0, 0, 4096, "CPU threads; 0: what OpenMP chooses"),
+    OPTION("no_graph", no_graph, SWITCH, 0, 0, 1,
+           "GPU: launch every kernel, instead of replaying a recorded step"),
+    OPTION("profile", profile, SWITCH, 0, 0, 1, "GPU: at the end, where the time of the steps went"),
 };
 enum { RUN_OPTIONS = sizeof(run_options) / sizeof(run_options[0]) };
 
@@ -1828,7 +1957,7 @@ typedef struct {
     Data *data;
     Folder folder;
     Model *model;
-    Batch *batch;
+    Loader loader;
     int first, step, saved;   // steps done at the start, now, and in the last checkpoint (-1: none)
     SafeItem *items;          // memory for writing checkpoints,
     real *room[4];            // with that for the blocks of a GPU
@@ -2161,6 +2290,21 @@ static int write_samples(const Training *t) {
     return 1;
 }
 
+// Additions and multiplications of a sample's forward in training: products and attention, nothing else. A step
+// counts as three forwards, the usual convention: of B/1 81.6e9 a sample.
+static double forward_flops(const Config *c) {
+    double T = tokens_of(c), P = patches_of(c), D = c->hidden_size, F = hidden_of(c), Z = c->z_dim;
+    double M = c->projector_dim, X = patch_dim_of(c), W = TIME_FEATURES, sum = 0;
+    for (int i = 0; i < c->depth; i++) {
+        double n = is_sparse(c, i) ? kept_of(c) : T;
+        sum += 2 * n * (3 * D * D + D * D + 2 * D * F) + 4 * n * n * D + 2 * D * 6 * D;
+    }
+    sum += 2 * T * 2 * D * D + 2 * (W * D + D * D) + 2 * D * 2 * D + 2 * 2 * P * X * D;
+    if (c->align) sum += 2 * T * (D * M + M * M + M * Z);
+    if (c->cls) sum += 2 * 2 * Z * D;
+    return sum;
+}
+
 // The first line of a run: a step has succeeded, so that a run that is overwritten can go. Checkpoint first,
 // log last: whenever the program is ended, the folder never holds this run's log beside another's checkpoint.
 static void log_begin(Training *t) {
@@ -2180,13 +2324,20 @@ static void log_line(Training *t) {
     int digits = snprintf(total, sizeof(total), "%d", run->steps);
     double now = now_seconds(), ms = 1000 * (now - log->since) / log->steps, k = 1.0 / log->steps;
     double left = (now - log->begin - log->paused) / (t->step - t->first) * (run->steps - t->step);
+    char mfu[16] = "";   // of a GPU: the share of its peak that the model's products take
+    double peak = t->backend->peak ? t->backend->peak() : 0;
+    if (t->backend->peak) snprintf(mfu, sizeof(mfu), "    n/a");
+    if (peak > 0)
+        snprintf(mfu, sizeof(mfu), " %5.1f%%",
+                 100 * 3 * forward_flops(&t->c) * run->batch / (ms / 1000) / peak);
     if (!log->file) log_begin(t);
     if (log->lines++ % 20 == 0)
-        printf("%*s      loss  denoise     cls    align      cfm     norm       lr      ms   img/s    left\n",
-               2 * digits + 1, "step");
-    printf("%*d/%d %9.5f %8.5f %7.4f %8.4f %8.4f %8.4f %8.1e %7.1f %7.0f %4d:%02d\n", digits, t->step,
+        printf(
+            "%*s      loss  denoise     cls    align      cfm     norm       lr      ms   img/s%s    left\n",
+            2 * digits + 1, "step", *mfu ? "    MFU" : "");
+    printf("%*d/%d %9.5f %8.5f %7.4f %8.4f %8.4f %8.4f %8.1e %7.1f %7.0f%s %4d:%02d\n", digits, t->step,
            run->steps, sum->total * k, sum->denoise * k, sum->cls * k, sum->align * k, sum->cfm * k,
-           sum->grad_norm, t->c.lr, ms, 1000 * run->batch / ms, (int)left / 60, (int)left % 60);
+           sum->grad_norm, t->c.lr, ms, 1000 * run->batch / ms, mfu, (int)left / 60, (int)left % 60);
     fprintf(log->file, "%d,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%g,%.4g,%.5g\n", t->step, sum->total * k,
             sum->denoise * k, sum->cls * k, sum->align * k, sum->cfm * k, sum->grad_norm, t->c.lr, ms,
             1000 * run->batch / ms);
@@ -2211,40 +2362,54 @@ static void log_pause(Log *log, double start) {
     log->paused += pause;
 }
 
-// Forward and backward of step `step` (from 0), part by part. bad: where it is not NULL, what is not finite
-static void forward_backward_step(Training *t, int step, char bad[96]) {
+// Forward and backward of the next step, part by part
+static void forward_backward_step(Training *t) {
+    Loader *l = &t->loader;
     t->backend->zero_gradients(t->model);
-    for (int k = 0; k < t->run.accum && !(bad && *bad); k++) {
-        batch_load(t->batch, t->data, &t->c, t->run.seed, step, k * t->batch->B, t->run.batch);
-        t->backend->forward_backward(t->model, t->batch);
-        if (bad) find_bad(bad, t->backend, t->model, t->batch);
+    for (int k = 0; k < t->run.accum; k++) {
+        t->backend->forward_backward(t->model, loader_next(l));
+        if (!l->started) continue;
+        t->backend->batch_wait(t->model, (int)(l->first % 2));
+        loader_ask(l);
     }
 }
 
 // The end of a run whose step `step` (from 1) was not finite: the state is still that of the step before, so
 // that the step can be made once more to see where it began.
-__attribute__((noreturn)) static void report_not_finite(Training *t, int step) {
+__attribute__((noreturn)) static void report_not_finite(Training *t, int step, enum LossPart part) {
+    static const char *const parts[] = {
+        "the loss or its gradient", "the velocity loss",    "the CLS loss",
+        "the alignment loss",       "the contrastive loss", "the norm of the gradient"};
     char bad[96] = "";
-    forward_backward_step(t, step - 1, bad);
-    die("step %d: the loss or its gradient is not a finite number; first bad: %s. %s%s; try a smaller --lr",
-        step, *bad ? bad : "unknown",
-        t->saved >= 0 ? "The last checkpoint is " : "No checkpoint was written yet",
+    loader_stop(&t->loader);
+    Batch *batch = batch_create(&t->c, t->run.batch / t->run.accum);
+    batch->on_device = t->backend != &cpu_backend;
+    t->backend->zero_gradients(t->model);
+    for (int k = 0; k < t->run.accum && !*bad; k++) {
+        batch_load(batch, t->data, &t->c, t->run.seed, step - 1, k * batch->B, t->run.batch);
+        t->backend->forward_backward(t->model, batch);
+        find_bad(bad, t->backend, t->model, batch);
+    }
+    die("step %d: %s is not a finite number; first bad: %s. %s%s; try a smaller --lr", step, parts[part],
+        *bad ? bad : "unknown", t->saved >= 0 ? "The last checkpoint is " : "No checkpoint was written yet",
         t->saved >= 0 ? t->folder.checkpoint : "");
 }
 
 static void train(Training *t) {
     const Run *run = &t->run;
     Log *log = &t->log;
+    t->loader.c = &t->c;
+    loader_start(&t->loader, (long)t->step * run->accum, (long)run->steps * run->accum);
     log->begin = log->since = now_seconds();
     while (t->step < run->steps && !interrupted) {
-        forward_backward_step(t, t->step, NULL);
+        forward_backward_step(t);
         t->backend->update(t->model, ++t->step);
         log->steps++;
         int last = t->step == run->steps || interrupted, save = last || t->step % run->save_every == 0;
         int line = save || t->step % run->log_every == 0 || t->step == 1;
         if (line || t->backend == &cpu_backend) {   // reading waits for a GPU
             Losses now = t->backend->read_losses(t->model);
-            if (now.bad_step) report_not_finite(t, now.bad_step);
+            if (now.bad_step) report_not_finite(t, now.bad_step, now.bad_part);
             log_add(log, &now);
         }
         double pause = now_seconds();
@@ -2254,6 +2419,7 @@ static void train(Training *t) {
         log_pause(log, pause);
     }
     if (t->step > t->first && t->saved != t->step) checkpoint_write(t);
+    if (t->backend->end) t->backend->end(t->model);
 }
 
 // The command that goes on from a checkpoint: the one that was typed, but for where it begins
@@ -2304,6 +2470,22 @@ static void export_check(const Run *run, const Folder *folder) {
     file_probe(run->export_to);
 }
 
+// Where the batches of the run are loaded to: for a GPU its two input buffers, or, where it cannot convert what
+// the data stores, two batches that it copies from
+static void loader_open(Training *t) {
+    Loader *l = &t->loader;
+    const Backend *backend = t->backend;
+    int B = t->run.batch / t->run.accum, gpu = backend != &cpu_backend;
+    l->data = t->data, l->seed = t->run.seed, l->threads = t->run.threads;
+    l->parts = t->run.accum, l->whole = t->run.batch;
+    for (int i = 0; i <= gpu; i++) {
+        if (gpu) l->batch[i] = backend->batch_in(t->model, t->data, i);
+        if (l->batch[i]) continue;
+        l->batch[i] = batch_create(&t->c, B);
+        l->batch[i]->on_device = gpu;
+    }
+}
+
 // All that a run works on, from the settings; whatever is wrong is said here, before the first step.
 static Training training_open(const Config *c, const Run *run, const Backend *backend, Data *d,
                               SafeFile *resume, int step) {
@@ -2328,9 +2510,9 @@ static Training training_open(const Config *c, const Run *run, const Backend *ba
     if (run->export_to) export_check(run, &t.folder);
     if (!t.run.accum) t.run.accum = backend == &cpu_backend ? parts_of(c, run->batch) : 1;
     t.model = backend->create(c, run->batch / t.run.accum, run->seed);
+    if (backend->begin) backend->begin(t.model, run->no_graph, run->profile);
     if (resume) checkpoint_load(backend, t.model, resume);
-    t.batch = batch_create(c, run->batch / t.run.accum);
-    t.batch->on_device = backend != &cpu_backend;
+    loader_open(&t);
     t.items = (SafeItem *)alloc_zero(4 * (size_t)t.model->table.count, sizeof(SafeItem));
     for (int k = 0; k < 4 && backend != &cpu_backend; k++)
         t.room[k] = (real *)alloc_zero(t.model->table.total, sizeof(real));
@@ -2340,7 +2522,9 @@ static void training_close(Training *t) {
     if (t->log.file && fclose(t->log.file)) die("%s: cannot be written: %s", t->folder.log, strerror(errno));
     for (int k = 0; k < 4; k++) free(t->room[k]);
     free(t->items);
-    batch_free(t->batch);
+    loader_stop(&t->loader);
+    for (int i = 0; i < 2; i++)
+        if (t->loader.batch[i]) batch_free(t->loader.batch[i]);
     t->backend->destroy(t->model);
     data_close(t->data);
     close(t->folder.lock);
@@ -2384,6 +2568,9 @@ static int train_main(int argc, char **argv, const Backend *backend) {
         die("--steps %d: %s is at step %d already", run.steps, run.resume, step);
     if (run.accum && run.batch % run.accum)
         die("--accum %d does not divide --batch %d", run.accum, run.batch);
+    if (!backend->begin && (run.no_graph || run.profile))
+        die("--%s: only the GPU's trainer has it (make train_srdit_cu)",
+            run.profile ? "profile" : "no-graph");
     use_threads(run.threads);
 
     Data *d = data_open(run.data.items, run.data.count);

@@ -35,6 +35,7 @@
 //   CLS of the final layer, of tokens    moved: last in memory, so that the patches are one matrix
 //   zero_gradients                       a flag: the next gradients overwrite
 //   noise, kept tokens of a batch        drawn on the device, from the same addresses
+//   a step                               recorded once as a CUDA graph, then replayed (run_recorded)
 //
 // The same are all formulas, Config, Table and Params, the places in the table, and every random number.
 //
@@ -74,12 +75,13 @@ static void check_cuda(cudaError_t e, const char *file, int line) {
     if (e != cudaSuccess) die("CUDA: %s (%s:%d)", cudaGetErrorString(e), file, line);
 }
 #define CHECK(call) check_cuda((call), __FILE__, __LINE__)
-#define LAUNCHED() check_cuda(cudaGetLastError(), __FILE__, __LINE__)   // after each kernel launch
+#define LAUNCHED() launched(__func__, __FILE__, __LINE__)   // after each kernel launch
 
 static cudaDeviceProp card;            // the GPU
 static cudaStream_t stream;            // all work is queued here, in order,
 static cudaStream_t copy_stream;       // but for the copies of the next step's data
 static int verbose = 1;                // print the memory plan and what was tuned
+static int use_graph = 1;              // record a step and replay it (--no-graph: launch every kernel)
 static int use_gelu_epilogue = 1;      // GELU inside the matrix products, where that is faster (bf16)
 static int use_tensor_attention = 1;   // attention on tensor cores, where it fits (bf16, Dh = 64, T <= 272)
 
@@ -136,6 +138,73 @@ static void memory_free(char *base, const void *owner) {
     CHECK(cudaFree(base));
 }
 
+// ----------------------------------------------------------------------------------------------------------
+// --profile: an event behind every launch. What passes between two counts for the launch between them: for the
+// part of the step that is being queued (`place`) and for the kind of work, told from the product's transposes
+// or from the name of the function. No step is recorded as a graph meanwhile.
+
+enum Place { INPUT, CONDITION, DENSE, SPARSE, FUSION, PROJECTOR, OPTIMIZER, PLACES };
+enum Work { PRODUCT, PRODUCT_BACK, PRODUCT_WEIGHT, ATTENTION, ATTENTION_BACK, OTHER, OTHER_BACK, WORKS };
+enum { MAX_MARKS = 4096 };
+typedef struct {
+    double ms, flops, bytes, floor;   // floor: of products, seconds at the rates that can be reached
+    long launches;
+} Spent;
+static struct {
+    int on, recording, backward;   // asked for; in the middle of a step, of its backward
+    int steps, samples, lost;      // so far; launches for which there was no room
+    enum Place place;
+    Spent spent[PLACES][WORKS];
+    cudaEvent_t event[MAX_MARKS];
+    signed char of_place[MAX_MARKS], of_work[MAX_MARKS];   // -1: a beginning, before which nothing counts
+    int marks, made;
+} profile;
+// What an H100's products and memory were found to reach of their peaks (798 of 989 TFLOP/s, 3.0 of 3.35 TB/s)
+static const double REACHED_FLOPS = 0.807, REACHED_BYTES = 0.896;
+
+static void place(enum Place where) { profile.place = where; }
+static void profile_mark(int where, int work) {
+    if (!profile.recording) return;
+    if (profile.marks == MAX_MARKS) {
+        profile.lost++;
+        return;
+    }
+    int i = profile.marks++;
+    if (i == profile.made) CHECK(cudaEventCreate(&profile.event[profile.made++]));
+    profile.of_place[i] = (signed char)where;
+    profile.of_work[i] = (signed char)work;
+    CHECK(cudaEventRecord(profile.event[i], stream));
+}
+static void launched(const char *function, const char *file, int line) {
+    check_cuda(cudaGetLastError(), file, line);
+    int attention = strstr(function, "attention") || strstr(function, "_launch");
+    profile_mark(profile.place, (attention ? ATTENTION : OTHER) + profile.backward);
+}
+
+// Peaks of the card by its data sheet: dense bf16 products that add in float, and memory; 0 where not known
+static double peak_flops(void) {
+    static const struct {
+        const char *name;
+        double tera;
+    } cards[] = {{"H100 PCIe", 756.5}, {"H100 NVL", 835}, {"H100", 989.4},
+                 {"H200 NVL", 835},    {"H200", 989.4},   {"B200", 2250},
+                 {"A100", 312},        {"L40S", 362},     {"RTX 4090", 165.2}};
+    static double peak = -1;
+    if (peak >= 0) return peak;
+    cudaDeviceProp card;
+    CHECK(cudaGetDeviceProperties(&card, 0));
+    peak = 0;
+    for (size_t i = 0; i < sizeof(cards) / sizeof(cards[0]) && !peak && sizeof(floatX) == 2; i++)
+        if (strstr(card.name, cards[i].name)) peak = cards[i].tera * 1e12;
+    return peak;
+}
+static double peak_bandwidth(void) {
+    int kilohertz = 0, bits = 0;
+    CHECK(cudaDeviceGetAttribute(&kilohertz, cudaDevAttrMemoryClockRate, 0));
+    CHECK(cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, 0));
+    return 2.0 * 1e3 * kilohertz * bits / 8;
+}
+
 static int div_up(int a, int b) { return (a + b - 1) / b; }
 static size_t largest(size_t a, size_t b) { return a > b ? a : b; }
 
@@ -170,6 +239,22 @@ __device__ __forceinline__ void store4(float *p, const Vec4 &v) {
 __device__ __forceinline__ void store4(bf16 *p, const Vec4 &v) {
     *(uint2 *)p = make_uint2(pack(v.x[0], v.x[1]), pack(v.x[2], v.x[3]));
 }
+// As files store them: whole numbers of 8 bits, halves
+struct Half {
+    uint16_t bits;
+};
+__device__ __forceinline__ Vec4 load4(const int8_t *p) {
+    char4 v = *(const char4 *)p;
+    return {{(float)v.x, (float)v.y, (float)v.z, (float)v.w}};
+}
+__device__ __forceinline__ Vec4 load4(const Half *p) {
+    uint2 u = *(const uint2 *)p;
+    return {{half_to_float((uint16_t)u.x), half_to_float((uint16_t)(u.x >> 16)), half_to_float((uint16_t)u.y),
+             half_to_float((uint16_t)(u.y >> 16))}};
+}
+__device__ __forceinline__ float to_float(uint8_t x) { return x; }
+__device__ __forceinline__ float to_float(int8_t x) { return x; }
+__device__ __forceinline__ float to_float(Half x) { return half_to_float(x.bits); }
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ void store(float *p, float x) { *p = x; }
@@ -428,6 +513,22 @@ static GemmKey gemm_key(int M, int N, int K, int ta, int tb) {
     return k;
 }
 
+// For --profile: the product that was just queued
+static void profile_product(const GemmKey *k) {
+    if (!profile.recording) return;
+    enum Work work = k->ta ? PRODUCT_WEIGHT : k->tb ? PRODUCT : PRODUCT_BACK;
+    double M = k->M, N = k->N, K = k->K, of = sizeof(floatX), n = k->batch;
+    double flops = 2 * M * N * K * n, bytes = n * (of * (M * K + K * N + (k->aux_ld ? M * N : 0)) +
+                                                   M * N * (k->float_out ? 4 : of) * (1 + k->add));
+    double peak = peak_flops(), memory = peak_bandwidth();
+    Spent *s = &profile.spent[profile.place][work];
+    s->flops += flops;
+    s->bytes += bytes;
+    s->floor += fmax(flops / (REACHED_FLOPS * (peak ? peak : 989.4e12)),
+                     bytes / (REACHED_BYTES * (memory ? memory : 3.35e12)));
+    profile_mark(profile.place, work);
+}
+
 static GemmPlan *plan_of(GemmKey *k, void *C, const floatX *A, const floatX *B, const void *bias, void *aux) {
     uintptr_t bits = (uintptr_t)A | (uintptr_t)B | (uintptr_t)C | 256;
     k->align = (int)(bits & (~bits + 1));
@@ -447,8 +548,10 @@ static int matmul_lt(GemmPlan *p, void *C, const floatX *A, const floatX *B, con
                                            &p->algo, workspace, workspace_bytes, stream);
     p->refused = status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_INVALID_VALUE ||
                  status == CUBLAS_STATUS_ARCH_MISMATCH;
-    if (!p->refused) CHECK_LT(status);
-    return !p->refused;
+    if (p->refused) return 0;
+    CHECK_LT(status);
+    profile_product(&p->key);
+    return 1;
 }
 
 // out[rows,cols], rows ld apart, (+)= bias[cols]; z counts independent ones, each `step` and `bias_step`
@@ -2112,25 +2215,75 @@ typedef struct {
 } Draw;
 typedef struct {   // laid out alike in pinned host memory and on the device
     Draw *draw;
-    float *x, *v_before, *cls, *t;   // as in Batch
+    float *cls, *t;   // as in Batch
     int *y;
-    floatX *feats;
-    float *noise, *noise_cls;   // from here on: copied if the batch brings them, else drawn here
+    void *x_stored,
+        *feats;   // as Batch's x_stored and feats_stored; what is not so arrives as float and floatX
+    float *noise, *noise_cls;   // copied if the batch brings them, else drawn here
     int *ids;
+    float *x, *v_before;   // only on the device: from x_stored
 } Input;
-static void input_layout(Input *in, DeviceArena *m, const Config *c, int B, size_t *copied) {
+// Bytes up to the stored samples, up to what is drawn, and of all that comes from the host
+typedef struct {
+    size_t small, stored, host;
+} InputBytes;
+static InputBytes input_layout(Input *in, DeviceArena *m, const Config *c, int B) {
     size_t b = (size_t)B, latent = (size_t)latent_of(c), Z = (size_t)c->z_dim, T = (size_t)tokens_of(c);
+    InputBytes bytes;
     take(in->draw, m, 1);
-    take(in->x, m, b * latent);
-    take(in->v_before, m, latent);
     take(in->cls, m, b * Z);
     take(in->t, m, b);
     take(in->y, m, b);
-    take(in->feats, m, c->align ? b * T * Z : 0);
-    *copied = m->used;
+    bytes.small = m->used;
+    float *x;
+    floatX *feats;
+    take(x, m, (1 + b) * latent);
+    take(feats, m, c->align ? b * T * Z : 0);
+    in->x_stored = x, in->feats = feats;
+    bytes.stored = m->used;
     take(in->noise, m, b * latent);
     take(in->noise_cls, m, b * Z);
     take(in->ids, m, b * (size_t)kept_of(c));
+    bytes.host = m->used;
+    take(in->x, m, b * latent);
+    take(in->v_before, m, latent);
+    return bytes;
+}
+
+// x [B,C,S,S] and -v_before [C,S,S], the sample before, from their stored form. Reads 1 to 4, writes 4 bytes an
+// element: 13 MB from bf16 at batch 256 of B/1, some 4 us (arithmetic).
+template <class S>
+__global__ void __launch_bounds__(256)
+    latents_kernel(float *x, float *v_before, const S *stored, double scale, double offset, size_t latent,
+                   size_t count) {
+    size_t i = (size_t)blockIdx.x * 256 + threadIdx.x;
+    if (i >= count) return;
+    float value = to_float(stored[i]);
+    if (scale != 1 || offset != 0) value = (float)((double)value * scale + offset);
+    if (i < latent) v_before[i] = -value;
+    else x[i - latent] = value;
+}
+template <class S> static void latents_of(const Input *in, const Batch *batch, size_t latent) {
+    size_t count = (1 + (size_t)batch->B) * latent;
+    latents_kernel<S><<<(unsigned)((count + 255) / 256), 256, 0, stream>>>(
+        in->x, in->v_before, (const S *)in->x_stored, batch->scale, batch->offset, latent, count);
+    LAUNCHED();
+}
+// The types that kernels convert. Others, and those of 8 bytes, are converted by the host.
+static int latents_on_device(enum Dtype type) {
+    return type == U8 || type == I8 || type == F16 || type == BF16 || type == F32;
+}
+static int feats_on_device(enum Dtype type) {
+    return type == I8 || type == F16 || type == BF16 || (type == F32 && sizeof(floatX) == 4);
+}
+static void latents_convert(const Input *in, const Batch *batch, size_t latent) {
+    switch (batch->x_type) {
+        case U8: latents_of<uint8_t>(in, batch, latent); break;
+        case I8: latents_of<int8_t>(in, batch, latent); break;
+        case F16: latents_of<Half>(in, batch, latent); break;
+        case BF16: latents_of<bf16>(in, batch, latent); break;
+        default: latents_of<float>(in, batch, latent);
+    }
 }
 
 // out[samples, n] (add: +=) standard normals of samples first + shift + y, as fill_normal; a thread draws
@@ -2181,20 +2334,19 @@ typedef struct {
     char *memory[2], *pinned[2];
     Input on_device[2], on_host[2];
     cudaEvent_t sent[2], done[2];   // the copy is over; the step that reads it is over
-    size_t bytes, copied;
+    InputBytes bytes;
     int turn;
 } InputQueue;
 static void queue_create(InputQueue *q, const Config *c, int B) {
     DeviceArena size = {NULL, 0, 1, NULL};
-    input_layout(&q->on_device[0], &size, c, B, &q->copied);
-    q->bytes = size.used;
+    q->bytes = input_layout(&q->on_device[0], &size, c, B);
     for (int i = 0; i < 2; i++) {
-        DeviceArena device = {NULL, q->bytes, 1, NULL};
+        DeviceArena device = {NULL, size.used, 1, NULL};
         q->memory[i] = memory_take(&device, NULL);
-        input_layout(&q->on_device[i], &device, c, B, &q->copied);
-        CHECK(cudaMallocHost((void **)&q->pinned[i], q->bytes));
+        input_layout(&q->on_device[i], &device, c, B);
+        CHECK(cudaMallocHost((void **)&q->pinned[i], q->bytes.host));
         DeviceArena host = {q->pinned[i], 0, 1, NULL};
-        input_layout(&q->on_host[i], &host, c, B, &q->copied);
+        input_layout(&q->on_host[i], &host, c, B);
         CHECK(cudaEventCreate(&q->sent[i]));
         CHECK(cudaEventCreate(&q->done[i]));
     }
@@ -2208,33 +2360,53 @@ static void queue_destroy(InputQueue *q) {
     }
 }
 
-// Where the batch will lie for the kernels that are launched from here on; batch_done follows
-// the last of them.
-static Input batch_upload(InputQueue *q, const Batch *batch, const Config *c) {
+// A batch in memory of its own is copied to buffer k, in its stored form: latents as they are, features in
+// floatX. Returns it as it lies there.
+static Batch batch_into(InputQueue *q, int k, const Batch *batch, const Config *c) {
     size_t b = (size_t)batch->B, latent = (size_t)latent_of(c), Z = (size_t)c->z_dim;
     size_t feats = b * (size_t)tokens_of(c) * Z;
-    int k = q->turn;
     Input *to = &q->on_host[k];
+    float *x = (float *)to->x_stored;
+    floatX *rounded = (floatX *)to->feats;
     CHECK(cudaEventSynchronize(q->sent[k]));
-    Draw draw = {batch->seed, (uint32_t)batch->step, (uint32_t)batch->first, (uint32_t)batch->whole};
-    *to->draw = draw;
-    memcpy(to->x, batch->x, b * latent * sizeof(float));
-    memcpy(to->v_before, batch->v_before, latent * sizeof(float));
+    for (size_t i = 0; i < latent; i++) x[i] = -batch->v_before[i];
+    memcpy(x + latent, batch->x, b * latent * sizeof(float));
     memcpy(to->t, batch->t, b * sizeof(float));
     memcpy(to->y, batch->y, b * sizeof(int));
     if (c->cls) memcpy(to->cls, batch->cls, b * Z * sizeof(float));
     if (c->align) {
 #pragma omp parallel for
-        for (size_t i = 0; i < feats; i++) to->feats[i] = (floatX)batch->feats[i];
+        for (size_t i = 0; i < feats; i++) rounded[i] = (floatX)batch->feats[i];
     }
     if (!batch->on_device) {
         memcpy(to->noise, batch->noise, b * latent * sizeof(float));
         if (c->cls) memcpy(to->noise_cls, batch->noise_cls, b * Z * sizeof(float));
         memcpy(to->ids, batch->ids, b * (size_t)kept_of(c) * sizeof(int));
     }
+    Batch there = *batch;
+    there.stored = 1, there.slot = 1 + k, there.scale = 1, there.offset = 0;
+    there.x_type = F32, there.feats_type = sizeof(floatX) == 4 ? F32 : BF16;
+    return there;
+}
+
+static void copy_to_device(InputQueue *q, int k, size_t from, size_t bytes) {
+    if (bytes)
+        CHECK(cudaMemcpyAsync(q->memory[k] + from, q->pinned[k] + from, bytes, cudaMemcpyHostToDevice,
+                              copy_stream));
+}
+// Queues the copy of a batch that lies in its buffer; kernels launched from here on find it on the device.
+// batch_done follows the last of them.
+static Input batch_upload(InputQueue *q, const Batch *batch, const Config *c) {
+    int k = batch->slot - 1;
+    size_t samples = (size_t)batch->B, latent = (size_t)latent_of(c) * (size_t)dtypes[batch->x_type].bytes;
+    size_t feats = (size_t)(tokens_of(c) * c->z_dim) * (size_t)dtypes[batch->feats_type].bytes;
+    Draw draw = {batch->seed, (uint32_t)batch->step, (uint32_t)batch->first, (uint32_t)batch->whole};
+    *q->on_host[k].draw = draw;
     CHECK(cudaStreamWaitEvent(copy_stream, q->done[k], 0));
-    CHECK(cudaMemcpyAsync(q->memory[k], q->pinned[k], batch->on_device ? q->copied : q->bytes,
-                          cudaMemcpyHostToDevice, copy_stream));
+    copy_to_device(q, k, 0, q->bytes.small);
+    copy_to_device(q, k, q->bytes.small, (1 + samples) * latent);
+    if (c->align) copy_to_device(q, k, (size_t)((char *)q->on_host[k].feats - q->pinned[k]), samples * feats);
+    if (!batch->on_device) copy_to_device(q, k, q->bytes.stored, q->bytes.host - q->bytes.stored);
     CHECK(cudaEventRecord(q->sent[k], copy_stream));
     CHECK(cudaStreamWaitEvent(stream, q->sent[k], 0));
     q->turn = !k;
@@ -2292,11 +2464,31 @@ typedef struct {
 
 enum { LOSS_BLOCKS = 512, NORM_BLOCKS = 1024 };
 // Sums over the steps since they were read, the last step's gradient norm, and the first step that was not
-// finite (0: none), which stays
+// finite (0: none) with what of it was not, which stay
 typedef struct {
     double denoise, cls, align, cfm, grad_norm;
     int bad_step;
+    enum LossPart bad_part;
 } DeviceLosses;
+// The constants of a step, AdamW's of train_srdit.c in float, and its number (from 1)
+typedef struct {
+    float b1, b2, one1, one2, eps, rate, root, decay, ema, one_ema;
+    double max_norm;
+    int step;
+} StepConstants;
+// What tells one recorded piece of work from another: all that its kernels' arguments depend on and that may
+// change while a model lives
+typedef struct {
+    int update;                                        // 1: of the optimizer; 0: forward and backward
+    int slot, B, whole, path_drop, fresh, on_device;   // of the input queue, the batch, the gradients
+    enum Dtype x_type, feats_type;
+    double scale, offset;
+} StepKind;
+typedef struct {
+    StepKind kind;
+    cudaGraphExec_t graph;   // NULL: seen once, not recorded yet
+} Recording;
+enum { MAX_RECORDINGS = 16 };   // a training needs 5, with parts (--accum) 9
 typedef struct {
     Model base;   // its configuration and table are what shared code reads
     char *memory;
@@ -2307,11 +2499,14 @@ typedef struct {
     float2 *rope;   // [G,Dh/4] for attention on tensor cores
     Acts a;
     DeviceLosses *losses;
+    StepConstants *constants;
     float *loss_parts, *norm_parts;   // [4, ...], [NORM_BLOCKS]
     InputQueue queue;
-    Input in;      // the one of this step
-    int fresh;     // 1: gradients count as zero, the next ones overwrite
-    float *host;   // what `activation` returns lies here
+    Input in;   // the one of this step
+    Recording recordings[MAX_RECORDINGS];
+    int recorded;   // how many there were so far; the oldest makes room
+    int fresh;      // 1: gradients count as zero, the next ones overwrite
+    float *host;    // what `activation` returns lies here
     size_t host_size;
 } GpuModel;
 static GpuModel *gpu_of(Model *m) { return (GpuModel *)m; }
@@ -2422,6 +2617,7 @@ static size_t memory_layout(GpuModel *g, DeviceArena *m, int B) {
     size_t parameters = m->used;
     take(g->rope, m, (size_t)grid_of(c) * (size_t)(c->hidden_size / c->num_heads / 4));
     take(g->losses, m, 1);
+    take(g->constants, m, 1);
     take(g->loss_parts, m, 4 * loss_parts_of(c, B));
     take(g->norm_parts, m, NORM_BLOCKS);
     acts_layout(&g->a, m, c, B);
@@ -2474,6 +2670,7 @@ static size_t block_stride(const GpuModel *g) {
 
 // mod[L,B,6D] = cond_silu adaln_w^T + adaln_b for all blocks at once
 static void adaln_forward(GpuModel *g, const Params *w, int B) {
+    place(CONDITION);
     const Config *c = &g->base.c;
     Acts *a = &g->a;
     int D = c->hidden_size;
@@ -2487,6 +2684,7 @@ static void adaln_forward(GpuModel *g, const Params *w, int B) {
 // The gradients of those layers from a->d_mod, all blocks at once; into a->d_cond_parts [L,B,D] each block's
 // part of the gradient of cond_silu
 static void adaln_backward(GpuModel *g, int B) {
+    place(CONDITION);
     Acts *a = &g->a;
     int D = g->base.c.hidden_size, L = g->base.c.depth, add = !g->fresh;
     const BlockParams *w = &g->w.block[0], *dw = &g->dw.block[0];
@@ -2510,6 +2708,7 @@ static void adaln_backward(GpuModel *g, int B) {
 // where values are not mixed.
 static Residual block_forward(GpuModel *g, int i, BlockActs *k, const Residual &in, const floatX *v1,
                               const int *ids, const Params *all, int B, int n) {
+    place(is_sparse(&g->base.c, i) ? SPARSE : DENSE);
     const Config *c = &g->base.c;
     const BlockParams *w = &all->block[i];
     int D = c->hidden_size, F = hidden_of(c), N = B * n;
@@ -2559,6 +2758,7 @@ static void norm_backward_behind(NormBackward *a, GpuModel *g, int i, floatX *ds
 // dy_cls >= 0, with db (NULL: none) its sum.
 static void block_backward(GpuModel *g, int i, float *dx, const floatX *v1, const int *ids, int B, int n,
                            int before, int dy_cls, float *db) {
+    place(is_sparse(&g->base.c, i) ? SPARSE : DENSE);
     const Config *c = &g->base.c;
     Acts *a = &g->a;
     const BlockActs *k = &a->block[i];
@@ -2613,6 +2813,7 @@ static void block_backward(GpuModel *g, int i, float *dx, const floatX *v1, cons
 
 // zs [B,T,Z] = p4(silu(p2(silu(p0(E))))): what is compared with the frozen encoder's features
 static void projector_forward(GpuModel *g, const Params *w, int N) {
+    place(PROJECTOR);
     const Config *c = &g->base.c;
     Acts *a = &g->a;
     int D = c->hidden_size, M = c->projector_dim, Z = c->z_dim;
@@ -2624,6 +2825,7 @@ static void projector_forward(GpuModel *g, const Params *w, int N) {
 }
 // a->d_E = its gradient, from that of zs in a->wide2
 static void projector_backward(GpuModel *g, int N) {
+    place(PROJECTOR);
     const Config *c = &g->base.c;
     Acts *a = &g->a;
     const Params *w = &g->w, *dw = &g->dw;
@@ -2641,6 +2843,7 @@ static void projector_backward(GpuModel *g, int N) {
 
 // c = mlp(e(t)) + label, and silu(c), which all adaLN layers read
 static void condition_forward(GpuModel *g, const Params *w, int B) {
+    place(CONDITION);
     Acts *a = &g->a;
     int D = g->base.c.hidden_size, W = TIME_FEATURES, count = B * D;
     time_features_kernel<<<(unsigned)B, W / 2, 0, stream>>>(a->t_features, g->in.t);
@@ -2654,6 +2857,7 @@ static void condition_forward(GpuModel *g, const Params *w, int B) {
 }
 // From a->d_cond_parts, what each adaLN layer asks of silu(c)
 static void condition_backward(GpuModel *g, int B) {
+    place(CONDITION);
     const Config *c = &g->base.c;
     Acts *a = &g->a;
     const Params *w = &g->w, *dw = &g->dw;
@@ -2675,6 +2879,7 @@ static void condition_backward(GpuModel *g, int B) {
 // one. The norm that comes next does the reading and the sum.
 static Residual fusion_forward(GpuModel *g, const Params *w, floatX *g_out, const int *ids, int path_drop,
                                int rows, int n, int B) {
+    place(FUSION);
     Acts *a = &g->a;
     int T = tokens_of(&g->base.c), D = g->base.c.hidden_size, N = B * T, padded = padded_rows(rows);
     floatX *product = a->wide;
@@ -2692,6 +2897,7 @@ static Residual fusion_forward(GpuModel *g, const Params *w, floatX *g_out, cons
 // From a->dy, the gradient of the fused tokens: a->d_E (added to, if the projector has been there) and
 // a->d_g, of g_out's rows. The bias's gradient is taken by the norm that read the sum.
 static void fusion_backward(GpuModel *g, int rows, int N) {
+    place(FUSION);
     const Config *c = &g->base.c;
     Acts *a = &g->a;
     const Params *dw = &g->dw;
@@ -2761,6 +2967,7 @@ static void network_forward(GpuModel *g, const Params *w, int training, int path
     // decoder h on all tokens
     for (int i = first_h; i < c->depth; i++) x = block_forward(g, i, &a->block[i], x, v1, NULL, w, B, T);
     // final layer: out = linear(final_h[patches]), cls_out = linear_cls(final_h[CLS]); patches lie first
+    place(INPUT);
     linear_forward<float>(a->final_mod, a->cond_silu, low(g, w->final_adaln_w), w->final_adaln_b, B, D,
                           2 * D);
     norm_modulate_forward(c->num_h ? a->last : a->fused, a->final_h, a->final_r, x, a->final_mod,
@@ -2811,6 +3018,7 @@ static void network_backward(GpuModel *g, int path_drop, int B) {
     clear_gradients(g, path_drop, B);
     if (c->align) projector_backward(g, N);
     // final layer: out = linear(final_h[patches]), cls_out = linear_cls(final_h[CLS])
+    place(INPUT);
     linear_backward_weight(dw->final_w, a->d_out, a->final_h, B * P, D, X, add);
     bias_backward(dw->final_b, a->parts, a->d_out, B * P, X, add);
     linear_backward_input<floatX>(a->dh, a->d_out, low(g, w->final_w), B * P, D, X, 0);
@@ -2855,6 +3063,7 @@ static void network_backward(GpuModel *g, int path_drop, int B) {
     for (int i = c->num_f - 1; i >= 0; i--)
         block_backward(g, i, a->d_E, i ? v1 : NULL, NULL, B, T, i - 1, i ? -1 : c->cls, NULL);
     // tokens: a->dy has the patches' gradients, then those of CLS
+    place(INPUT);
     linear_backward_weight(dw->x_w, a->dy, a->patches, B * P, X, D, add);
     bias_backward(dw->x_b, a->parts, a->dy, B * P, D, add);
     if (c->cls) {
@@ -2911,34 +3120,60 @@ __global__ void __launch_bounds__(256)
     sum = sum_block(sum, sums);
     if (threadIdx.x == 0) parts[blockIdx.x] = sum;
 }
-// Cosine loss of zs [rows,Z] against feats, and its gradient, a warp a row; the second reading comes from the
-// cache. Reads 2 + 2, writes 2 bytes an element; bound by memory.
+// Cosine loss of zs [rows,Z] against feats, as they are stored, and its gradient, a warp a row, V numbers at
+// once; the second reading comes from the cache. Reads 2 + 1 (feats in 8 bits), writes 2 bytes an element; bound
+// by memory: 0.25 GB in B/1.
+template <int V, class S> __device__ __forceinline__ void load_some(float (&x)[V], const S *p) {
+    if constexpr (V == 4) {
+        Vec4 v = load4(p);
+        for (int j = 0; j < 4; j++) x[j] = v.x[j];
+    } else x[0] = to_float(*p);
+}
+template <class S, int V>
 __global__ void __launch_bounds__(256) align_loss_kernel(floatX *dz, float *parts, const floatX *zs,
-                                                         const floatX *feats, double scale, int rows, int Z) {
+                                                         const S *feats, double scale, int rows, int Z) {
     __shared__ float cosines[8];
     int n = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
-    float cosine = 0;
+    float cosine = 0, f[V], z[V];
     if (n < rows) {
-        const floatX *z = zs + (size_t)n * Z, *f = feats + (size_t)n * Z;
+        size_t row = (size_t)n * Z;
         float ff = 0, zz = 0, fz = 0;
-        for (int i = lane; i < Z; i += 32) {
-            float a = to_float(f[i]), b = to_float(z[i]);
-            ff += a * a;
-            zz += b * b;
-            fz += a * b;
+        for (int i = lane * V; i < Z; i += 32 * V) {
+            load_some<V>(f, feats + row + i);
+            load_some<V>(z, zs + row + i);
+            for (int j = 0; j < V; j++) {
+                ff += f[j] * f[j];
+                zz += z[j] * z[j];
+                fz += f[j] * z[j];
+            }
         }
         ff = fmaxf(sqrtf(sum_lanes<32>(ff)), 1e-12f);
         zz = fmaxf(sqrtf(sum_lanes<32>(zz)), 1e-12f);
         cosine = sum_lanes<32>(fz) / (ff * zz);
         float k = (float)(scale / zz);
-        for (int i = lane; i < Z; i += 32)
-            store(&dz[(size_t)n * Z + i], k * (to_float(f[i]) / ff - cosine * to_float(z[i]) / zz));
+        for (int i = lane * V; i < Z; i += 32 * V) {
+            load_some<V>(f, feats + row + i);
+            load_some<V>(z, zs + row + i);
+            for (int j = 0; j < V; j++) f[j] = k * (f[j] / ff - cosine * z[j] / zz);
+            if constexpr (V == 4) store4(dz + row + i, {{f[0], f[1], f[2], f[3]}});
+            else store(dz + row + i, f[0]);
+        }
     }
     if (lane == 0) cosines[threadIdx.x / 32] = cosine;
     __syncthreads();
     float sum = 0;
     for (int i = 0; i < 8 && threadIdx.x == 0; i++) sum -= cosines[i];
     if (threadIdx.x == 0) parts[blockIdx.x] = sum;
+}
+template <class S>
+static void align_loss(floatX *dz, float *parts, const floatX *zs, const void *feats, double scale, int rows,
+                       int Z) {
+    unsigned blocks = (unsigned)div_up(rows, 8);
+    const S *stored = (const S *)feats;
+    if (Z % 4 == 0)
+        align_loss_kernel<S, 4><<<blocks, 256, 0, stream>>>(dz, parts, zs, stored, scale, rows, Z);
+    else align_loss_kernel<S, 1><<<blocks, 256, 0, stream>>>(dz, parts, zs, stored, scale, rows, Z);
+    LAUNCHED();
 }
 // *total += scale * sum of parts[count], in double and in a fixed order; one block
 __global__ void __launch_bounds__(256)
@@ -2980,13 +3215,50 @@ static void loss_and_gradients(GpuModel *g, const Batch *batch) {
         LAUNCHED();
     }
     if (c->align) {
+        place(PROJECTOR);
         blocks = div_up(B * T, 8);
-        align_loss_kernel<<<(unsigned)blocks, 256, 0, stream>>>(a->wide2, parts + 3 * room, a->zs, in->feats,
-                                                                -c->align_coeff * of_align, B * T, Z);
-        LAUNCHED();
+        double scale = -c->align_coeff * of_align;
+        float *sums = parts + 3 * room;
+        switch (batch->feats_type) {
+            case I8: align_loss<int8_t>(a->wide2, sums, a->zs, in->feats, scale, B * T, Z); break;
+            case F16: align_loss<Half>(a->wide2, sums, a->zs, in->feats, scale, B * T, Z); break;
+            case BF16: align_loss<bf16>(a->wide2, sums, a->zs, in->feats, scale, B * T, Z); break;
+            default: align_loss<float>(a->wide2, sums, a->zs, in->feats, scale, B * T, Z);
+        }
         loss_sum_kernel<<<1, 256, 0, stream>>>(&g->losses->align, parts + 3 * room, blocks, of_align);
         LAUNCHED();
     }
+}
+
+// A step is some 450 launches, of which the host needs 2 to 3 us each (arithmetic: 1 ms) and the device a gap
+// between any two. Recorded as a CUDA graph they are one launch. The first time work of a kind is done as it is,
+// so that plans of matrix products are made and kernels loaded; the second time it is recorded, from then on
+// replayed. Everything that differs from step to step is read from device memory: Draw, StepConstants.
+template <class Work> static void run_recorded(GpuModel *g, const StepKind &kind, Work work) {
+    if (!use_graph || tuning || profile.on) {
+        work();
+        return;
+    }
+    Recording *r = NULL;
+    for (int i = 0; i < imin(g->recorded, MAX_RECORDINGS) && !r; i++)
+        if (!memcmp(&g->recordings[i].kind, &kind, sizeof(kind))) r = &g->recordings[i];
+    if (!r) {
+        r = &g->recordings[g->recorded++ % MAX_RECORDINGS];
+        if (r->graph) CHECK(cudaGraphExecDestroy(r->graph));
+        r->kind = kind;
+        r->graph = NULL;
+        work();
+        return;
+    }
+    if (!r->graph) {
+        cudaGraph_t graph;
+        CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+        work();
+        CHECK(cudaStreamEndCapture(stream, &graph));
+        CHECK(cudaGraphInstantiateWithFlags(&r->graph, graph, 0));
+        CHECK(cudaGraphDestroy(graph));
+    }
+    CHECK(cudaGraphLaunch(r->graph, stream));
 }
 
 static void zero_gradients(Model *m) { gpu_of(m)->fresh = 1; }   // the next gradients overwrite
@@ -2999,11 +3271,27 @@ static void forward_backward(Model *model, const Batch *batch) {
     GpuModel *g = gpu_of(model);
     if (batch->B > model->max_batch) die("a batch of %d in a model made for %d", batch->B, model->max_batch);
     use_weights(g, PARAMS);
-    g->in = batch_upload(&g->queue, batch, &model->c);
-    if (batch->on_device) draw_on_device(&g->in, &model->c, batch->B);
-    network_forward(g, &g->w, 1, batch->path_drop, batch->B);
-    loss_and_gradients(g, batch);
-    network_backward(g, batch->path_drop, batch->B);
+    Batch here = batch->slot ? *batch : batch_into(&g->queue, g->queue.turn, batch, &model->c);
+    StepKind kind;
+    memset(&kind, 0, sizeof(kind));
+    kind.slot = here.slot, kind.B = here.B, kind.whole = here.whole;
+    kind.path_drop = here.path_drop, kind.fresh = g->fresh, kind.on_device = here.on_device;
+    kind.x_type = here.x_type, kind.feats_type = here.feats_type;
+    kind.scale = here.scale, kind.offset = here.offset;
+    g->in = batch_upload(&g->queue, &here, &model->c);
+    place(INPUT);
+    profile.recording = profile.on;
+    profile_mark(-1, -1);
+    profile.samples += here.B;
+    run_recorded(g, kind, [=, &here] {
+        latents_convert(&g->in, &here, (size_t)latent_of(&model->c));
+        if (here.on_device) draw_on_device(&g->in, &model->c, here.B);
+        network_forward(g, &g->w, 1, here.path_drop, here.B);
+        profile.backward = 1;
+        loss_and_gradients(g, &here);
+        network_backward(g, here.path_drop, here.B);
+        profile.backward = 0;
+    });
     batch_done(&g->queue);
     g->fresh = 0;
 }
@@ -3052,11 +3340,11 @@ __global__ void __launch_bounds__(256) grad_norm_kernel(float *parts, const floa
     sum = sum_block(sum, sums);
     if (threadIdx.x == 0) parts[blockIdx.x] = sum;
 }
-// The norm of the gradient, and whether this step (from 1) is the first whose norm or losses are not
-// finite. The host reads the losses only now and then: what goes wrong in between is kept here, and no
-// later update covers it up. One block.
+// The norm of the gradient, and whether this step is the first whose norm or losses are not finite. The host
+// reads the losses only now and then: what goes wrong in between is kept here, and no later update covers it
+// up. One block.
 __global__ void __launch_bounds__(256)
-    root_kernel(DeviceLosses *losses, const float *parts, int count, int step) {
+    root_kernel(DeviceLosses *losses, const float *parts, int count, const StepConstants *constants) {
     __shared__ double sums[256];
     double sum = 0;
     for (int i = threadIdx.x; i < count; i += 256) sum += parts[i];
@@ -3065,18 +3353,17 @@ __global__ void __launch_bounds__(256)
     if (threadIdx.x) return;
     for (int i = 1; i < 256; i++) sum += sums[i];
     losses->grad_norm = sqrt(sum);
-    double all = sum + fabs(losses->denoise) + fabs(losses->cls) + fabs(losses->align) + fabs(losses->cfm);
-    if (!(all < (double)INFINITY) && !losses->bad_step) losses->bad_step = step;
+    enum LossPart bad = bad_part_of(losses->denoise, losses->cls, losses->align, losses->cfm, sum);
+    if (bad == NO_PART || losses->bad_step) return;
+    losses->bad_step = constants->step;
+    losses->bad_part = bad;
 }
 
-// The constants of a step, AdamW's of train_srdit.c in float
-typedef struct {
-    float b1, b2, one1, one2, eps, rate, root, decay, ema, one_ema;
-    double max_norm;
-} AdamWFloat;
-static AdamWFloat adamw_float(const Config *c, int step) {
+static StepConstants step_constants(const Config *c, int step) {
     AdamW d = adamw_of(c, step);
-    AdamWFloat o;
+    StepConstants o;
+    memset(&o, 0, sizeof(o));
+    o.step = step;
     o.b1 = (float)d.b1;
     o.b2 = (float)d.b2;
     o.one1 = (float)(1 - d.b1);
@@ -3091,11 +3378,31 @@ static AdamWFloat adamw_float(const Config *c, int step) {
     return o;
 }
 
+// The end of a step: its times are read. The first two steps, which load kernels, do not count.
+static void profile_step(void) {
+    if (!profile.on) return;
+    CHECK(cudaStreamSynchronize(stream));
+    for (int i = 1; i < profile.marks; i++) {
+        if (profile.of_place[i] < 0) continue;
+        Spent *s = &profile.spent[profile.of_place[i]][profile.of_work[i]];
+        float ms;
+        CHECK(cudaEventElapsedTime(&ms, profile.event[i - 1], profile.event[i]));
+        s->ms += ms;
+        s->launches++;
+    }
+    profile.marks = profile.recording = 0;
+    if (++profile.steps == 2) memset(profile.spent, 0, sizeof(profile.spent));
+}
+
+// To device memory by way of a kernel's arguments, which are copied as it is launched: no buffer to guard
+__global__ void constants_kernel(StepConstants *to, const StepConstants from) { *to = from; }
+
 // Reads 20, writes 16 + 2 bytes a parameter: 5.3 GB, 1.8 ms in B/1; bound by memory. From the first step that
 // is not finite on nothing is changed. n is a multiple of 64.
 __global__ void __launch_bounds__(256)
     adamw_kernel(float *params, float *m, float *v, float *ema, floatX *weights, const float *grads,
-                 const DeviceLosses *losses, const AdamWFloat o, size_t n) {
+                 const DeviceLosses *losses, const StepConstants *constants, size_t n) {
+    const StepConstants o = *constants;
     size_t i = ((size_t)blockIdx.x * 256 + threadIdx.x) * 4;
     if (i >= n || losses->bad_step) return;
     double clip = o.max_norm / (losses->grad_norm + 1e-6);
@@ -3117,17 +3424,26 @@ __global__ void __launch_bounds__(256)
 
 static void update(Model *model, int step) {
     GpuModel *g = gpu_of(model);
-    AdamWFloat o = adamw_float(&model->c, step);
-    size_t n = model->table.trained;
+    StepKind kind;
+    memset(&kind, 0, sizeof(kind));
+    kind.update = 1;
     zero_now(g);
     use_weights(g, PARAMS);
-    grad_norm_kernel<<<NORM_BLOCKS, 256, 0, stream>>>(g->norm_parts, g->grads, n);
+    place(OPTIMIZER);
+    profile_mark(-1, -1);
+    constants_kernel<<<1, 1, 0, stream>>>(g->constants, step_constants(&model->c, step));
     LAUNCHED();
-    root_kernel<<<1, 256, 0, stream>>>(g->losses, g->norm_parts, NORM_BLOCKS, step);
-    LAUNCHED();
-    adamw_kernel<<<(unsigned)((n / 4 + 255) / 256), 256, 0, stream>>>(g->params, g->m, g->v, g->ema,
-                                                                      g->weights, g->grads, g->losses, o, n);
-    LAUNCHED();
+    run_recorded(g, kind, [=] {
+        size_t n = model->table.trained;
+        grad_norm_kernel<<<NORM_BLOCKS, 256, 0, stream>>>(g->norm_parts, g->grads, n);
+        LAUNCHED();
+        root_kernel<<<1, 256, 0, stream>>>(g->losses, g->norm_parts, NORM_BLOCKS, g->constants);
+        LAUNCHED();
+        adamw_kernel<<<(unsigned)((n / 4 + 255) / 256), 256, 0, stream>>>(
+            g->params, g->m, g->v, g->ema, g->weights, g->grads, g->losses, g->constants, n);
+        LAUNCHED();
+    });
+    profile_step();
 }
 
 // The losses summed since the last call, and a fresh start. This waits for the GPU.
@@ -3145,6 +3461,7 @@ static Losses read_losses(Model *model) {
     sum.cfm = d.cfm;
     sum.grad_norm = d.grad_norm;
     sum.bad_step = d.bad_step;
+    sum.bad_part = d.bad_part;
     sum.total =
         d.denoise + c->cls_coeff * d.cls + c->align_coeff * d.align + (c->cfm ? c->cfm_coeff : 0) * d.cfm;
     return sum;
@@ -3304,8 +3621,7 @@ static MemoryPlan memory_plan(GpuModel *g, int max_batch) {
     MemoryPlan p;
     DeviceArena arena = {NULL, 0, 0, NULL}, input = {NULL, 0, 1, NULL};
     Input counted;
-    size_t copied;
-    input_layout(&counted, &input, &g->base.c, max_batch, &copied);
+    input_layout(&counted, &input, &g->base.c, max_batch);
     p.parameters = memory_layout(g, &arena, max_batch);
     p.activations = arena.used - p.parameters;
     p.input = 2 * input.used;
@@ -3384,9 +3700,134 @@ static Model *model_create(const Config *c, int max_batch, uint64_t seed) {
     return m;
 }
 
+// Input buffer i as a batch that the loader fills
+static Batch *batch_in(Model *m, const Data *d, int i) {
+    Input *in = &gpu_of(m)->queue.on_host[i];
+    if (!latents_on_device(d->latent_type) || (m->c.align && !feats_on_device(d->feat_type))) return NULL;
+    Batch *b = (Batch *)alloc_zero(1, sizeof(Batch));
+    b->B = b->whole = m->max_batch;
+    b->on_device = b->stored = 1, b->slot = 1 + i;
+    b->t = in->t, b->y = in->y, b->cls = in->cls, b->x_stored = in->x_stored, b->feats_stored = in->feats;
+    b->x_type = d->latent_type, b->feats_type = m->c.align ? d->feat_type : I8;
+    b->scale = d->scale, b->offset = d->offset;
+    return b;
+}
+static void batch_wait(Model *m, int i) { CHECK(cudaEventSynchronize(gpu_of(m)->queue.sent[i])); }
+
+static void begin(Model *m, int no_graph, int with_profile) {
+    (void)m;
+    use_graph = !no_graph;
+    memset(&profile, 0, sizeof(profile));
+    profile.on = with_profile;
+}
+
+// The table of --profile, a line for each part of the step: launches, GFLOP and GB that it needs at least; ms of
+// that at the rates that can be reached (floor); what to expect: products at 0.75, attention at 0.66 and 0.48,
+// passes over memory at 0.86 of the floor's rates, and 1.5 us a launch (model); and measured, with its share of
+// the memory's peak.
+static void profile_line(const char *name, const Spent *s, double share, double memory, Spent *all) {
+    double steps = profile.steps - 2, ms = s->ms / steps, floor_ms = s->floor * 1e3;
+    double model = floor_ms / share + 1.5e-3 * (double)s->launches / steps;
+    char part[16] = "n/a";
+    if (memory && ms > 0) snprintf(part, sizeof(part), "%.0f %%", 100 * s->bytes / (ms * 1e-3) / memory);
+    printf("| %s | %.0f | %.4g | %.3g | %.3f | %.3f | %.3f | %s |\n", name, (double)s->launches / steps,
+           s->flops / 1e9, s->bytes / 1e9, floor_ms, model, ms, part);
+    all->ms += s->ms, all->flops += s->flops, all->bytes += s->bytes, all->floor += s->floor;
+    all->launches += s->launches;
+}
+static void end(Model *m) {
+    if (!profile.on) return;
+    if (profile.steps < 3) {
+        printf("--profile: the first two steps do not count; there were %d\n", profile.steps);
+        return;
+    }
+    const Config *c = &m->c;
+    double steps = profile.steps - 2, B = (double)profile.samples / profile.steps, f = sizeof(floatX);
+    double T = tokens_of(c), Tk = kept_of(c), D = c->hidden_size, Z = c->z_dim;
+    double flops = peak_flops(), memory = peak_bandwidth(), M = c->align ? c->projector_dim : 0;
+    double to_flops = 1 / (REACHED_FLOPS * (flops ? flops : 989.4e12));
+    double to_bytes = 1 / (REACHED_BYTES * (memory ? memory : 3.35e12));
+    // what the passes of a step move at least
+    double least[PLACES][WORKS] = {{0}}, attention[PLACES][WORKS] = {{0}};
+    for (int i = 0; i < c->depth; i++) {
+        int at = is_sparse(c, i) ? SPARSE : DENSE;
+        double n = is_sparse(c, i) ? Tk : T, elements = B * n * D;
+        attention[at][ATTENTION] += 4 * n * elements, attention[at][ATTENTION_BACK] += 10 * n * elements;
+        least[at][ATTENTION] += 5 * f * elements;                        // q, k, v, v1; out
+        least[at][ATTENTION_BACK] += (9 * f + (i ? 8 : 4)) * elements;   // and dout; their gradients; d_v1
+        least[at][OTHER] += 2 * (8 + 2 * f) * elements;                  // twice x, y; x, h
+        least[at][OTHER_BACK] += 2 * (12 + 3 * f) * elements;            // twice dh, x, y, dx; dx, dy
+    }
+    least[INPUT][OTHER] = B * T * D * (4 + f + 8 + 2 * f) + B * latent_of(c) * 20.0;
+    least[INPUT][OTHER_BACK] = B * T * D * (12 + 3 * f) + B * latent_of(c) * (16 + f);
+    least[FUSION][OTHER_BACK] = B * (T + Tk) * D * f;
+    least[PROJECTOR][OTHER] = B * T * M * 4 * f;
+    least[PROJECTOR][OTHER_BACK] = B * T * (M * 6 * f + (c->align ? Z * (2 * f + 1) : 0));
+    least[OPTIMIZER][OTHER] = (double)m->table.trained * (24 + 16 + (f == 2 ? 2 : 0));
+    static const struct {
+        const char *name;
+        enum Place place;
+        int first, last;   // kinds of work
+        double share;
+    } lines[] = {{"products, dense blocks, forward", DENSE, PRODUCT, PRODUCT, 0.75},
+                 {"products, dense blocks, gradients", DENSE, PRODUCT_BACK, PRODUCT_BACK, 0.75},
+                 {"products, dense blocks, weights", DENSE, PRODUCT_WEIGHT, PRODUCT_WEIGHT, 0.75},
+                 {"attention, dense blocks, forward", DENSE, ATTENTION, ATTENTION, 0.66},
+                 {"attention, dense blocks, backward", DENSE, ATTENTION_BACK, ATTENTION_BACK, 0.48},
+                 {"norms and the rest, dense, forward", DENSE, OTHER, OTHER, 0.86},
+                 {"norms and the rest, dense, backward", DENSE, OTHER_BACK, OTHER_BACK, 0.86},
+                 {"products, sparse blocks, forward", SPARSE, PRODUCT, PRODUCT, 0.75},
+                 {"products, sparse blocks, gradients", SPARSE, PRODUCT_BACK, PRODUCT_BACK, 0.75},
+                 {"products, sparse blocks, weights", SPARSE, PRODUCT_WEIGHT, PRODUCT_WEIGHT, 0.75},
+                 {"attention, sparse blocks, forward", SPARSE, ATTENTION, ATTENTION, 0.66},
+                 {"attention, sparse blocks, backward", SPARSE, ATTENTION_BACK, ATTENTION_BACK, 0.48},
+                 {"norms and the rest, sparse, forward", SPARSE, OTHER, OTHER, 0.86},
+                 {"norms and the rest, sparse, backward", SPARSE, OTHER_BACK, OTHER_BACK, 0.86},
+                 {"fusion", FUSION, PRODUCT, OTHER_BACK, 0.75},
+                 {"projector, products", PROJECTOR, PRODUCT, PRODUCT_WEIGHT, 0.75},
+                 {"projector, SiLU, cosine loss", PROJECTOR, OTHER, OTHER_BACK, 0.86},
+                 {"adaLN and embedders", CONDITION, PRODUCT, OTHER_BACK, 0.75},
+                 {"input, patches, final layer, losses", INPUT, PRODUCT, OTHER_BACK, 0.86},
+                 {"optimizer", OPTIMIZER, PRODUCT, OTHER_BACK, 0.86}};
+    cudaDeviceProp card;
+    CHECK(cudaGetDeviceProperties(&card, 0));
+    printf("\nWhere a step goes, mean of %.0f steps, batch %.0f, on %s%s\n\n", steps, B, card.name,
+           flops && memory ? "" : " (its peaks are not known: floor and model are an H100's)");
+    printf("| part | launches | GFLOP | GB | floor ms | model ms | measured ms | of bandwidth |\n"
+           "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n");
+    Spent all;
+    memset(&all, 0, sizeof(all));
+    double model = 0;
+    for (size_t i = 0; i < sizeof(lines) / sizeof(lines[0]); i++) {
+        Spent sum;
+        memset(&sum, 0, sizeof(sum));
+        for (int k = lines[i].first; k <= lines[i].last; k++) {
+            const Spent *one = &profile.spent[lines[i].place][k];
+            double bytes = least[lines[i].place][k], math = attention[lines[i].place][k];
+            sum.ms += one->ms, sum.launches += one->launches;
+            sum.flops += one->flops / steps + math, sum.bytes += one->bytes / steps + bytes;
+            sum.floor += one->floor / steps + fmax(bytes * to_bytes, math * to_flops);
+        }
+        model += sum.floor * 1e3 / lines[i].share;
+        profile_line(lines[i].name, &sum, lines[i].share, memory, &all);
+    }
+    char mfu[32] = "unknown";
+    double needed = 3 * forward_flops(c) * B;
+    if (flops) snprintf(mfu, sizeof(mfu), "%.1f %%", 100 * needed / (all.ms / steps * 1e-3) / flops);
+    Spent unused = {0, 0, 0, 0, 0};
+    profile_line("all", &all, all.floor * 1e3 / model, memory, &unused);
+    if (profile.lost)
+        printf("\n%d launches were not timed: there is room for %d a step (a smaller --accum)\n",
+               profile.lost, MAX_MARKS);
+    printf("\nThe model's own products: %.1f GFLOP a step; MFU of the measured time: %s\n", needed / 1e9,
+           mfu);
+}
+
 static void model_destroy(Model *m) {
     GpuModel *g = gpu_of(m);
     CHECK(cudaDeviceSynchronize());
+    for (int i = 0; i < MAX_RECORDINGS; i++)
+        if (g->recordings[i].graph) CHECK(cudaGraphExecDestroy(g->recordings[i].graph));
     queue_destroy(&g->queue);
     memory_free(g->memory, g);
     free(g->host), free(m->table.tensors), free(g);
@@ -3394,10 +3835,23 @@ static void model_destroy(Model *m) {
 
 }   // namespace gpu
 
-static const Backend gpu_backend = {
-    "GPU",          gpu::model_create, gpu::model_destroy, gpu::zero_gradients, gpu::forward_backward,
-    gpu::update,    gpu::read_losses,  gpu::velocity,      gpu::get_block,      gpu::host_block,
-    gpu::put_block, gpu::activation};
+static const Backend gpu_backend = {"GPU",
+                                    gpu::model_create,
+                                    gpu::model_destroy,
+                                    gpu::zero_gradients,
+                                    gpu::forward_backward,
+                                    gpu::update,
+                                    gpu::read_losses,
+                                    gpu::velocity,
+                                    gpu::get_block,
+                                    gpu::host_block,
+                                    gpu::put_block,
+                                    gpu::activation,
+                                    gpu::begin,
+                                    gpu::end,
+                                    gpu::peak_flops,
+                                    gpu::batch_in,
+                                    gpu::batch_wait};
 
 #ifndef TRAIN_SRDIT_CU_NO_MAIN
 int main(int argc, char **argv) {

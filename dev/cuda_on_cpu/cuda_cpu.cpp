@@ -637,8 +637,17 @@ using namespace cuda_cpu;
 // ----------------------------------------------------------------------------------------------------------
 // Streams and events. Work is done at once, or, with CUDA_CPU_ASYNC=1, not before somebody waits for it.
 
-struct CUevent_st { long recorded = 0, done = 0; double time = 0; cudaStream_t stream = nullptr; };
-struct CUstream_st { bool blocking; std::deque<std::function<void()>> work; };
+struct CUevent_st {
+    long recorded = 0, done = 0;
+    double time = 0;
+    cudaStream_t stream = nullptr;
+    long capture = 0;                               // that it was recorded in; 0: none
+};
+struct CUstream_st {
+    bool blocking;
+    std::deque<std::function<void()>> work;
+    bool captured = false, loose = false;           // see Graphs
+};
 static std::vector<cudaStream_t> streams;
 static cudaError_t last_error;
 
@@ -647,6 +656,8 @@ static cudaError_t error(cudaError_t e) {
     return e;
 }
 static void device_memory(bool usable);
+static bool capture_takes(cudaStream_t s, const std::function<void()> &f);          // see Graphs
+static cudaError_t capture_forbids(cudaStream_t s, bool waits);
 
 static void perform(const std::function<void()> &f) {
     device_memory(true);
@@ -671,6 +682,7 @@ static void wait_for(cudaStream_t s) {              // what comes before new wor
 
 void cuda_cpu::on_stream(cudaStream_t s, std::function<void()> f) {
     start();
+    if (capture_takes(s, f)) return;
     if (late_streams && !is_null(s)) return s->work.push_back(std::move(f));
     wait_for(s);
     perform(f);
@@ -686,13 +698,14 @@ void cuda_cpu::launch(const Launch &l, std::shared_ptr<Call> call) {
     for (DynamicLimit &d : dynamic_limits)
         if (d.kernel == l.kernel) limit = d.bytes;
     if (l.smem > limit) return (void)error(cudaErrorInvalidValue);
+    if (capture_forbids(l.stream, false)) return;
     on_stream(l.stream, [l, call] { run_grid(l, *call); });
 }
 
 extern "C" {
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned flags) {
     start();
-    *s = new CUstream_st{!(flags & cudaStreamNonBlocking), {}};
+    *s = new CUstream_st{!(flags & cudaStreamNonBlocking), {}, false, false};
     streams.push_back(*s);
     return cudaSuccess;
 }
@@ -705,13 +718,19 @@ cudaError_t cudaStreamDestroy(cudaStream_t s) {
     return cudaSuccess;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t s) {
+    if (cudaError_t e = capture_forbids(s, true)) return e;
     wait_for(s);
     return cudaSuccess;
 }
 cudaError_t cudaDeviceSynchronize() {
+    if (cudaError_t e = capture_forbids(nullptr, true)) return e;
     drain_all(false);
     return cudaSuccess;
 }
+
+static bool capture_records(cudaEvent_t e, cudaStream_t s);                         // see Graphs
+static bool capture_waits(cudaStream_t s, cudaEvent_t e, cudaError_t *result);
+static cudaError_t capture_spoils(cudaError_t e);
 
 static void await(cudaEvent_t e, long n) {
     while (e->done < n) {
@@ -731,8 +750,10 @@ cudaError_t cudaEventDestroy(cudaEvent_t e) {
     return cudaSuccess;
 }
 cudaError_t cudaEventRecordWithFlags(cudaEvent_t e, cudaStream_t s, unsigned) {
-    long n = ++e->recorded;
+    if (cudaError_t refused = capture_forbids(s, false)) return refused;
     e->stream = s;
+    if (capture_records(e, s)) return cudaSuccess;
+    long n = ++e->recorded;
     on_stream(s, [=] {
         timespec t;
         clock_gettime(CLOCK_MONOTONIC, &t);
@@ -743,21 +764,141 @@ cudaError_t cudaEventRecordWithFlags(cudaEvent_t e, cudaStream_t s, unsigned) {
 }
 cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s) { return cudaEventRecordWithFlags(e, s, 0); }
 cudaError_t cudaEventSynchronize(cudaEvent_t e) {
+    if (e->capture) return capture_spoils(cudaErrorCapturedEvent);
+    if (cudaError_t refused = capture_forbids(e->stream, true)) return refused;
     await(e, e->recorded);
     return cudaSuccess;
 }
 cudaError_t cudaEventQuery(cudaEvent_t e) { return cudaEventSynchronize(e); }       // asked: so it is time
 cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t e, unsigned) {
+    cudaError_t result;
+    if (capture_waits(s, e, &result)) return result;
     long n = e->recorded;
     on_stream(s, [=] { await(e, n); });
     return cudaSuccess;
 }
 cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to) {
-    if (!from->recorded || !to->recorded) return error(cudaErrorInvalidResourceHandle);
+    if (from->capture || to->capture || !from->recorded || !to->recorded) return error(cudaErrorInvalidResourceHandle);
     if (from->done < from->recorded || to->done < to->recorded) return error(cudaErrorNotReady);
     *ms = (float)(to->time - from->time);
     return cudaSuccess;
 }
+} // extern "C"
+
+// ----------------------------------------------------------------------------------------------------------
+// Graphs. While a stream is captured, what is queued in it is kept instead of done, in the order of the calls;
+// a launch queues all of it as one piece of work. Another stream that waits for an event recorded in the
+// capture belongs to it too, until the first one has waited for it. What the card refuses meanwhile is refused
+// here, and spoils the capture. One capture at a time; the modes global and thread-local are the same here,
+// and graphs are made by capture alone.
+
+struct CUgraph_st { std::vector<std::function<void()>> work; };
+struct CUgraphExec_st { std::shared_ptr<const CUgraph_st> graph; };
+static CUgraph_st *captured_graph;                  // null: nothing is captured
+static cudaStream_t captured_stream;                // the one that began it
+static long captures;                               // so far; the number of the present one
+static bool capture_spoilt;
+
+static const char *capture_error(cudaError_t e) {
+    return e == cudaErrorStreamCaptureUnsupported   ? "operation not permitted when stream is capturing"
+           : e == cudaErrorStreamCaptureImplicit    ? "legacy stream would depend on a capturing blocking one"
+           : e == cudaErrorStreamCaptureInvalidated ? "a previous error during capture"
+           : e == cudaErrorStreamCaptureUnjoined    ? "capturing stream has unjoined work"
+           : e == cudaErrorStreamCaptureIsolation   ? "dependency on uncaptured work in another stream"
+           : e == cudaErrorCapturedEvent            ? "event last recorded in a capturing stream"
+                                                    : "CUDA error";
+}
+static cudaError_t capture_spoils(cudaError_t e) {
+    capture_spoilt = true;
+    return error(e);
+}
+static bool capture_takes(cudaStream_t s, const std::function<void()> &f) {
+    if (!captured_graph || is_null(s) || !s->captured) return false;
+    captured_graph->work.push_back(f);
+    s->loose = s != captured_stream;
+    return true;
+}
+// What may not be called during a capture, of stream s: anything that waits, and the null stream, which
+// would wait for the captured one (unless that was made not to)
+static cudaError_t capture_forbids(cudaStream_t s, bool waits) {
+    if (!captured_graph) return cudaSuccess;
+    if (!is_null(s) && s->captured && capture_spoilt) return error(cudaErrorStreamCaptureInvalidated);
+    if (is_null(s) && captured_stream->blocking) return capture_spoils(cudaErrorStreamCaptureImplicit);
+    return waits ? capture_spoils(cudaErrorStreamCaptureUnsupported) : cudaSuccess;
+}
+static bool capture_records(cudaEvent_t e, cudaStream_t s) {
+    e->capture = captured_graph && !is_null(s) && s->captured ? captures : 0;
+    return e->capture != 0;
+}
+static bool capture_waits(cudaStream_t s, cudaEvent_t e, cudaError_t *result) {
+    bool inside = captured_graph && !is_null(s) && s->captured;
+    *result = cudaSuccess;
+    if (!inside && !e->capture) return false;
+    if (!captured_graph || is_null(s)) *result = error(cudaErrorCapturedEvent);     // of a capture that is over
+    else if (e->capture != captures) *result = capture_spoils(cudaErrorStreamCaptureIsolation);
+    else {
+        s->captured = true;
+        s->loose = s != captured_stream;
+        if (e->stream != s) e->stream->loose = false;
+    }
+    return true;
+}
+
+extern "C" {
+cudaError_t cudaStreamBeginCapture(cudaStream_t s, cudaStreamCaptureMode mode) {
+    start();
+    if (mode == cudaStreamCaptureModeRelaxed) fail("captures in relaxed mode are not emulated");
+    if (is_null(s)) return error(cudaErrorStreamCaptureUnsupported);
+    if (captured_graph) return capture_spoils(cudaErrorIllegalState);
+    captured_graph = new CUgraph_st;
+    captured_stream = s;
+    captures++;
+    s->captured = true;
+    capture_spoilt = s->loose = false;
+    return cudaSuccess;
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t s, cudaGraph_t *graph) {
+    *graph = nullptr;
+    if (!captured_graph) return error(cudaErrorIllegalState);
+    if (s != captured_stream) return capture_spoils(cudaErrorStreamCaptureUnmatched);
+    bool loose = false;
+    for (cudaStream_t t : streams) {
+        loose |= t->captured && t->loose;
+        t->captured = false;
+    }
+    CUgraph_st *made = captured_graph;
+    captured_graph = nullptr;
+    if (!capture_spoilt && !loose) return *graph = made, cudaSuccess;
+    delete made;
+    return error(capture_spoilt ? cudaErrorStreamCaptureInvalidated : cudaErrorStreamCaptureUnjoined);
+}
+cudaError_t cudaStreamIsCapturing(cudaStream_t s, cudaStreamCaptureStatus *status) {
+    *status = !captured_graph || is_null(s) || !s->captured ? cudaStreamCaptureStatusNone
+              : capture_spoilt                              ? cudaStreamCaptureStatusInvalidated
+                                                            : cudaStreamCaptureStatusActive;
+    return cudaSuccess;
+}
+cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *exec, cudaGraph_t graph, unsigned long long) {
+    if (!graph) return error(cudaErrorInvalidValue);
+    *exec = new CUgraphExec_st{std::make_shared<CUgraph_st>(*graph)};
+    return cudaSuccess;
+}
+cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t *nodes, size_t *count) {
+    if (!graph || nodes) return error(cudaErrorInvalidValue);       // only how many
+    *count = graph->work.size();
+    return cudaSuccess;
+}
+cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t s) {
+    if (!exec) return error(cudaErrorInvalidValue);
+    if (cudaError_t e = capture_forbids(s, false)) return e;
+    std::shared_ptr<const CUgraph_st> graph = exec->graph;
+    on_stream(s, [graph] {
+        for (const std::function<void()> &f : graph->work) f();
+    });
+    return cudaSuccess;
+}
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) { return delete exec, cudaSuccess; }
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return delete graph, cudaSuccess; }
 } // extern "C"
 
 // ----------------------------------------------------------------------------------------------------------
@@ -802,6 +943,7 @@ void cuda_cpu::check_pointer(const Launch &l, int index, const void *p) {
 static cudaError_t allocate(void **p, size_t n, bool on_device) {
     start();
     *p = nullptr;
+    if (captured_graph) return capture_spoils(cudaErrorStreamCaptureUnsupported);
     if (n == 0) return cudaSuccess;
     if (posix_memalign(p, 256, n + PAD)) return error(cudaErrorMemoryAllocation);
 #ifndef MSAN
@@ -818,6 +960,7 @@ static cudaError_t allocate(void **p, size_t n, bool on_device) {
 
 static cudaError_t deallocate(void *p) {
     if (!p) return cudaSuccess;
+    if (captured_graph) return capture_spoils(cudaErrorStreamCaptureUnsupported);
     drain_all(false);
     Block *b = find(p);
     if (!b || b->base != (uintptr_t)p) fail("cudaFree of %p, which cudaMalloc did not return", p);
@@ -866,19 +1009,23 @@ cudaError_t cudaMemGetInfo(size_t *available, size_t *total) {
 }
 cudaError_t cudaMemcpy(void *to, const void *from, size_t n, cudaMemcpyKind kind) {
     start();
+    if (cudaError_t e = capture_forbids(nullptr, true)) return e;
     wait_for(nullptr);
     copy(to, from, n, kind);
     return cudaSuccess;
 }
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n, cudaMemcpyKind kind, cudaStream_t s) {
     start();
-    if (find(to) && find(from)) on_stream(s, [=] { copy(to, from, n, kind); });
+    const bool pageable = !find(to) || !find(from);
+    if (cudaError_t e = capture_forbids(s, pageable && s && s->captured)) return e;
+    if (!pageable) on_stream(s, [=] { copy(to, from, n, kind); });
     else wait_for(s), copy(to, from, n, kind);      // pageable memory: not asynchronous
     return cudaSuccess;
 }
 cudaError_t cudaMemsetAsync(void *p, int value, size_t n, cudaStream_t s) {
     Block *b = find(p);
     if (n && (!b || (uintptr_t)p - b->base + n > b->size)) fail("cudaMemset of what is not device memory");
+    if (cudaError_t e = capture_forbids(s, false)) return e;
     on_stream(s, [=] { memset(p, value, n); });
     return cudaSuccess;
 }
@@ -899,7 +1046,7 @@ const char *cudaGetErrorString(cudaError_t e) {
            : e == cudaErrorInvalidValue         ? "invalid argument"
            : e == cudaErrorMemoryAllocation     ? "out of memory"
            : e == cudaErrorNotReady             ? "device not ready"
-                                                : "CUDA error";
+                                                : capture_error(e);
 }
 const char *cudaGetErrorName(cudaError_t e) { return cudaGetErrorString(e); }
 cudaError_t cudaSetDevice(int device) { return error(device ? cudaErrorInvalidDevice : cudaSuccess); }

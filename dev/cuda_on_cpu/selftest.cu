@@ -13,6 +13,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <functional>
 #include <vector>
 typedef __nv_bfloat16 bf16;
 using std::vector;
@@ -646,6 +647,110 @@ static void test_host() {
 }
 
 // ----------------------------------------------------------------------------------------------------------
+// Graphs: captured work is not done, but again at every launch, with the arguments of the capture; what may not
+// be captured is refused and spoils the capture
+
+__global__ void set_to(float *p, float x) { p[threadIdx.x] = x; }
+__global__ void add_from(float *p, const float *x) { p[threadIdx.x] += x[threadIdx.x]; }
+
+static void test_graphs() {
+    cudaStream_t s, t, other;
+    cudaEvent_t forked, joined, before;
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    cudaStreamCaptureStatus status;
+    CUDA(cudaStreamCreate(&s));
+    CUDA(cudaStreamCreate(&t));
+    CUDA(cudaStreamCreateWithFlags(&other, cudaStreamNonBlocking));
+    CUDA(cudaEventCreate(&forked));
+    CUDA(cudaEventCreate(&joined));
+    CUDA(cudaEventCreate(&before));
+    CUDA(cudaEventRecord(before, other));
+    Device<float> p(32, 1.0f), q(32, 0.0f);
+    // x = 2 on s; then p += 3 beside q = 5 on t; then p += q
+    auto work = [&](float x) {
+        add<<<1, 32, 0, s>>>(p.p, x);
+        cudaEventRecord(forked, s);
+        cudaStreamWaitEvent(t, forked, 0);
+        add<<<1, 32, 0, s>>>(p.p, 3);
+        cudaMemsetAsync(q.p, 0, 128, t);
+        set_to<<<1, 32, 0, t>>>(q.p, 5);
+        cudaEventRecord(joined, t);
+        cudaStreamWaitEvent(s, joined, 0);
+        add_from<<<1, 32, 0, s>>>(p.p, q.p);
+    };
+    CUDA(cudaStreamBeginCapture(s, cudaStreamCaptureModeThreadLocal));
+    float x = 2;
+    work(x);
+    x = 100;
+    CUDA(cudaStreamIsCapturing(t, &status));
+    CHECK(status == cudaStreamCaptureStatusActive);
+    CUDA(cudaStreamIsCapturing(other, &status));
+    CHECK(status == cudaStreamCaptureStatusNone);
+    CUDA(cudaStreamEndCapture(s, &graph));
+    size_t nodes = 0;
+    CUDA(cudaGraphGetNodes(graph, nullptr, &nodes));
+    CHECK(nodes == 5);
+    CUDA(cudaGraphInstantiateWithFlags(&exec, graph, 0));
+    CUDA(cudaGraphDestroy(graph));                  // the copy lives on
+    CUDA(cudaStreamSynchronize(s));
+    CHECK(p.get()[7] == 1 && q.get()[7] == 0);      // nothing was done
+    for (int turn = 1; turn <= 3; turn++) {
+        CUDA(cudaGraphLaunch(exec, s));
+        add<<<1, 32, 0, s>>>(p.p, 0.5f);
+        CUDA(cudaStreamSynchronize(s));
+        CHECK(p.get()[31] == 1 + 10.5f * turn && q.get()[0] == 5);
+    }
+    CUDA(cudaGraphExecDestroy(exec));
+    // one mistake each; the capture is spoilt, and the streams are as good as before
+    float on_host[32];
+    float *memory;
+    std::function<cudaError_t()> mistakes[] = {
+        [&] { return cudaStreamSynchronize(s); },
+        [&] { return cudaDeviceSynchronize(); },
+        [&] { return cudaEventSynchronize(before); },
+        [&] { cudaEventRecord(forked, s); return cudaEventQuery(forked); },
+        [&] { return cudaStreamWaitEvent(s, before, 0); },
+        [&] { return cudaMalloc((void **)&memory, 128); },
+        [&] { return cudaMemcpy(on_host, p.p, 128, cudaMemcpyDeviceToHost); },
+        [&] { return cudaMemcpyAsync(p.p, on_host, 128, cudaMemcpyHostToDevice, s); },
+        [&] { add<<<1, 32>>>(p.p, 1); return cudaGetLastError(); },
+    };
+    cudaError_t refusals[] = {
+        cudaErrorStreamCaptureUnsupported, cudaErrorStreamCaptureImplicit, cudaErrorStreamCaptureUnsupported,
+        cudaErrorCapturedEvent, cudaErrorStreamCaptureIsolation, cudaErrorStreamCaptureUnsupported,
+        cudaErrorStreamCaptureImplicit, cudaErrorStreamCaptureUnsupported, cudaErrorStreamCaptureImplicit};
+    for (int i = 0; i < 9; i++) {
+        CUDA(cudaStreamBeginCapture(s, cudaStreamCaptureModeThreadLocal));
+        add<<<1, 32, 0, s>>>(p.p, 1);
+        CHECK(mistakes[i]() == refusals[i]);
+        add<<<1, 32, 0, s>>>(p.p, 1);
+        CHECK(cudaGetLastError() == cudaErrorStreamCaptureInvalidated);
+        CHECK(cudaStreamEndCapture(s, &graph) == cudaErrorStreamCaptureInvalidated && !graph);
+        cudaGetLastError();
+    }
+    CUDA(cudaStreamBeginCapture(s, cudaStreamCaptureModeGlobal));
+    add<<<1, 32, 0, s>>>(p.p, 1);
+    CUDA(cudaEventRecord(forked, s));
+    CUDA(cudaStreamWaitEvent(t, forked, 0));
+    add<<<1, 32, 0, t>>>(q.p, 1);
+    CHECK(cudaStreamEndCapture(s, &graph) == cudaErrorStreamCaptureUnjoined && !graph);
+    cudaGetLastError();
+    CHECK(cudaStreamWaitEvent(s, forked, 0) == cudaErrorCapturedEvent);     // of a capture that is over
+    cudaGetLastError();
+    CHECK(p.get()[3] == 1 + 10.5f * 3);
+    add<<<1, 32, 0, s>>>(p.p, 1);
+    CUDA(cudaStreamSynchronize(s));
+    CHECK(p.get()[3] == 2 + 10.5f * 3);
+    CUDA(cudaEventDestroy(forked));
+    CUDA(cudaEventDestroy(joined));
+    CUDA(cudaEventDestroy(before));
+    CUDA(cudaStreamDestroy(s));
+    CUDA(cudaStreamDestroy(t));
+    CUDA(cudaStreamDestroy(other));
+}
+
+// ----------------------------------------------------------------------------------------------------------
 // cuBLASLt: every epilogue, type, transposition, order and batch against naive loops
 
 enum Type { FLOATS, BF16_TO_BF16, BF16_TO_FLOAT };
@@ -1028,6 +1133,7 @@ int main(int argc, char **argv) {
     test_types();
     test_tensor_cores();
     test_host();
+    test_graphs();
     test_blas();
 #ifdef CUDA_ON_CPU
     if (plant) test_bugs();

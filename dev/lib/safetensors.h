@@ -48,7 +48,7 @@ typedef struct SafeFile {
 
 // A half as a float: its exponent and fraction, moved to a float's places, make 2^-112 of it, subnormal or
 // not.
-static inline float half_to_float(uint16_t half) {
+HOST_DEVICE static inline float half_to_float(uint16_t half) {
     uint32_t bits = (uint32_t)(half & 0x7fff) << 13, top = half >= 0x8000 ? 0x80000000u : 0;
     float x;
     memcpy(&x, &bits, 4);

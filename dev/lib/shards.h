@@ -3,6 +3,7 @@
 //
 //   data_open       one or more shards that belong together, every label and size checked
 //   data_sample     sample i: latent in the model's units, label, alignment features, CLS
+//   data_stored     the same with latent and features as the file stores them, to be converted elsewhere
 #ifndef SRDIT_SHARDS_H
 #define SRDIT_SHARDS_H
 #include "safetensors.h"
@@ -20,8 +21,9 @@ typedef struct {
     int shard_count;
     size_t count;
     char name[128], decoder[32];
-    double scale, offset;     // model input = stored * scale + offset
-    int C, S, K, tokens, Z;   // tokens is 0 where there are no feats
+    double scale, offset;                // model input = stored * scale + offset
+    enum Dtype latent_type, feat_type;   // as stored; DTYPES where shards differ (or have no feats)
+    int C, S, K, tokens, Z;              // tokens is 0 where there are no feats
 } Data;
 
 static const SafeTensor *shard_tensor(const SafeFile *f, const char *name, int ndim, int required) {
@@ -94,6 +96,7 @@ static Data *data_open(char **paths, int count) {
         one.C = (int)C, one.S = (int)S, one.K = (int)safe_whole(f, "classes", 0, 1e7, 0);
         one.tokens = s->feats ? (int)s->feats->shape[1] : 0;
         one.Z = s->feats ? (int)s->feats->shape[2] : s->cls ? (int)s->cls->shape[1] : 0;
+        one.latent_type = s->latents->type, one.feat_type = s->feats ? s->feats->type : DTYPES;
         one.scale = safe_number(f, "latent_scale", 1), one.offset = safe_number(f, "latent_offset", 0);
         const char *name = safe_metadata(f, "name"), *decoder = safe_metadata(f, "decoder");
         const char *format = safe_metadata(f, "format");
@@ -130,6 +133,8 @@ static Data *data_open(char **paths, int count) {
                                : !s->cls != !d->shards[0].cls             ? "cls"
                                                                           : NULL;
             if (what) die("%s: its %s differs from that of %s", f->path, what, paths[0]);
+            if (one.latent_type != d->latent_type) d->latent_type = DTYPES;
+            if (one.feat_type != d->feat_type) d->feat_type = DTYPES;
         }
         d->count += s->count;
     }
@@ -146,17 +151,42 @@ static void read_elements(real *out, const SafeFile *f, const SafeTensor *t, siz
                           double scale, double offset) {
     elements_read(out, safe_data(f, t), t->type, first, n, scale, offset);
 }
+// The shard that holds sample *i, and in *i its place there
+static const Shard *shard_of(const Data *d, size_t *i) {
+    const Shard *s = d->shards;
+    for (; *i >= s->count; s++) *i -= s->count;
+    return s;
+}
 // Sample i of the data: latent [C,S,S] in the model's units, label y, cls [Z], and feats [tokens,Z], without
 // their first row (that of CLS) where skip_cls; what is NULL is not wanted
 static void data_sample(const Data *d, size_t i, real *x, int *y, real *cls, real *feats, int skip_cls) {
-    const Shard *s = d->shards;
-    for (; i >= s->count; s++) i -= s->count;
+    const Shard *s = shard_of(d, &i);
     size_t latent = (size_t)d->C * (size_t)d->S * (size_t)d->S, Z = (size_t)d->Z;
     size_t skip = (size_t)skip_cls, T = (size_t)d->tokens;
     read_elements(x, s->file, s->latents, i * latent, latent, d->scale, d->offset);
     if (y) *y = (int)element(safe_data(s->file, s->labels), s->labels->type, i);
     if (cls) read_elements(cls, s->file, s->cls, i * Z, Z, 1, 0);
     if (feats) read_elements(feats, s->file, s->feats, (i * T + skip) * Z, (T - skip) * Z, 1, 0);
+}
+
+// The bytes of sample i in the tensor t, of n elements a sample
+static const uint8_t *sample_bytes(const Shard *s, const SafeTensor *t, size_t i, size_t n, size_t *bytes) {
+    *bytes = n * (size_t)dtypes[t->type].bytes;
+    return (const uint8_t *)safe_data(s->file, t) + i * *bytes;
+}
+// As data_sample, but x [C,S,S] is in d->latent_type, not yet scaled, and feats [tokens,Z] in d->feat_type:
+// neither may be DTYPES
+static void data_stored(const Data *d, size_t i, void *x, int *y, real *cls, void *feats, int skip_cls) {
+    const Shard *s = shard_of(d, &i);
+    size_t Z = (size_t)d->Z, bytes;
+    const uint8_t *from = sample_bytes(s, s->latents, i, (size_t)d->C * (size_t)d->S * (size_t)d->S, &bytes);
+    memcpy(x, from, bytes);
+    if (y) *y = (int)element(safe_data(s->file, s->labels), s->labels->type, i);
+    if (cls) read_elements(cls, s->file, s->cls, i * Z, Z, 1, 0);
+    if (!feats) return;
+    from = sample_bytes(s, s->feats, i, (size_t)d->tokens * Z, &bytes);
+    size_t skip = skip_cls ? bytes / (size_t)d->tokens : 0;
+    memcpy(feats, from + skip, bytes - skip);
 }
 #pragma GCC diagnostic pop
 #endif
