@@ -123,7 +123,7 @@ static void need_int(int *out, const SafeFile *f, const char *name, size_t n, in
 }
 static int batch_of(const SafeFile *f, const char *name) {
     const SafeTensor *t = safe_find(f, name);
-    if (!t->ndim || !t->shape[0] || t->shape[0] > 100000)
+    if (!t->ndim || !t->shape[0] || t->shape[0] > 100000 || !safe_elements(t))
         die("%s: tensor %s: no usable batch", f->path, name);
     return (int)t->shape[0];
 }
@@ -270,6 +270,17 @@ static void replay_sit(Report *r, const SafeFile *f) {
     static const char *const inputs[] = {"in.x", "eval.x_t", "sample.latents"};
     for (int i = 0; i < 3; i++)
         if (safe_find(f, inputs[i])) B = imax(B, batch_of(f, inputs[i]));
+    Params unused;   // what the file does not hold is refused before memory is taken for it
+    Table table = params_table(&unused, &c, NULL);
+    for (int i = 0; i < table.count; i++) {
+        char name[96];
+        snprintf(name, sizeof(name), "param.%s", table.tensors[i].name);
+        const SafeTensor *t = safe_find(f, name);
+        if (table.tensors[i].trained && (!t || safe_elements(t) != table.tensors[i].size))
+            die("%s: tensor %s is missing, or its size is not that of the model in the metadata", f->path,
+                name);
+    }
+    free(table.tensors);
     Model *m = backend->create(&c, B, 1);
     real *own = (real *)alloc_zero(m->table.total, sizeof(real)),
          *given = (real *)alloc_zero(m->table.total, sizeof(real));

@@ -31,9 +31,9 @@ extern void *__libc_malloc(size_t), *__libc_calloc(size_t, size_t), *__libc_real
 extern void *__libc_memalign(size_t, size_t);
 
 enum { FILES = 1024, NAME = 160, KILL = -1, TORN = -2, STOP = -3 };
-static char names[FILES][NAME];         // of open files, by descriptor
-static FILE *streams[FILES];            // and their FILEs
-static uintptr_t code_begin, code_end;  // of the program
+static char names[FILES][NAME];          // of open files, by descriptor
+static FILE *streams[FILES];             // and their FILEs
+static uintptr_t code_begin, code_end;   // of the program
 static long calls, fault_at;
 static int fault_do, log_fd = -1, renames;
 static const char *keep;
@@ -63,7 +63,10 @@ __attribute__((constructor)) static void begin(void) {
         REAL(close)(fd);
     }
     if (!at || !what) return;
-    fault_do = !strcmp(what, "kill") ? KILL : !strcmp(what, "torn") ? TORN : !strcmp(what, "stop") ? STOP : atoi(what);
+    fault_do = !strcmp(what, "kill")   ? KILL
+               : !strcmp(what, "torn") ? TORN
+               : !strcmp(what, "stop") ? STOP
+                                       : atoi(what);
     fault_at = atol(at);
 }
 
@@ -142,7 +145,9 @@ void *mmap(void *at, size_t size, int protection, int flags, int fd, off_t offse
 
 // ---- Files by name
 
-int stat(const char *path, struct stat *st) { return FROM_PROGRAM && fault("stat", path) ? -1 : REAL(stat)(path, st); }
+int stat(const char *path, struct stat *st) {
+    return FROM_PROGRAM && fault("stat", path) ? -1 : REAL(stat)(path, st);
+}
 int lstat(const char *path, struct stat *st) {
     return FROM_PROGRAM && fault("stat", path) ? -1 : REAL(lstat)(path, st);
 }
