@@ -1,5 +1,5 @@
-// Makes the n-th call to the operating system fail, or ends the process there: a library to preload, driven by
-// dev/test_faults.py. It sees the calls that the program itself makes, not those of libc or OpenMP, with one
+// Makes the n-th call to the operating system fail, or ends the process there: a library to preload, driven
+// by dev/test_faults.py. It sees the calls that the program itself makes, not those of libc or OpenMP, with one
 // exception: what libc writes and reads for the program's own FILEs goes through here too, since every FILE
 // becomes one of fopencookie's.
 //
@@ -7,7 +7,7 @@
 //   FAULTS_LOG=calls LD_PRELOAD=./faults.so ./sample ...                    a line for each call: "name file"
 //   FAULTS_AT=17 FAULTS_DO=ENOSPC's number LD_PRELOAD=./faults.so ...       the 17th (from 1) fails with it
 //   FAULTS_AT=17 FAULTS_DO=kill|torn|stop                                   SIGKILL, SIGSTOP before the 17th;
-//                                                                           torn: half of a write, then SIGKILL
+//                                                       torn: half of a write, then SIGKILL
 //   FAULTS_KEEP=folder      a hard link to each file that gets its name by rename, as folder/NUMBER.NAME
 //
 // A write that fails writes half of its bytes first, as a full disk does. A close that fails still closes.

@@ -1,12 +1,12 @@
-// Damaged files against all that reads one: the reader itself, checkpoints to sample from and to go on from, data,
-// decoders, reference files. Built and run by dev/fuzz_safetensors.sh, over libFuzzer where clang has it
-// (-DLIBFUZZER), else over the small mutator at the end. dev/fuzz_seeds.c writes the sound files to begin with.
+// Damaged files against all that reads one: the reader itself, checkpoints to sample from and to go on from,
+// data, decoders, reference files. Built and run by dev/fuzz_safetensors.sh, over libFuzzer where clang has it
+// (-DLIBFUZZER), else over the small mutator at the end. dev/fuzz_seeds.c writes the sound files at first.
 //
-// The tests are included as they are, and with them the sampler and the trainer, with a few library calls renamed:
-// a file is the bytes of the input, its map is a block of exactly that many bytes, so that the address sanitizer
-// sees one byte too many; die() jumps back instead of ending the program; and what a refused file left allocated
-// is freed after each input. A file that makes the program ask for far more memory than the file has bytes, or
-// keeps it busy for a second, is a find like a crash.
+// The tests are included as they are, and with them the sampler and the trainer, with a few library calls
+// renamed: a file is the bytes of the input, its map is a block of exactly that many bytes, so that the address
+// sanitizer sees one byte too many; die() jumps back instead of ending the program; and what a refused file
+// left allocated is freed after each input. A file that makes the program ask for far more memory than the file
+// has bytes, or keeps it busy for a second, is a find like a crash.
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
@@ -33,8 +33,8 @@ __attribute__((noreturn)) static void found(const char *what, double number) {
     abort();
 }
 
-// What the code under test holds, so that it can be freed when it is left in the middle, and how much it is. More
-// than MOST_BYTES at once was asked for by a number in the file, not by what is in it.
+// What the code under test holds, so that it can be freed when it is left in the middle, and how much it is.
+// More than MOST_BYTES at once was asked for by a number in the file, not by what is in it.
 enum { MOST_BLOCKS = 1 << 16, MOST_BYTES = 64 << 20 };
 static void *blocks[MOST_BLOCKS];
 static size_t block_bytes[MOST_BLOCKS], held;
@@ -138,8 +138,8 @@ static void read_checkpoint(void) {
     if (host) checkpoint_block(host, &t, f, "model.");
 }
 // A training that goes on: the checkpoint's settings, its blocks, and that it fits data of its own sizes
-// Activations grow with the tokens and the batch, which no tensor's shape need bound: few of both, so that memory that
-// is asked for too early is told from memory that is needed.
+// Activations grow with the tokens and the batch, which no tensor's shape need bound: few of both, so that
+// memory that is asked for too early is told from memory that is needed.
 static void few_tokens(const Config *c) {
     if (tokens_of(c) > 64) longjmp(refused, 1);
 }

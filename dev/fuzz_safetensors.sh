@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Damaged files against the safetensors reader and all that reads through it (checkpoints to sample from and to go
-# on from, data, decoders, reference files), under the address and undefined-behaviour sanitizers. Ends with
-# status 1, and the file, where one crashes the reader, or takes it a second or 64 MB.
+# Damaged files against the safetensors reader and all that reads through it (checkpoints to sample from and
+# to go on from, data, decoders, reference files), under the address and undefined-behaviour sanitizers. Ends
+# with status 1, and the file, where one crashes the reader, or takes it a second or 64 MB.
 #
 #   dev/fuzz_safetensors.sh [SECONDS]          default 60; FUZZER=libfuzzer or mutator, else what is there
 #   dev/fuzz_safetensors.sh --replay FILE ...  run the reader on these files alone
@@ -44,8 +44,8 @@ seed huge '{"__metadata__":{"format":"srdit-checkpoint-1","depth":"128","num_f":
 "hidden_size":"65536","num_heads":"1024","patch_size":"1024","in_channels":"65536","input_size":"4096",
 "z_dim":"65536","projector_dim":"65536","num_classes":"10000000","mlp_ratio":"64"}}' 0
 small='"in_channels":"1","input_size":"1","z_dim":"1","num_classes":"1","patch_size":"1","mlp_ratio":"1"'
-seed wide '{"__metadata__":{"format":"srdit-checkpoint-1","depth":"64","num_f":"1","num_h":"1","hidden_size":"60000",
-"num_heads":"15000","projector_dim":"60000",'"$small"',"step":"0","steps":"1","batch":"1","seed":"1"}}' 0
+seed wide '{"__metadata__":{"format":"srdit-checkpoint-1","depth":"64","num_f":"1","num_h":"1",
+"hidden_size":"60000","num_heads":"15000","projector_dim":"60000",'"$small"',"step":"0","steps":"1","batch":"1","seed":"1"}}' 0
 seed wide_reference '{"__metadata__":{"format":"srdit-ref-1","depth":"64","num_f":"1","num_h":"1",
 "hidden_size":"60000","num_heads":"15000","projector_dim":"60000",'"$small"'},'"$(t in.x F32 100000,0 0,0)}" 0
 shard='"__metadata__":{"classes":"3","name":"x","decoder":"pixels","latent_scale":"0.1","train_samples":"2"}'
@@ -57,7 +57,8 @@ for word in '"__metadata__":{' '"format":"srdit-checkpoint-1"' '"classes":"' '"d
     '"cls":{' '"input_size":"' '"in_channels":"' '"patch_size":"' '"depth":"' '"mlp_ratio":"' \
     '"latent_scale":"' '"train_samples":"' '"switch_off":"' '"hidden_size":"' '"num_heads":"' '"steps":"' \
     '"batch":"' '"format":"srdit-ref-1"' '"kind":"invae"' '"num_groups":"' '"attn_levels":"' '"ch_mult":"' \
-    60000 1000000 'ema.' 'model.' 'adam.v.' 'param.' 'decoder.up.1.' 'in.x' 'in.ids_keep' 'sample.eps'; do printf '%s\n' "$word"; done > "$out/words"
+    60000 1000000 'ema.' 'model.' 'adam.v.' 'param.' 'decoder.up.1.' 'in.x' 'in.ids_keep' 'sample.eps'
+do printf '%s\n' "$word"; done > "$out/words"
 sed 's/[\\"]/\\&/g; s/.*/"&"/' "$out/words" > "$out/dictionary"
 
 sanitize="-g -O1 -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all"
@@ -76,8 +77,9 @@ if [ "$FUZZER" = libfuzzer ]; then
     mkdir -p "$out/corpus"
     "$out/fuzz" -max_total_time="${1:-60}" -max_len=49152 -close_fd_mask=1 -print_final_stats=1 -verbosity=0 \
         -dict="$out/dictionary" -artifact_prefix="$out/found/" "$out/corpus" "$out/seeds" 2> "$out/log" || {
-        grep -m 1 -E 'runtime error|ERROR: AddressSanitizer|for one small file|for one file' "$out/log" || tail -n 20 "$out/log"
-        sed -nE 's/^ +#[0-9]+ 0x[0-9a-f]+ (.*(train_srdit|sample|test_srdit|fuzz_safetensors)\.c)/    \1/p' "$out/log" |
+        grep -m 1 -E 'runtime error|ERROR: AddressSanitizer|for one (small )?file' "$out/log" ||
+            tail -n 20 "$out/log"
+        sed -nE 's/^ +#[0-9]+ 0x[0-9a-f]+ (.*/[a-z_]*(srdit|sample|tensors)\.[ch])/    \1/p' "$out/log" |
             head -n 6
         sed -n 's/.*Test unit written to /the file: /p' "$out/log" | head -n 1
         exit 1

@@ -73,7 +73,7 @@ static void seed_reference(const char *path) {
     items[count++] = ids;
     safe_write(path, pairs, n, items, count);
 }
-// The least decoder: one level of one block, with attention; with the prefix "param." and in.z a reference file
+// The least decoder: one level of one block, with attention; with the prefix "param." a reference file
 static SafeItem parts[64];
 static int part_count;
 static void add(const char *prefix, const char *name, int ndim, int a, int b, int k) {

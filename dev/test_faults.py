@@ -119,7 +119,7 @@ def calls_of(folder):
 # ------------------------------------------------------------------------------- what a file may look like
 
 def log_rows(data):
-    """The rows of log.csv without its last two columns, which are times; a line that does not end is no row."""
+    """The rows of log.csv without the last two columns, which are times; a line without its end is no row."""
     return [row.rsplit(b",", 2)[0] for row in data.split(b"\n")[:-1]]
 
 def same(name, a, b):
@@ -199,7 +199,8 @@ class Case:
                 self.calls[i - 1] == self.calls[i + 1] == (call, name)   # one of a row of writes
             changes = call in ("create", "write", "fsync", "close", "rename", "ftruncate", "unlink", "mkdir")
             if options.all:
-                chosen += [(n, e) for e in errors] + [(n, "kill")] * changes + [(n, "torn")] * (call == "write")
+                chosen += [(n, e) for e in errors] + [(n, "kill")] * changes
+                chosen += [(n, "torn")] * (call == "write")
             elif not inside:
                 chosen += [(n, errors[0])] + [(n, "torn" if call == "write" else "kill")] * changes
             elif i % 23 == 0:
@@ -228,7 +229,8 @@ class Case:
             if "untouched" in r.err:
                 f = r.err.split(": ")[1]
                 good &= check(title + ": %s is untouched, as it says" % f,
-                              files.get(f) in [self.before.get(f)] + self.versions[os.path.basename(f)][:-1], r)
+                              files.get(f) in [self.before.get(f)] +
+                              self.versions[os.path.basename(f)][:-1], r)
             good &= check(title + ": says why", reason in r.err or call == "stat", r)
         for f in files:
             if f in self.parts(files):
@@ -242,8 +244,8 @@ class Case:
                           is_begun(f, files[f], self.after.get(f, b"")), "%d bytes" % len(files[f]))
         for f in self.before:   # a picture of the old run does not stay beside the new checkpoint
             replaced = f == "run/samples.png" and files.get(CK) != self.before.get(CK)
-            good &= check(title + ": %s is still there" % f, f in files or f in self.parts(files) or replaced or
-                          f.startswith("x.npz.") and files.get("x.npz") == self.after["x.npz"], sorted(files))
+            good &= check(title + ": %s is still there" % f, f in files or replaced or f.startswith("x.npz.") and
+                          files.get("x.npz") == self.after["x.npz"], sorted(files))
         # the log of one run never stands beside the checkpoint of another
         if "run/log.csv" in self.before and CK in self.before and "run/log.csv" in files:
             old = self.before["run/log.csv"]
@@ -255,19 +257,19 @@ class Case:
             trained = words[0] == "train" and files.get(CK) == self.after[CK]
             again = run(folder, words)
             files = tree(folder)
-            if trained:   # only the last picture was missing, and --resume has no step to go: ./sample draws one
+            if trained:   # only the last picture was missing, and --resume has no step to go
                 files = {f: files[f] for f in files if not f.startswith("run/samples.png.")}
                 files["run/samples.png"] = self.after["run/samples.png"]
             good &= check(title + ": begun again", again.status == 0 and not again.err, again)
             if self.name == "overwrite":   # its first checkpoint comes before its first row
                 log = files.get("run/log.csv", b"").split(b"\n")
                 if len(log) > 1 and log[1][:2] == b"2,":
-                    files["run/log.csv"] = b"\n".join(log[:1] + self.after["run/log.csv"].split(b"\n")[1:2] + log[1:])
+                    first = self.after["run/log.csv"].split(b"\n")[1:2]
+                    files["run/log.csv"] = b"\n".join(log[:1] + first + log[1:])
             differ = [f for f in set(files) | set(self.after) if f not in files or f not in self.after or
                       not same(f, files[f], self.after[f])]
             good &= check(title + ": begun again, the same files", not differ, differ)
-            if name.startswith("x.npz.") and self.calls[n - 1:] == [c for c in self.calls[n - 1:] if c[1] == name] and \
-                    call in ("fsync", "rename"):   # all pictures were there
+            if name.startswith("x.npz.") and call in ("fsync", "rename"):   # all pictures were there
                 good &= check(title + ": begun again, no picture is drawn again", r.status == 0 or
                               "has the first 20 pictures" in again.out, again.out)
         if not good and options.verbose:
@@ -357,7 +359,8 @@ def while_sampling(calls, output):
 def two_at_once(template, name, words, output):
     """The first is stopped somewhere; the second must say so and end. Then the first ends as if alone."""
     calls, after = reference(template, words)
-    part = [i + 1 for i, (c, p) in enumerate(calls) if p.startswith(output) and c in ("write", "fsync", "rename")]
+    part = [i + 1 for i, (c, p) in enumerate(calls)
+            if p.startswith(output) and c in ("write", "fsync", "rename")]
     half = part[0] if output == CK else while_sampling(calls, output)
     places = {"half way": half, "at its first write": part[0], "at its last write": part[-3],
               "at fsync": part[-2], "at rename": part[-1]}
@@ -378,8 +381,8 @@ def two_at_once(template, name, words, output):
         shutil.rmtree(folder)
 
 def late_second(template, words, output):
-    """The second has opened the .part, and is stopped before it locks or changes it; meanwhile the first gives
-    it its name. What has the name must stay whole."""
+    """The second has opened the .part, and is stopped before it locks or changes it; meanwhile the first
+    gives it its name. What has the name must stay whole."""
     calls, after = reference(template, words)
     places, opened = [], False
     for i, (call, path) in enumerate(calls):
@@ -418,6 +421,7 @@ def others(run6):
     yield "truncated data", truncated_data
     yield "links", lambda: links(run6)
     yield "files in the way", lambda: in_the_way(run6)
+    yield "hostile sizes", hostile_sizes
     yield "signals", lambda: signals(run6)
 
 def closed_descriptors(run6):
@@ -429,8 +433,8 @@ def closed_descriptors(run6):
         for closed in ("<&- >&- 2>&-", "<&-", ">&-", "2>&-", "<&- 2>&-"):
             folder = fresh(template)
             program = TRAIN if words[0] == "train" else SAMPLE
-            r = subprocess.run(["sh", "-c", 'exec "$0" "$@" ' + closed, program] + words[1:], cwd=folder, env=ENV,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=LIMIT)
+            r = subprocess.run(["sh", "-c", 'exec "$0" "$@" ' + closed, program] + words[1:], cwd=folder,
+                               env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=LIMIT)
             files = tree(folder)
             title = "%s %s" % (" ".join(words[:1] + words[-2:]), closed)
             check(title + ": no signal", 0 <= r.returncode < 128, r.returncode)
@@ -442,8 +446,8 @@ def closed_descriptors(run6):
             shutil.rmtree(folder)
 
 def dev_full(run6):
-    for words in (DRAW + ["--show"], DRAW + ["--show-steps"], DRAW + ["--out", "x.png"], DRAW + ["--npz", "x.npz"],
-                  ["sample", "--help"], ["train", "--help"], NEW[:-2] + ["--out", "other"]):
+    for words in (DRAW + ["--show"], DRAW + ["--show-steps"], DRAW + ["--out", "x.png"],
+                  DRAW + ["--npz", "x.npz"], ["sample", "--help"], ["train", "--help"], NEW[:-2] + ["--out", "other"]):
         folder = fresh(run6)
         with open("/dev/full", "w") as full:
             r = run(folder, words, stdout=full)
@@ -456,8 +460,10 @@ def limited(folder, words, size):
 
 def size_limit(run6):
     """Files may not grow beyond a size: a sentence, not a signal; what was there stays."""
-    for words, output, size, template in ((NEW, CK, 65536, None), (RESUME + ["--steps", "10"], CK, 65536, run6),
-                                          (RESUME + ["--export", "e.safetensors"], "e.safetensors", 4096, run6)) + \
+    export = RESUME + ["--export", "e.safetensors"]
+    for words, output, size, template in ((NEW, CK, 65536, None),
+                                          (RESUME + ["--steps", "10"], CK, 65536, run6),
+                                          (export, "e.safetensors", 4096, run6)) + \
             tuple((DRAW + o, o[1], 1024, run6) for o in OUTPUTS):
         folder = fresh(template)
         before, (_, after) = tree(folder), reference(template, words)
@@ -490,7 +496,7 @@ def truncated_data():
         title = "data truncated to %d bytes while training" % size
         r.err = r.err.lstrip("\n")   # it is said from a signal handler, which begins a new line
         check(title + ": a sentence with its name", r.refused() and "d.safetensors" in r.err, r)
-        check(title + ": the checkpoint is whole", os.path.exists(os.path.join(folder, CK)), tree(folder).keys())
+        check(title + ": the checkpoint is whole", os.path.exists(os.path.join(folder, CK)), size)
         shutil.copy(os.path.join(ROOT, "data", "digits.safetensors"), os.path.join(folder, "d.safetensors"))
         r = run(folder, RESUME + ["--data", "d.safetensors"])
         check(title + ": the run goes on", r.status == 0, r)
@@ -520,12 +526,13 @@ def links(run6):
             check("%s link %s" % (kind, name), os.path.islink(link) and
                   (r.status == 0 and now == after[name] or r.refused() and now == old),
                   "%s; %s" % (r, "a link" if os.path.islink(link) else "no longer a link"))
-            check("%s link %s: no .part" % (kind, name), not Case.parts(tree(folder)), Case.parts(tree(folder)))
+            parts = Case.parts(tree(folder))
+            check("%s link %s: no .part" % (kind, name), not parts, parts)
             shutil.rmtree(folder)
 
 def in_the_way(run6):
-    """Where the file under construction would be there is a folder, a link, or what nobody's program left; and
-    X.part, which is not ours, stays."""
+    """Where the file under construction would be there is a folder, a link, or what no program left; and X.part,
+    which is not ours, stays."""
     for words, name in ((NEW, CK), (RESUME + ["--steps", "10"], CK),
                         (RESUME + ["--export", "e.safetensors"], "e.safetensors")) + \
             tuple((DRAW + o, o[1]) for o in OUTPUTS):
@@ -558,8 +565,34 @@ def in_the_way(run6):
                 check(title + ": refused before the work begins", r.refused() and "img/s" not in r.out, r)
             shutil.rmtree(folder)
 
+def hostile_sizes():
+    """A file of some hundred bytes that says it is a giant model: refused at once, in little memory"""
+    sane = {"depth": 3, "num_f": 1, "num_h": 1, "hidden_size": 16, "num_heads": 2, "projector_dim": 8,
+            "patch_size": 1, "in_channels": 1, "input_size": 8, "num_classes": 10, "z_dim": 32, "mlp_ratio": 4,
+            "step": 1, "steps": 2, "batch": 4, "seed": 1}
+    for change in ({"hidden_size": 60000, "num_heads": 15000}, {"depth": 64}, {"num_heads": 60000},
+                   {"projector_dim": 65536}, {"input_size": 4096}, {"batch": 1000000}, {"z_dim": 65536},
+                   {"num_classes": 10000000}, {"mlp_ratio": 64}, {"in_channels": 65536},
+                   {"hidden_size": 60000, "depth": 64, "num_heads": 1, "mlp_ratio": 64, "input_size": 200}):
+        for form in ("checkpoint", "export"):
+            meta = dict(sane, format="srdit-%s-1" % form, **change)
+            header = ('{"__metadata__":{%s}}' % ",".join('"%s":"%s"' % m for m in meta.items())).encode()
+            folder = fresh()
+            write_bytes(os.path.join(folder, "c.safetensors"), struct.pack("<Q", len(header)) + header)
+            for words in (["train", "--resume", "c.safetensors", "--out", "new"],
+                          ["sample", "c.safetensors", "--out", "x.png"],
+                          ["sample", "c.safetensors", "--latents", "x.safetensors"]):
+                begin = resource.getrusage(resource.RUSAGE_CHILDREN)
+                r = run(folder, words, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (1 << 28,) * 2))
+                end = resource.getrusage(resource.RUSAGE_CHILDREN)
+                title = "%s of a %s with %s" % (words[0], form, change)
+                check(title + ": refused", r.refused() and "memory" not in r.err and "c.safetensors" in r.err, r)
+                seconds = end.ru_utime + end.ru_stime - begin.ru_utime - begin.ru_stime
+                check(title + ": at once", seconds < 1, "%.2f s" % seconds)
+            shutil.rmtree(folder)
+
 def signals(run6):
-    """Ctrl-C and SIGTERM in the middle: status 130, and the same command, or the one that is shown, goes on."""
+    """Ctrl-C and SIGTERM in the middle: status 130, and the same command goes on."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         for words, output in [(DRAW + o, o[1]) for o in OUTPUTS]:
             calls, after = reference(run6, words)
@@ -609,7 +642,8 @@ def main():
         elif options.only in name:
             before, then = passed + len(failed), time.time()
             test()
-            print("%-22s %d checks, %.1f s" % (name, passed + len(failed) - before, time.time() - then), flush=True)
+            print("%-22s %d checks, %.1f s" % (name, passed + len(failed) - before, time.time() - then),
+                  flush=True)
     if options.list:
         return 0
     if not passed:
