@@ -6,7 +6,8 @@ threads, and on bad input; the judge against its layers in numpy.
   /usr/bin/python3 dev/test_score.py --mutants    breaks score.h in many ways; the tests must notice each
   /usr/bin/python3 dev/test_score.py --mutants kernel    only those with "kernel" in their names
 
-The programs are built in a temporary folder. The exit status tells.
+The programs are built in a temporary folder, by CC if it is set: CC="gcc -fsanitize=address,undefined" finds
+wild pointers. The exit status tells.
 """
 import argparse, json, math, os, re, shutil, subprocess, sys, tempfile
 try:
@@ -55,9 +56,9 @@ def close(what, got, want, tol, scale=None):
 # running the program
 
 def build(name, *flags, source=os.path.join(ROOT, "dev", "score_check.c")):
-    r = subprocess.run([os.environ.get("CC", "cc"), "-std=gnu11", "-fno-math-errno", "-Wall", "-Wextra",
-                        "-Werror", *flags, source, "-o", name, "-lm"], stderr=subprocess.PIPE,
-                       universal_newlines=True)
+    compiler = os.environ.get("CC", "cc").split()
+    r = subprocess.run([*compiler, "-std=gnu11", "-fno-math-errno", "-Wall", "-Wextra", "-Werror", *flags,
+                        source, "-o", name, "-lm"], stderr=subprocess.PIPE, universal_newlines=True)
     if r.returncode:
         sys.exit("test_score.py: %s does not build: %s" % (name, r.stderr[-2000:]))
     return os.path.abspath(name)
