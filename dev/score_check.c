@@ -5,8 +5,7 @@
 //   build/score_check judge JUDGE.safetensors SHARD.safetensors [N]     features and logits of N latents
 //   build/score_check pictures JUDGE SHARD SAMPLES   a table for what ./sample --latents SAMPLES wrote
 //   build/score_check time MADE REAL TRAIN D PIXELS  seconds for each score of so many random pictures
-#include "lib/score.h"
-#include "lib/shards.h"
+#include "lib/scoring.h"
 
 // Tensor NAME of the file as doubles, its rows and what is in each; x is NULL where there is none
 static Features read_set(const SafeFile *f, const char *name) {
@@ -93,99 +92,25 @@ static void judge(const char *judge_path, char *shard, size_t n) {
     data_close(d), judge_close(g);
 }
 
-// Pictures first ... first + n of a tensor of latents, in the model's units, clipped to -1 ... 1
-static real *read_pictures(const SafeFile *f, const SafeTensor *t, size_t size, size_t first, size_t n,
-                           double scale, double offset) {
-    real *x = (real *)score_memory(n * size, sizeof(real));
-    elements_read(x, safe_data(f, t), t->type, first * size, n * size, scale, offset);
-    for (size_t i = 0; i < n * size; i++) x[i] = x[i] > 1 ? 1 : x[i] < -1 ? -1 : x[i];   // NaN stays NaN
-    return x;
-}
-static double *as_doubles(const real *x, size_t count) {
-    double *y = (double *)score_memory(count, sizeof(double));
-    for (size_t i = 0; i < count; i++) y[i] = (double)x[i];
-    return y;
-}
-
-// A set of pictures and what the judge sees in them
-typedef struct {
-    Features features, pixels;
-    double *logits;
-    real *x;
-} Judged;
-static Judged judge_set(const Judge *g, const char *name, real *x, size_t n) {
-    size_t size = g->C * g->S * g->S;
-    double *features = (double *)score_memory(n * g->features, sizeof(double));
-    double *logits = (double *)score_memory(n * g->classes, sizeof(double));
-    judge_run(g, x, n, features, logits);
-    Judged j = {features_of(name, features, n, g->features),
-                features_of(name, as_doubles(x, n * size), n, size), logits, x};
-    return j;
-}
-static void judged_close(Judged j) {
-    free((double *)j.features.x), free((double *)j.pixels.x), free(j.logits), free(j.x);
-}
-
-// The samples of a file against the held-out pictures of a shard; a second row shows what pictures of the
-// training split reach, as many as there are samples if possible
+// The samples of a file, by the table that ./sample --score prints of its own
 static void pictures(const char *judge_path, char *shard_path, const char *samples_path) {
-    enum { PART = 4096 };   // training pictures in memory at a time
-    Judge *g = judge_open(judge_path);
-    Data *d = data_open(&shard_path, 1);
-    Shard *shard = d->shards;
+    Scoring *s = scoring_open(shard_path, judge_path);
     SafeFile *f = safe_open(samples_path);
     const SafeTensor *made = safe_find(f, "latents"), *wanted = safe_find(f, "labels");
-    size_t size = g->C * g->S * g->S, train = shard->count;
-    size_t held = (size_t)shard->latents->shape[0] - train;
-    if ((size_t)d->C != g->C || (size_t)d->S != g->S || (size_t)d->K != g->classes)
-        die("%s: its pictures are not those that %s judges", shard_path, judge_path);
-    if (!held) die("%s: no sample of it is held out, so that there is nothing to compare with", shard_path);
-    if (!made || !wanted || made->ndim != 4 || made->shape[1] != g->C || made->shape[2] != g->S ||
-        made->shape[3] != g->S || wanted->ndim != 1 || wanted->shape[0] != made->shape[0])
-        die("%s: no latents [N,%zu,%zu,%zu] and labels [N]: ./sample --latents writes them", samples_path,
-            g->C, g->S, g->S);
-    size_t n[2] = {(size_t)made->shape[0], size_min((size_t)made->shape[0], train)};
-    Judged reference =
-        judge_set(g, "the held-out pictures",
-                  read_pictures(shard->file, shard->latents, size, train, held, d->scale, d->offset), held);
-    Judged sets[2] = {
-        judge_set(g, "the samples", read_pictures(f, made, size, 0, n[0], 1, 0), n[0]),
-        judge_set(g, "the training pictures",
-                  read_pictures(shard->file, shard->latents, size, 0, n[1], d->scale, d->offset), n[1])};
-    printf("                    number  Frechet   kernel   sliced  precision  recall  right\n");
-    for (int s = 0; s < 2; s++) {
-        double precision, recall;
-        int *y = (int *)score_memory(n[s], sizeof(int));
-        for (size_t i = 0; i < n[s]; i++)
-            y[i] = s ? (int)element(safe_data(shard->file, shard->labels), shard->labels->type, i)
-                     : (int)element(safe_data(f, wanted), wanted->type, i);
-        Features a = sets[s].features, b = reference.features;
-        precision_recall(&precision, &recall, a, b, 3);
-        printf("%-19s %6zu %8.4f %8.5f %8.5f %10.4f %7.4f %6.4f\n", s ? "training pictures" : "samples", n[s],
-               frechet_distance(a, b), kernel_distance(a, b), sliced_wasserstein(a, b, 256, 1), precision,
-               recall, label_accuracy(sets[s].logits, y, n[s], g->classes));
-        free(y);
-    }
-    double *best[2] = {(double *)score_memory(n[0], sizeof(double)),
-                       (double *)score_memory(held, sizeof(double))};
-    for (size_t i = 0; i < n[0]; i++) best[0][i] = INFINITY;
-    for (size_t i = 0; i < held; i++) best[1][i] = INFINITY;
-    for (size_t first = 0; first < train; first += PART) {
-        size_t count = size_min(train - first, PART);
-        real *x = read_pictures(shard->file, shard->latents, size, first, count, d->scale, d->offset);
-        double *y = as_doubles(x, count * size);
-        Features part = features_of("the training pictures", y, count, size);
-        nearest(best[0], sets[0].pixels, part), nearest(best[1], reference.pixels, part);
-        free(x), free(y);
-    }
-    double ratio, nearer;
-    memorisation(&ratio, &nearer, best[0], n[0], best[1], held);
-    printf("nearest training picture, in pixels: median %.4f, of held-out pictures %.4f, ratio %.4f; nearer "
-           "than "
-           "99 %% of these: %.2f %%\n",
-           score_quantile(best[0], n[0], 0.5), score_quantile(best[1], held, 0.5), ratio, 100 * nearer);
-    free(best[0]), free(best[1]), judged_close(sets[0]), judged_close(sets[1]), judged_close(reference);
-    safe_close(f), data_close(d), judge_close(g);
+    size_t C = s->judge->C, S = s->judge->S;
+    if (!made || !wanted || made->ndim != 4 || made->shape[1] != C || made->shape[2] != S ||
+        made->shape[3] != S || wanted->ndim != 1 || wanted->shape[0] != made->shape[0])
+        die("%s: no latents [N,%zu,%zu,%zu] and labels [N]: ./sample --latents writes them", samples_path, C,
+            S, S);
+    size_t n = (size_t)made->shape[0];
+    real *x = (real *)score_memory(n * s->size, sizeof(real));
+    int *y = (int *)score_memory(n, sizeof(int));
+    safe_read(x, f, made);
+    for (size_t i = 0; i < n; i++) y[i] = (int)element(safe_data(f, wanted), wanted->type, i);
+    scores_table(s, scores_of(s, "the samples", x, y, n), n);
+    free(y);
+    safe_close(f);
+    scoring_close(s);
 }
 
 // n rows of d normal numbers, each of its own width, at (seed 5, stream, 0, row)

@@ -485,23 +485,31 @@ def test_pictures():
     words = ["pictures", digits.ENCODER, digits.SHARD, "samples.safetensors"]
     r = call(*words)
     check("scores of samples", r.returncode == 0, r.stderr)
-    got = re.findall(r"-?[0-9]+(?:\.[0-9]+)?(?=[\s,;])", r.stdout.replace(" 99 %", ""))
+    rows = {line.split()[0]: line.split()[1:4] for line in r.stdout.splitlines()[2:]}
     real = digits.model_input(t["latents"])
     held, known, made = real[train:], real[:train], np.clip(x.astype(float).transpose(0, 2, 3, 1), -1, 1)
     judge = lambda x: plain_judge(x, w, ((3, 1, 1),) * 3, True, "cls", "cls_head")
-    theta, (b, _), want = philox_directions(256, 32, 1), judge(held), []
-    for pictures, labels in ((made, t["labels"][pick]), (known[:200], t["labels"][:200])):
+    theta, (b, _) = philox_directions(256, 32, 1), judge(held)
+    flat = lambda x: x.reshape(-1, 64)
+    other = scipy.spatial.distance.cdist(flat(held), flat(known)).min(1)
+    for column, (pictures, labels) in enumerate(((made, t["labels"][pick]), (known[:200], t["labels"][:200]))):
         a, logits = judge(pictures)
-        want += [200, frechet_by_data(a, b), kernel_distance(a, b), sliced(a, b, theta),
-                 *precision_recall(a, b), (logits[:, :10].argmax(1) == labels).mean()]
-    near, other = (scipy.spatial.distance.cdist(x.reshape(-1, 64), known.reshape(-1, 64)).min(1)
-                   for x in (made, held))
-    want += [np.median(near), np.median(other), np.median(near) / np.median(other),
-             100 * (near < np.quantile(other, 0.01)).mean()]
-    check("the table has %d numbers" % len(want), len(got) == len(want), (r.stdout, want))
-    for printed, number in zip(got, want):
-        digits_shown = len(printed.partition(".")[2])
-        close("in the table: %s" % printed, float(printed), number, 1, 0.51 * 10.0 ** -digits_shown)
+        precision, recall = precision_recall(a, b)
+        near = scipy.spatial.distance.cdist(flat(pictures), flat(known)).min(1)
+        want = {"frechet": frechet_by_data(a, b), "kernel": kernel_distance(a, b),
+                "sliced": sliced(a, b, theta), "precision": precision, "recall": recall,
+                "right": (logits[:, :10].argmax(1) == labels).mean(),
+                "newness": np.median(near) / np.median(other),
+                "copies": (near < np.quantile(other, 0.01)).mean()}
+        check("the table's rows", list(rows) == list(want), r.stdout)
+        for name, number in want.items():
+            close("in the table: %s" % name, float(rows[name][column]), number, 1, 0.51e-5)
+    # the Gaussian's column is of drawn pictures: near a Gaussian with the same mean and covariance
+    rng2 = np.random.default_rng(5)
+    drawn = rng2.multivariate_normal(flat(known).mean(0), np.cov(flat(known).T), 200).clip(-1, 1)
+    a, _ = judge(drawn.reshape(-1, 8, 8, 1))
+    ratio = float(rows["frechet"][2]) / frechet_by_data(a, b)
+    check("the Gaussian's distance is that of a Gaussian", 0.7 < ratio < 1.4, ratio)
     write("samples.safetensors", {"latents": np.where(x > 1, np.nan, x), "labels": np.zeros(200, np.int32)})
     bad("NaN in a sample", "picture [0-9]+ holds a number that is not finite", *words)
     write("samples.safetensors", {"latents": x[:, :, :7, :7].copy(), "labels": np.zeros(200, np.int32)})
