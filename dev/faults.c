@@ -1,7 +1,7 @@
 // Makes the n-th call to the operating system fail, or ends the process there: a library to preload, driven
-// by dev/test_faults.py. It sees the calls that the program itself makes, not those of libc or OpenMP, with one
-// exception: what libc writes and reads for the program's own FILEs goes through here too, since every FILE
-// becomes one of fopencookie's.
+// by dev/test_faults.py. It sees the calls that the program itself makes, not those of libc or OpenMP, with
+// one exception: what libc writes and reads for the program's own FILEs goes through here too, since every
+// FILE becomes one of fopencookie's.
 //
 //   cc -shared -fPIC -O1 dev/faults.c -o faults.so
 //   FAULTS_LOG=calls LD_PRELOAD=./faults.so ./sample ...                    a line for each call: "name file"

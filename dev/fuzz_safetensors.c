@@ -1,12 +1,12 @@
 // Damaged files against all that reads one: the reader itself, checkpoints to sample from and to go on from,
-// data, decoders, reference files. Built and run by dev/fuzz_safetensors.sh, over libFuzzer where clang has it
-// (-DLIBFUZZER), else over the small mutator at the end. dev/fuzz_seeds.c writes the sound files at first.
+// data, decoders, reference files. Built and run by dev/fuzz_safetensors.sh, over libFuzzer where clang has
+// it (-DLIBFUZZER), else over the small mutator at the end; dev/fuzz_seeds.c writes the sound files.
 //
 // The tests are included as they are, and with them the sampler and the trainer, with a few library calls
-// renamed: a file is the bytes of the input, its map is a block of exactly that many bytes, so that the address
-// sanitizer sees one byte too many; die() jumps back instead of ending the program; and what a refused file
-// left allocated is freed after each input. A file that makes the program ask for far more memory than the file
-// has bytes, or keeps it busy for a second, is a find like a crash.
+// renamed: a file is the bytes of the input, its map is a block of exactly that many bytes, so that the
+// address sanitizer sees one byte too many; die() jumps back instead of ending the program; and what a
+// refused file left allocated is freed after each input. A file that makes the program ask for far more
+// memory than the file has bytes, or keeps it busy for a second, is a find like a crash.
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif

@@ -45,7 +45,8 @@ seed huge '{"__metadata__":{"format":"srdit-checkpoint-1","depth":"128","num_f":
 "z_dim":"65536","projector_dim":"65536","num_classes":"10000000","mlp_ratio":"64"}}' 0
 small='"in_channels":"1","input_size":"1","z_dim":"1","num_classes":"1","patch_size":"1","mlp_ratio":"1"'
 seed wide '{"__metadata__":{"format":"srdit-checkpoint-1","depth":"64","num_f":"1","num_h":"1",
-"hidden_size":"60000","num_heads":"15000","projector_dim":"60000",'"$small"',"step":"0","steps":"1","batch":"1","seed":"1"}}' 0
+"hidden_size":"60000","num_heads":"15000","projector_dim":"60000",'"$small"',
+"step":"0","steps":"1","batch":"1","seed":"1"}}' 0
 seed wide_reference '{"__metadata__":{"format":"srdit-ref-1","depth":"64","num_f":"1","num_h":"1",
 "hidden_size":"60000","num_heads":"15000","projector_dim":"60000",'"$small"'},'"$(t in.x F32 100000,0 0,0)}" 0
 shard='"__metadata__":{"classes":"3","name":"x","decoder":"pixels","latent_scale":"0.1","train_samples":"2"}'
