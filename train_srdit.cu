@@ -3548,8 +3548,6 @@ static void fill_spread(float *x, size_t n, float scale) {
     }
 }
 
-enum { SPREAD = 1 << 20 };   // as many different parameters while tuning
-
 // One step of each kind, so that every matrix product of training gets its plan and its time is taken: no
 // step makes one later, nor allocates anything else. All numbers are random, since products of zeros, which
 // most parameters are at first, draw less power and run faster; afterwards the parameters are as before.
@@ -3559,11 +3557,12 @@ static void tune(GpuModel *g) {
     Batch *batch = batch_create(c, m->max_batch);
     size_t B = (size_t)m->max_batch, latent = B * (size_t)latent_of(c), Z = B * (size_t)c->z_dim,
            n = m->table.total;
-    real *start = (real *)alloc_zero(n, sizeof(real)), *spread = (real *)alloc_zero(SPREAD, sizeof(real));
+    const size_t some = (size_t)1 << 20;   // the same again and again
+    real *start = (real *)alloc_zero(n, sizeof(real)), *spread = (real *)alloc_zero(some, sizeof(real));
     gpu::get_block(start, m, PARAMS);
-    fill_spread(spread, SPREAD, 0.1f);
-    for (size_t at = 0; at < n; at += SPREAD)
-        CHECK(cudaMemcpyAsync(g->params + at, spread, (at + SPREAD < n ? SPREAD : n - at) * sizeof(float),
+    fill_spread(spread, some, 0.1f);
+    for (size_t at = 0; at < n; at += some)
+        CHECK(cudaMemcpyAsync(g->params + at, spread, (n - at < some ? n - at : some) * sizeof(float),
                               cudaMemcpyHostToDevice, stream));
     g->weights_of = GRADS;   // to be rounded again
     fill_spread(batch->x, latent, 1);
