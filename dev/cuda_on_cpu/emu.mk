@@ -132,6 +132,7 @@ test_srdit_on_cpu:
 	$(call trainer_run,late streams,CUDA_CPU_ASYNC=1,plain,fp32,"path drop")
 	$(call trainer_run,strict cuBLASLt$(COMMA) in float,CUDA_CPU_CUBLAS=strict,plain,fp32,"65 tokens")
 	$(call trainer_run,strict cuBLASLt$(COMMA) as sm_86,CUDA_CPU_CUBLAS=strict CUDA_CPU_SM=86,plain,bf16,"tokens")
+	$(call trainer_run,strict cuBLASLt$(COMMA) in bf16,CUDA_CPU_CUBLAS=strict,plain,bf16,"no ")
 	$(call trainer_run,strict cuBLASLt$(COMMA) one number,CUDA_CPU_CUBLAS=strict,plain,fp32,"one number")
 	$(call trainer_run,strict as sm_86$(COMMA) in float,CUDA_CPU_CUBLAS=strict CUDA_CPU_SM=86,plain,fp32,"path drop")
 	$(call trainer_run,cuBLASLt refuses late,CUDA_CPU_CUBLAS=late,plain,bf16,"path drop")
