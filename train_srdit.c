@@ -109,26 +109,26 @@ static Config config_default(void) {
     return c;
 }
 
-// "nano", or S, B, L, XL with the patch size 1, 2 or 4, such as "B/1". Returns 0 for another name.
+// "nano", "fashion", or S, B, L, XL with the patch size 1, 2 or 4, such as "B/1". Returns 0 for another name.
 static int model_preset(Config *c, const char *name) {
     static const struct {
         const char *name;
-        int depth, width, heads;
-    } sizes[] = {
-        {"nano", 6, 64, 4}, {"S", 12, 384, 6}, {"B", 12, 768, 12}, {"L", 24, 1024, 16}, {"XL", 28, 1152, 16}};
-    for (int i = 0; i < 5; i++) {
-        size_t length = strlen(sizes[i].name);
-        const char *patch = name + length;
-        if (strncmp(name, sizes[i].name, length) || (i ? *patch != '/' : *patch)) continue;
-        if (i && (!patch[1] || !strchr("124", patch[1]) || patch[2])) continue;
+        int depth, width, heads, patch, side;   // of the latent; patch 0: the name ends with it
+    } sizes[] = {{"nano", 6, 64, 4, 1, 8}, {"fashion", 6, 128, 4, 4, 28}, {"S", 12, 384, 6, 0, 0},
+                 {"B", 12, 768, 12, 0, 0}, {"L", 24, 1024, 16, 0, 0},     {"XL", 28, 1152, 16, 0, 0}};
+    for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) {
+        const char *patch = name + strlen(sizes[i].name);
+        int small = sizes[i].patch, whole = strncmp(name, sizes[i].name, (size_t)(patch - name)) == 0;
+        if (!whole || (small ? *patch : *patch != '/')) continue;
+        if (!small && (!patch[1] || !strchr("124", patch[1]) || patch[2])) continue;
         c->depth = sizes[i].depth;
         c->hidden_size = sizes[i].width;
         c->num_heads = sizes[i].heads;
-        c->patch_size = i ? patch[1] - '0' : 1;
-        if (i) return 1;
+        c->patch_size = small ? small : patch[1] - '0';
+        if (!small) return 1;
         c->projector_dim = 128;
-        c->shift_base = 64;   // 8 x 8 pixels of one channel: s = 1, no shift
-        c->lr = 2e-3;
+        c->shift_base = sizes[i].side * sizes[i].side;   // s = 1, no shift
+        c->lr = 0.128 / c->hidden_size;   // Adam's steps shrink as sums grow longer: 2e-3 for nano
         c->ema_decay = 0.999;
         c->ema_warmup = 1;
         return 1;
@@ -1914,7 +1914,7 @@ typedef struct {
 #define OPTION(name, field, kind, initial, low, high, help)                                                  \
     { name, kind, offsetof(Run, field), low, high, FREE, help, initial }
 static const Option run_options[] = {
-    OPTION("model", model, TEXT, 0, 0, 0, "nano, or S, B, L, XL with a patch size, such as B/1 [nano]"),
+    OPTION("model", model, TEXT, 0, 0, 0, "nano, fashion, or S, B, L, XL with a patch size: B/1 [nano]"),
     OPTION("data", data, LIST, 0, 0, 0, "one or more data shards [data/digits.safetensors]"),
     OPTION(
         "out", out, TEXT, 0, 0, 0,
@@ -2123,10 +2123,11 @@ static void print_help(const char *program, const OptionTable *run_table, const 
 // A new run's defaults: those of the tables, then what --model says
 static void start_new(Config *c, Run *run) {
     if (!model_preset(c, run->model))
-        die("--model %s: there is no such model; there are nano and S/1 S/2 S/4 B/1 ... XL/4", run->model);
-    int nano = !strcmp(run->model, "nano");
-    run->steps = nano ? 900 : 400000;
-    if (!nano) run->batch = 256;
+        die("--model %s: there is no such model; there are nano, fashion and S/1 S/2 S/4 B/1 ... XL/4",
+            run->model);
+    int small = !strchr(run->model, '/');   // minutes on a CPU
+    run->steps = !small ? 400000 : strcmp(run->model, "nano") ? 4000 : 900;
+    if (!small) run->batch = 256;
 }
 
 // A resumed run's defaults: those that its checkpoint was written with
