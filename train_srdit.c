@@ -2126,7 +2126,7 @@ static void start_new(Config *c, Run *run) {
         die("--model %s: there is no such model; there are nano, fashion and S/1 S/2 S/4 B/1 ... XL/4",
             run->model);
     int small = !strchr(run->model, '/');   // minutes on a CPU
-    run->steps = !small ? 400000 : strcmp(run->model, "nano") ? 4000 : 900;
+    run->steps = !small ? 400000 : strcmp(run->model, "nano") ? 3000 : 900;
     if (!small) run->batch = 256;
 }
 
