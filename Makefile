@@ -22,8 +22,16 @@ LIB      := $(wildcard dev/lib/*.h)
 .DEFAULT_GOAL := all
 all: found train_srdit sample
 
-train_srdit: train_srdit.c $(LIB) Makefile
-	$(CC) $(CFLAGS) train_srdit.c -o $@ $(LDLIBS)
+# The race (dev/speedrun): its header is part of the trainer, and a trainer holds the text it was built from.
+LIB      += $(wildcard dev/speedrun/*.h)
+SOURCES  := Makefile dev/cuda_on_cpu/emu.mk train_srdit.c train_srdit.cu $(LIB) dev/speedrun/sources.c
+EMBED     = -DSOURCES='"build/sources.txt"' -DFLAGS='"$(subst ",,$(1))"'
+build/sources.txt: $(SOURCES)
+	@mkdir -p build
+	@for f in $(SOURCES); do printf '==== %s %s\n' "$$f" $$(wc -c < $$f); cat "$$f"; done > $@.part && mv $@.part $@
+
+train_srdit: train_srdit.c $(LIB) build/sources.txt Makefile
+	$(CC) $(CFLAGS) $(call EMBED,$(CC) $(CFLAGS)) train_srdit.c dev/speedrun/sources.c -o $@ $(LDLIBS)
 
 sample: sample.c train_srdit.c $(LIB) Makefile
 	$(CC) $(CFLAGS) sample.c -o $@ $(LDLIBS)
@@ -67,8 +75,9 @@ nvcc_found:
 	  echo "       (without a GPU, make train_srdit_emu runs the same file on the CPU)"; exit 1)
 	@$(if $(GPU_CAP),echo "GPU: compute capability $(GPU_CAP)",echo "no GPU found here: building for sm_80 and sm_90 (override: ARCH=-arch=sm_XX)")
 
-train_srdit_cu: train_srdit.cu train_srdit.c $(LIB) Makefile | nvcc_found
-	$(NVCC) $(NVFLAGS) train_srdit.cu -o $@ -lcublasLt
+train_srdit_cu: train_srdit.cu train_srdit.c $(LIB) build/sources.txt Makefile | nvcc_found
+	$(CC) $(call EMBED,$(NVCC) $(NVFLAGS)) -c dev/speedrun/sources.c -o build/sources_cu.o
+	$(NVCC) $(NVFLAGS) train_srdit.cu build/sources_cu.o -o $@ -lcublasLt
 sample_cu: sample.c train_srdit.cu train_srdit.c $(LIB) Makefile | nvcc_found
 	$(NVCC) $(NVFLAGS) -DSAMPLE_CUDA -DTRAIN_SRDIT_CU_NO_MAIN -x cu sample.c -o $@ -lcublasLt
 # -diag-suppress 177: a test program does not call everything that it includes

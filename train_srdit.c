@@ -1904,7 +1904,7 @@ static void data_check(const Data *d, const Config *c) {
 
 typedef struct {
     TextList data;
-    const char *model, *out, *resume, *export_to;
+    const char *model, *out, *resume, *export_to, *track;
     char **words;   // the command line, for how to go on
     int word_count;
     int batch, accum, steps, log_every, save_every, sample_every, sample_steps, threads, overwrite;
@@ -1938,6 +1938,8 @@ static const Option run_options[] = {
     OPTION("no_graph", no_graph, SWITCH, 0, 0, 1,
            "GPU: launch every kernel, instead of replaying a recorded step"),
     OPTION("profile", profile, SWITCH, 0, 0, 1, "GPU: at the end, where the time of the steps went"),
+    OPTION("track", track, TEXT, 0, 0, 0,
+           "a run of the race, timed and scored by its rules (dev/speedrun/README.md)"),
 };
 enum { RUN_OPTIONS = sizeof(run_options) / sizeof(run_options[0]) };
 
@@ -1946,7 +1948,8 @@ typedef struct {
     Losses sum;
     int steps, lines;              // since the last line; lines printed
     double begin, since, paused;   // seconds: the loop began, the last line plus pauses, all pauses for files
-    FILE *file;   // NULL until the first line, so that nothing is touched before a step succeeded
+    double clock;   // seconds from the loop's begin to the end of the last step, pauses included
+    FILE *file;     // NULL until the first line, so that nothing is touched before a step succeeded
 } Log;
 
 // A run: all that the training loop works on
@@ -2414,6 +2417,7 @@ static void train(Training *t) {
             log_add(log, &now);
         }
         double pause = now_seconds();
+        log->clock = pause - log->begin;
         if (line) log_line(t);
         if (save && t->saved != t->step) checkpoint_write(t);
         if (!last && run->sample_every && t->step % run->sample_every == 0) write_samples(t);
@@ -2531,6 +2535,8 @@ static void training_close(Training *t) {
     close(t->folder.lock);
 }
 
+#include "dev/speedrun/track.h"   // the race: what --track NAME fixes, times and tells
+
 static int train_main(int argc, char **argv, const Backend *backend) {
     static char *default_data[] = {(char *)"data/digits.safetensors"};
     Config c = config_default();
@@ -2551,6 +2557,8 @@ static int train_main(int argc, char **argv, const Backend *backend) {
     const char *model_flag = text_after("--model", argc, argv);   // these two come first, wherever they stand
     run.model = model_flag ? model_flag : "nano";
     run.resume = help ? NULL : text_after("--resume", argc, argv);
+    const OptionTable both[2] = {run_table, config};
+    Track *track = help ? NULL : track_begin(&run, both, argc, argv);
     SafeFile *resume = run.resume ? start_resumed(&c, &run, &step) : NULL;
     if (!resume) start_new(&c, &run);
     if (help) {
@@ -2561,8 +2569,8 @@ static int train_main(int argc, char **argv, const Backend *backend) {
     }
     for (int i = 0; i < config.count; i++) before[i] = option_get(&config, i);
     const char *model_name = run.model;
-    OptionTable tables[2] = {run_table, config};
-    options_parse(tables, 2, NULL, argc, argv);
+    options_parse(both, 2, NULL, argc, argv);
+    if (track) track_settle(track, &run, argc, argv);
     if (resume && strcmp(model_name, run.model))
         die("--model %s: the checkpoint's model is %s", run.model, model_name);
     if (run.steps < step && !run.export_to)   // exporting needs no step
@@ -2582,8 +2590,10 @@ static int train_main(int argc, char **argv, const Backend *backend) {
     Training t = training_open(&c, &run, backend, d, resume, step);
     print_start(&t);
     catch_interrupts();
+    if (track) track_warm_up(track, &t);
     train(&t);
     int status = report_end(&t);
+    if (track) status = track_end(track, &t, status);
     if (run.export_to) export_write(&t);
     training_close(&t);
     if (resume) safe_close(resume);

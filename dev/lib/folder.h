@@ -16,7 +16,8 @@
 
 typedef struct {
     char name[PATH_MAX - 64], checkpoint[PATH_MAX], picture[PATH_MAX], log[PATH_MAX];
-    int lock;       // a file descriptor
+    char curve[PATH_MAX], track[PATH_MAX];   // loss.png; track.log, of a run of the race
+    int lock;                                // a file descriptor
     int replaces;   // 1: it holds another run, which goes once this one has made a step
     int made;       // 1: it was not there before
 } Folder;
@@ -53,13 +54,16 @@ static int folder_take(Folder *f, const char *path) {
     snprintf(f->checkpoint, sizeof(f->checkpoint), "%s/checkpoint.safetensors", path);
     snprintf(f->picture, sizeof(f->picture), "%s/samples.png", path);
     snprintf(f->log, sizeof(f->log), "%s/log.csv", path);
+    snprintf(f->curve, sizeof(f->curve), "%s/loss.png", path);
+    snprintf(f->track, sizeof(f->track), "%s/track.log", path);
     f->replaces = 0;
     f->lock = folder_lock(path);
     return f->lock >= 0;
 }
 static int folder_holds_run(const Folder *f) {   // a link to nothing counts: something will come back there
     struct stat st;
-    return !lstat(f->checkpoint, &st) || !lstat(f->picture, &st) || !lstat(f->log, &st);
+    return !lstat(f->checkpoint, &st) || !lstat(f->picture, &st) || !lstat(f->log, &st) ||
+           !lstat(f->track, &st);
 }
 // Is the picture missing, or older than the checkpoint?
 static int folder_lacks_picture(const Folder *f) {
@@ -103,11 +107,11 @@ static Folder folder_open(const char *out, const char *resume, int overwrite) {
     return f;
 }
 
-// The run that the folder holds goes: its picture and its log first, so that they never stand beside another's
-// checkpoint.
+// The run that the folder holds goes: its pictures and its logs first, so that they never stand beside
+// another's checkpoint.
 static void folder_clear(Folder *f) {
-    const char *const gone[] = {f->picture, f->log};
-    for (int i = 0; i < 2 && f->replaces; i++)
+    const char *const gone[] = {f->picture, f->curve, f->track, f->log};
+    for (int i = 0; i < 4 && f->replaces; i++)
         if (unlink(gone[i]) && errno != ENOENT) die("%s: cannot be removed: %s", gone[i], strerror(errno));
     f->replaces = 0;
 }

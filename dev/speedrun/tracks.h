@@ -1,0 +1,108 @@
+// The tracks' rules as numbers: the one place where they stand. The trainers read this table, and so does
+// verify.py, which wants an entry a line: {"track", "rule", "value"}. Track * holds what all tracks share.
+//
+//   rank        what is raced for: none, samples (fewest seen), ratio (time, of the baseline's on the same
+//               machine in the same sitting), H100-hours; all, to a mean metric below the target
+//   runs        runs of an entry, with the seeds that verify.py draws; each counts
+//   may_set     settings that the command line may give, by their flags' names; all others are fixed
+//   target      "not fixed yet" until targets.py has measured the baseline; sigma, the deviation between
+//               seeds, likewise
+//   closed      why the trainer does not run this track; absent where it does
+#ifndef SRDIT_TRACKS_H
+#define SRDIT_TRACKS_H
+
+static const struct {
+    const char *track, *rule, *value;
+} track_rules[] = {
+    {"*", "log_every", "10"},
+    {"*", "recipe",
+     "lr beta1 beta2 eps weight_decay max_grad_norm ema_decay ema_warmup drop_ratio "
+     "class_dropout_prob path_drop_prob cls_coeff align_coeff cfm_coeff shift_base "
+     "routing path_drop align cls cfm qk_norm rope value_residual time_shift label_dropout ema"},
+    {"*", "sizes", "depth hidden_size num_heads patch_size projector_dim num_f num_h mlp_ratio"},
+    {"*", "always", "track seed out"},
+
+    // A few seconds, for trying the tools; it has no board.
+    {"practice", "rank", "none"},
+    {"practice", "runs", "3"},
+    {"practice", "model", "nano"},
+    {"practice", "may_set", "recipe sizes batch threads accum"},
+    {"practice", "data", "data/digits.safetensors"},
+    {"practice", "data_sha256", "9d61d74b0d623d3bce3a15b7c5e45ba013f9cabd8f0c7e645a70157ca4f8cb73"},
+    {"practice", "judge", "data/digits_encoder.safetensors"},
+    {"practice", "judge_sha256", "5ef8452daf34e332ab2454376ca27c30c1da5f962f7a1522551b50574cd52f10"},
+    {"practice", "steps", "12"},
+    {"practice", "pictures", "40"},
+    {"practice", "sample_steps", "4"},
+    {"practice", "metric", "frechet"},
+    {"practice", "target", "not fixed yet"},
+    {"practice", "sigma", "not measured yet"},
+    {"practice", "parameters", "600000"},
+    {"practice", "memory_mb", "2000"},
+
+    // Hello: runs anywhere in about a minute. The digits' judge is also the teacher of their features, so that
+    // a score here says that the program works and little about pictures.
+    {"digits", "rank", "none"},
+    {"digits", "runs", "10"},
+    {"digits", "model", "nano"},
+    {"digits", "may_set", "recipe sizes batch threads accum"},
+    {"digits", "data", "data/digits.safetensors"},
+    {"digits", "data_sha256", "9d61d74b0d623d3bce3a15b7c5e45ba013f9cabd8f0c7e645a70157ca4f8cb73"},
+    {"digits", "judge", "data/digits_encoder.safetensors"},
+    {"digits", "judge_sha256", "5ef8452daf34e332ab2454376ca27c30c1da5f962f7a1522551b50574cd52f10"},
+    {"digits", "steps", "300"},
+    {"digits", "pictures", "500"},
+    {"digits", "sample_steps", "20"},
+    {"digits", "metric", "frechet"},
+    {"digits", "target", "not fixed yet"},
+    {"digits", "sigma", "not measured yet"},
+    {"digits", "parameters", "600000"},
+    {"digits", "memory_mb", "2000"},
+
+    // STAND-IN: until the Fashion-MNIST shard, its judge and --model fashion are here, these two tracks run on
+    // the digits with their teacher as the judge, so that the machinery can be tried. No entry counts before.
+    {"fashion-steps", "rank", "samples"},
+    {"fashion-steps", "runs", "10"},
+    {"fashion-steps", "model", "nano"},
+    {"fashion-steps", "may_set", "recipe batch steps threads accum"},
+    {"fashion-steps", "data", "data/digits.safetensors"},
+    {"fashion-steps", "data_sha256", "9d61d74b0d623d3bce3a15b7c5e45ba013f9cabd8f0c7e645a70157ca4f8cb73"},
+    {"fashion-steps", "judge", "data/digits_encoder.safetensors"},
+    {"fashion-steps", "judge_sha256", "5ef8452daf34e332ab2454376ca27c30c1da5f962f7a1522551b50574cd52f10"},
+    {"fashion-steps", "pictures", "1000"},
+    {"fashion-steps", "sample_steps", "50"},
+    {"fashion-steps", "metric", "frechet"},
+    {"fashion-steps", "target", "not fixed yet"},
+    {"fashion-steps", "sigma", "not measured yet"},
+    {"fashion-steps", "parameters", "600000"},
+    {"fashion-steps", "memory_mb", "16000"},
+
+    {"fashion-cpu", "rank", "ratio"},
+    {"fashion-cpu", "runs", "10"},
+    {"fashion-cpu", "model", "nano"},
+    {"fashion-cpu", "may_set", "recipe sizes batch steps accum"},
+    {"fashion-cpu", "threads", "2"},
+    {"fashion-cpu", "data", "data/digits.safetensors"},
+    {"fashion-cpu", "data_sha256", "9d61d74b0d623d3bce3a15b7c5e45ba013f9cabd8f0c7e645a70157ca4f8cb73"},
+    {"fashion-cpu", "judge", "data/digits_encoder.safetensors"},
+    {"fashion-cpu", "judge_sha256", "5ef8452daf34e332ab2454376ca27c30c1da5f962f7a1522551b50574cd52f10"},
+    {"fashion-cpu", "pictures", "1000"},
+    {"fashion-cpu", "sample_steps", "50"},
+    {"fashion-cpu", "metric", "frechet"},
+    {"fashion-cpu", "target", "not fixed yet"},
+    {"fashion-cpu", "sigma", "not measured yet"},
+    {"fashion-cpu", "parameters", "2000000"},
+    {"fashion-cpu", "memory_mb", "4000"},
+
+    {"imagenet-256", "closed",
+     "its FID is measured by the ADM evaluator, outside of this program, and nobody has "
+     "trained on ImageNet with it yet"},
+    {"imagenet-256", "rank", "H100-hours"},
+    {"imagenet-256", "runs", "1"},
+    {"imagenet-256", "metric", "FID-50K, unguided, 250 steps, balanced labels"},
+    {"imagenet-256", "target", "3.49"},
+    {"imagenet-256", "sigma", "not measured yet"},
+    {"imagenet-256", "parameters", "145000000"},
+};
+enum { TRACK_RULES = sizeof(track_rules) / sizeof(track_rules[0]) };
+#endif
