@@ -186,8 +186,10 @@ static void track_warm_up(Track *k, Training *t) {
         die("the warm-up changed the model, so that no run of a track can begin");
     for (int i = 0; i < 4; i++) free(host[i]);
     free(room);
-    time_t now = time(NULL);
-    strftime(k->started, sizeof(k->started), "%Y-%m-%dT%H:%M:%SZ", gmtime(&now));
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    strftime(k->started, sizeof(k->started), "%Y-%m-%dT%H:%M:%S", gmtime(&now.tv_sec));
+    snprintf(k->started + 19, sizeof(k->started) - 19, ".%03dZ", (int)(now.tv_nsec / 1000000));
     if (getloadavg(&k->load, 1) != 1) k->load = -1;
 }
 
