@@ -253,8 +253,12 @@ static void track_say_run(FILE *f, const Track *k, const Training *t) {
     struct rusage used;
     memset(&used, 0, sizeof(used));
     getrusage(RUSAGE_SELF, &used);
-    for (int i = 0; i < t->run.word_count; i++)
-        snprintf(text + strlen(text), sizeof(text) - strlen(text), "%s%s", i ? " " : "", t->run.words[i]);
+    for (int i = 0; i < t->run.word_count; i++) {   // a space within a word would make two of it
+        size_t n = strlen(text);
+        snprintf(text + n, sizeof(text) - n, "%s%s", i ? " " : "", t->run.words[i]);
+        for (char *s = text + n + (i > 0); *s; s++)
+            if (*s == ' ') *s = '?';
+    }
     track_say(f, "track", "%s", k->name);
     track_say(f, "command", "%s", text);
     track_say(f, "seed", "%llu", (unsigned long long)t->run.seed);
