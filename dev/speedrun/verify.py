@@ -16,7 +16,7 @@
                                     they up to date?
 
 With LOG...: --baseline LOG... the baseline's runs, for tracks that are ranked by a ratio; --drawn FILE the seeds
-of a rerun; --base REVISION what the sources are compared with [HEAD]; --record NAME --authors A,B --what TEXT
+of a rerun; --base REVISION what the sources are compared with [HEAD; "": the files of this folder]; --record NAME --authors A,B --what TEXT
 [--verified-by WHO] writes records/TRACK/DATE_NAME/ with the logs and record.json.
 Nothing beyond Python 3 is needed.
 """
@@ -274,9 +274,9 @@ def check_sources(log, base):
     for name in PROTECTED:
         need(name in log.sources, log.path, "its sources lack %s" % name)
         need(log.sources[name] == tree_file(base, name), log.path,
-             "%s is not that of %s; no entry changes how a run is drawn, scored or told" % (name, base))
+             "its %s is not that of %s; no entry changes how a run is drawn, scored or told" % (name, base or "here"))
     need(sampler_of(log.sources.get("train_srdit.c")) == sampler_of(tree_file(base, "train_srdit.c")), log.path,
-         "the sampler of train_srdit.c is not that of %s; no entry changes it" % base)
+         "the sampler of its train_srdit.c is not that of %s; no entry changes it" % (base or "here"))
     ours, theirs = tracks(), rules_of(log.sources.get("dev/speedrun/tracks.h", b"").decode("utf-8", "replace"))
     for track in ("*", log.track):
         drop = ("target", "sigma", "closed")     # fixed after the first runs

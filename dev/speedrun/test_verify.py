@@ -1,0 +1,421 @@
+#!/usr/bin/env python3
+"""Tests of verify.py: a sound entry passes, and for each rule a log that breaks it is refused, with a sentence
+that says so. A broken log is an honest one, edited and given a new SHA-256, as a cheat would do it.
+
+  python3 dev/speedrun/test_verify.py               needs ./train_srdit (make), which makes three practice runs
+  python3 dev/speedrun/test_verify.py --rerun       builds a log's sources and runs them as well (a minute)
+
+Nothing outside a temporary folder is touched. The exit status tells.
+"""
+import argparse, contextlib, copy, gzip, hashlib, importlib.util, io, json, math, os, re, shutil, subprocess, sys
+import tempfile
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(os.path.dirname(HERE))
+sys.path.insert(0, HERE)
+import targets
+import verify
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--train", default=os.path.join(ROOT, "train_srdit"))
+parser.add_argument("--rerun", action="store_true")
+options = parser.parse_args()
+TRAIN = os.path.abspath(options.train)
+TINY = "--depth 3 --num-f 1 --num-h 1 --hidden-size 16 --num-heads 2 --projector-dim 8 --batch 8".split()
+BASE = ["--base", ""]                            # the sources are those of this folder, committed or not
+failed, passed = [], 0
+
+
+def check(what, good, detail=""):
+    global passed
+    if good:
+        passed += 1
+    else:
+        failed.append(what)
+        print("FAIL %s: %s" % (what, str(detail)[-500:]))
+
+
+def call(*words):
+    """(the refusal's sentence or "", what was printed)"""
+    out = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out):
+            verify.main([str(w) for w in words])
+        return "", out.getvalue()
+    except verify.Refusal as refusal:
+        return str(refusal), out.getvalue()
+
+
+def refused(what, words, *say):
+    sentence = call(*words)[0]
+    check(what, sentence and all(s in sentence for s in say) and "\n" not in sentence, sentence or "it was accepted")
+
+
+def signed(data):
+    return data + hashlib.sha256(data).hexdigest().encode() + b"\n"
+
+
+def edited(log, old, new, count=1):
+    """The log with a text replaced, in its head or its sources, and with all sizes and hashes made good"""
+    data = log[:log.rindex(b"sha256 ") + 7]
+    head, _, rest = data.partition(b"\n[sources]\n")
+    text = rest.partition(b"\n")[2][:-len(b"\n[end]\nsha256 ")]
+    if old in head:
+        head = head.replace(old, new, count)
+    else:
+        assert old in text, old
+        at = text.index(old)
+        start = text.rindex(b"==== ", 0, at) if at else 0
+        while not re.compile(rb"==== \S+ \d+\n").match(text, start):
+            start = text.rindex(b"==== ", 0, start)
+        name, size = re.compile(rb"==== (\S+) (\d+)\n").match(text, start).groups()
+        text = text.replace(old, new, 1).replace(b"==== %s %s\n" % (name, size), b"==== %s %d\n" %
+                                                 (name, int(size) + len(new) - len(old)), 1)
+    sources = b"%d %s\n" % (len(text), hashlib.sha256(text).hexdigest().encode())
+    return signed(head + b"\n[sources]\n" + sources + text + b"\n[end]\nsha256 ")
+
+
+def line(log, key):
+    """The line of a log's head that begins with a key"""
+    return re.search(rb"^%s .*$" % key.encode(), log, re.M).group()
+
+
+def test_statistics():
+    # P(T <= t) of tables: Student 1908 and after; and the symmetric halves
+    for t, freedom, p in ((6.314, 1, .95), (2.920, 2, .95), (1.833, 9, .95), (2.821, 9, .99), (3.250, 9, .995),
+                          (1.660, 100, .95)):
+        check("t %g of %d" % (t, freedom), abs(verify.t_cdf(t, freedom) - p) < 1e-4, verify.t_cdf(t, freedom))
+    for t in (0.1, 1, 3, 30):
+        check("t of 1 is Cauchy's", abs(verify.t_cdf(t, 1) - (.5 + math.atan(t) / math.pi)) < 1e-14)
+        check("t of 2 has a formula", abs(verify.t_cdf(t, 2) - (.5 + t / (2 * math.sqrt(2 + t * t)))) < 1e-14)
+        check("t is symmetric", abs(verify.t_cdf(t, 7) + verify.t_cdf(-t, 7) - 1) < 1e-15)
+        n, h, v = 20000, t / 20000, 7        # Simpson's rule over the density
+        f = [(1 + (i * h) ** 2 / v) ** (-(v + 1) / 2) for i in range(n + 1)]
+        area = h / 3 * (f[0] + f[-1] + 4 * math.fsum(f[1:-1:2]) + 2 * math.fsum(f[2:-1:2]))
+        area *= math.exp(math.lgamma((v + 1) / 2) - math.lgamma(v / 2)) / math.sqrt(v * math.pi)
+        check("t against its integral", abs(verify.t_cdf(t, v) - .5 - area) < 1e-12, verify.t_cdf(t, v) - .5 - area)
+    try:
+        import scipy.stats
+        for t in (-40, -3, -.5, 0, .01, 2, 9):
+            for v in (1, 2, 3, 9, 30, 400):
+                check("t against scipy", abs(verify.t_cdf(t, v) - scipy.stats.t.cdf(t, v)) < 1e-12)
+        x = [3.1, 3.3, 3.2, 3.05]
+        check("the test against scipy", abs(verify.below(x, 3.28)[0] -
+                                            scipy.stats.ttest_1samp(x, 3.28, alternative="less").pvalue) < 1e-12)
+    except ImportError:
+        print("scipy is not here: the t distribution was checked against tables, formulas and its integral only")
+    check("z", abs(verify.below([3.35], 3.49, 0.06)[0] - 0.0098153) < 1e-6, verify.below([3.35], 3.49, 0.06))
+    check("one run shows nothing without a sigma", verify.below([1.0], 2.0)[0] == 1)
+    check("equal scores below", verify.below([1.0, 1.0], 2.0)[0] == 0)
+    check("equal scores at the target", verify.below([2.0, 2.0], 2.0)[0] == 1)
+    check("nan is not below", not verify.below([math.nan, 1.0], 2.0)[0] < 1)
+
+
+def test_entry(logs, work):
+    """logs: the paths of the three runs of an entry"""
+    sentence, said = call(*BASE, *logs)
+    check("a sound entry", sentence == "" and "not fixed yet" in said and "3 runs" in said, sentence or said)
+    data = []
+    for path in logs:
+        with open(path, "rb") as f:
+            data.append(f.read())
+    packed = os.path.join(work, "packed.log.gz")
+    with gzip.open(packed, "wb") as f:
+        f.write(data[0])
+    sentence, said = call(*BASE, "--one", packed)
+    check("one packed log", sentence == "" and "a sound run" in said, sentence)
+
+    bad = os.path.join(work, "bad.log")
+
+    def broken(what, content, *say, one=True, others=()):
+        with open(bad, "wb") as f:
+            f.write(content)
+        refused(what, BASE + (["--one", bad] if one else [bad] + list(others)), bad, *say)
+
+    def edit(what, key, new, *say):
+        old = line(data[0], key)
+        broken(what, edited(data[0], b"\n" + old + b"\n", b"\n" + new + b"\n"), *say)
+
+    # The chain of hashes
+    a = data[0]
+    broken("cut in the middle", a[:len(a) // 2], "cut short")
+    broken("cut at the end", a[:-1], "cut short")
+    broken("something after the end", a + b"x", "cut short")
+    broken("empty", b"", "not a log")
+    broken("another file", b"hello\n" * 99, "not a log")
+    frechet = line(a, "frechet")
+    broken("a score edited", a.replace(frechet, frechet[:-1] + (b"1" if frechet[-1:] != b"1" else b"2"), 1), "edited")
+    broken("a step removed", a.replace(line(a, "").split(b"\n")[0], b"", 1) if False else a.replace(
+        re.search(rb"\n10,.*", a).group(), b"", 1), "edited")
+    broken("a byte of the sources edited", a.replace(b"forward", b"forwarD", 1), "edited")
+    refused("no such file", BASE + ["--one", os.path.join(work, "none.log")], "cannot be read")
+    refused("a packed file cut short", BASE + ["--one", cut_gzip(packed, work)], "cannot be read")
+    size = re.search(rb"\n\[sources\]\n(\d+) ", a)
+    wrong = a[:size.start(1)] + b"%d" % (int(size.group(1)) - 1) + a[size.end(1):]
+    broken("sources of another length", signed(wrong[:wrong.rindex(b"sha256 ") + 7]), "not as long")
+    wrong = a.replace(b"static double now_seconds", b"static double now_secondS", 1)
+    broken("sources changed under their hash", signed(wrong[:wrong.rindex(b"sha256 ") + 7]), "SHA-256 of its sources")
+    broken("a file that would leave the folder", edited(a, b"==== Makefile ", b"==== ../akefil "), "of the name ../")
+    broken("a source cut short", edited(a, b"==== Makefile ", b"==== Makefile 9"), "taken apart", ) if False else None
+    broken("a line said twice", edited(a, b"\nload ", b"\ntrack practice\nload "), "twice")
+    broken("a line missing", edited(a, b"\n" + line(a, "boot"), b""), "[run]")
+
+    # Inputs, sources, rules
+    edit("another shard", "data", line(a, "data")[:-1] + b"0", "not the file")
+    edit("another judge", "judge", b"judge data/mine.safetensors " + b" ".join(line(a, "judge").split()[2:]), "judge")
+    edit("a track that there is not", "track", b"track sprint", "no track sprint")
+    edit("a closed track", "track", b"track imagenet-256", "not run by this program")
+    for name, old in (("track.h", b"static double *unused"), ("score.h", b"mean over random directions"),
+                      ("scoring.h", b"GAUSS_ROWS = 2000"), ("random.h", b"0xD2511F53u"),
+                      ("shards.h", b"FNV-1a of n bytes"), ("safetensors.h", b"2^-112 of it")):
+        if name == "track.h":
+            old = b"static int track_end("
+        broken("%s changed" % name, edited(a, old, old + b"  "), name, "no entry changes")
+    broken("the sampler changed", edited(a, b"1 + (0.04 - 1) * i", b"1 + (0.03 - 1) * i"), "the sampler")
+    broken("a rule changed", edited(a, b'{"practice", "pictures", "40"}', b'{"practice", "pictures", "20"}'),
+           "rule pictures")
+    broken("a rule of all tracks changed", edited(a, b'{"*", "log_every", "10"}', b'{"*", "log_every", "20"}'),
+           "rule log_every")
+    sentence, said = call(*BASE, "--one", save(work, edited(a, b"// Optimizer\n", b"// Optimizer, ours\n")))
+    check("an entry's change is named", sentence == "" and "changed" in said and "train_srdit.c" in said, sentence + said)
+    sentence, said = call(*BASE, "--one", save(work, edited(a, b'"practice", "target", "not fixed yet"',
+                                                            b'"practice", "target", "5.0"')))
+    check("a target that was fixed later is no change of rules", sentence == "", sentence)
+
+    # The command and the settings
+    edit("a flag that the track fixes", "command", line(a, "command") + b" --steps 12", "--steps")
+    edit("a flag with =", "command", line(a, "command") + b" --data=x", "--data")
+    edit("more steps", "steps", b"steps 13", "its steps is 13")
+    edit("fewer pictures", "pictures", b"pictures 20", "pictures")
+    edit("another sampler length", "sample_steps", b"sample_steps 50", "sample_steps")
+    edit("another model", "model", b"model B/1", "model")
+
+    # The lines of the steps, the clock, the caps
+    ten = re.search(rb"\n(10,.*)", a).group(1)
+    cells = ten.split(b",")
+
+    def row(what, new, *say):
+        broken(what, edited(a, b"\n" + ten + b"\n", b"\n" + b",".join(new) + b"\n"), *say)
+    broken("a line of the steps left out", edited(a, b"\n" + ten, b""), "whole run of 12")
+    row("a step twice", [b"1"] + cells[1:], "do not rise")
+    row("a step that is not one of them", [b"9"] + cells[1:], "whole run of 12")
+    row("a loss that is lower", cells[:1] + [b"0.5"] + cells[2:], "not the sum of its parts")
+    row("a part that is nan", cells[:2] + [b"nan"] + cells[3:], "not finite")
+    row("a part that is a word", cells[:2] + [b"good"] + cells[3:], "not a number")
+    row("a line cut short", cells[:4], "cut short")
+    row("a norm below zero", cells[:6] + [b"-1"] + cells[7:], "negative")
+    row("milliseconds that are not those of the rate", cells[:8] + [b"1"] + cells[9:], "milliseconds")
+    edit("a clock faster than its steps", "clock_seconds", b"clock_seconds 0.01", "together")
+    edit("a clock longer than the program", "clock_seconds", b"clock_seconds 1e6", "not within")
+    edit("a clock that is nan", "clock_seconds", b"clock_seconds nan", "not a finite")
+    edit("a clock at zero", "clock_seconds", b"clock_seconds 0", "not within")
+    edit("more processors than threads", "processor_seconds", b"processor_seconds 1000", "processor time")
+    edit("fewer samples seen", "samples_seen", b"samples_seen 95", "samples seen")
+    edit("too many parameters", "parameters", b"parameters 600001", "parameters")
+    edit("too much memory", "peak_bytes", b"peak_bytes 2000000001", "memory")
+    edit("a score that is nan", "frechet", b"frechet nan", "not a finite")
+    edit("a score that is inf", "kernel", b"kernel inf", "not a finite")
+    edit("a start that is no time", "started", b"started yesterday", "not a time")
+    broken("a score left out", edited(a, b"\n" + line(a, "recall"), b""), "[scores]")
+
+    # All runs of an entry
+    refused("a run missing", BASE + logs[:2], "1 of 3 runs are missing")
+    refused("two logs of one seed", BASE + logs + logs[:1], "two runs of one seed")
+    others = logs[1:]
+    broken("a chosen seed", edited(a, line(a, "seed"), b"seed 7"), "not one of those", one=False, others=others)
+    broken("other settings", edited(a, b"\nlr 0.002\n", b"\nlr 0.003\n"), "lr", one=False, others=others)
+    broken("other sources", edited(a, b"// Optimizer\n", b"// Optimizer \n"), "other sources", one=False, others=others)
+    broken("another compiler", edited(a, line(a, "compiler"), b"compiler icc"), "compiler", one=False, others=others)
+    broken("another command", edited(a, line(a, "command"), line(a, "command") + b" --accum 1"), "command", one=False,
+           others=others)
+    drawn = os.path.join(work, "drawn.json")
+    with open(drawn, "w") as f:
+        json.dump({"seeds": [1, 2, 3]}, f)
+    refused("seeds that are not those drawn", BASE + ["--drawn", drawn] + logs, "drawn for the rerun")
+    with open(drawn, "w") as f:
+        f.write("{")
+    refused("a list of seeds that is none", BASE + ["--drawn", drawn] + logs, "not a list")
+    refused("a baseline where there is none", BASE + logs + ["--baseline"] + logs, "--baseline")
+    refused("no log", BASE, "which logs")
+    return data
+
+
+def save(work, data):
+    path = os.path.join(work, "changed.log")
+    with open(path, "wb") as f:
+        f.write(data)
+    return path
+
+
+def cut_gzip(path, work):
+    with open(path, "rb") as f:
+        data = f.read()
+    cut = os.path.join(work, "cut.log.gz")
+    with open(cut, "wb") as f:
+        f.write(data[:len(data) // 2])
+    return cut
+
+
+def test_interleaving(path):
+    """Six runs at 10, 20, ... seconds: A B A B A B"""
+    def made(at, **more):
+        log = copy.copy(verify.Log(path))
+        log.run = dict(log.run, started="2026-11-25T10:00:%02d.000Z" % at, clock_seconds="5", **more)
+        log.path = "at %d" % at
+        return log
+
+    def sentence(a, b):
+        try:
+            verify.check_interleaved(a, b)
+            return ""
+        except verify.Refusal as refusal:
+            return str(refusal)
+    a, b = [made(t) for t in (0, 20, 40)], [made(t) for t in (10, 30, 50)]
+    check("A B A B A B", sentence(a, b) == "", sentence(a, b))
+    check("A A A B B B", "right after" in sentence([made(t) for t in (0, 10, 20)], [made(t) for t in (30, 40, 50)]))
+    check("fewer of the baseline", "2 runs of the baseline for 3" in sentence(a, b[:2]))
+    check("two at once", "before" in sentence(a, [made(t) for t in (4, 30, 50)]))
+    check("another sitting", "boot" in sentence(a, b[:2] + [made(50, boot="x")]))
+    check("another machine", "processor" in sentence(a, b[:2] + [made(50, processor="x")]))
+
+
+def test_boards(work):
+    def record(date, ratio, error=0.001, **more):
+        return dict(dict(rank="ratio", status="entry", reached=True, ratio=ratio, ratio_error=error, mean=1.0, deviation=.1,
+                         n=10, name=date, date=date, authors=["A"], what="w", seconds_mean=1.0, samples=1), **more)
+    rows = [record("2026-01-01", 1.0), record("2026-01-02", .9), record("2026-01-03", .8985),
+            record("2026-01-04", .5, reached=False), record("2026-01-05", .5, status="skeptical"),
+            record("2026-01-06", .8), record("2026-01-07", .1, status="log only"), record("2026-01-08", .4, reached=None)]
+    got = [place for _, place in verify.places(rows[::-1])]
+    check("a tie, a miss, a skeptical result and a log only have no place", got == ["1", "2", "–", "–", "–", "3", "–", "–"], got)
+    check("who verified it", "by B" in verify.row_of(record("d", 1, verified_by="B"), "1") and
+          "self-verified" in verify.row_of(record("d", 1), "1"))
+    folder, readme = os.path.join(work, "records"), os.path.join(work, "README.md")
+    os.makedirs(os.path.join(folder, "fashion-cpu", "x"))
+    with open(os.path.join(folder, "fashion-cpu", "x", "record.json"), "w") as f:
+        json.dump(rows[0], f)
+    with open(readme, "w") as f:
+        f.write("before\n%s\n%s\nafter\n" % verify.MARKS)
+    with contextlib.redirect_stdout(io.StringIO()):
+        try:
+            verify.write_boards(True, readme, folder)
+            check("boards that are not up to date", False, "accepted")
+        except verify.Refusal as refusal:
+            check("boards that are not up to date", "not those of the records" in str(refusal), refusal)
+        verify.write_boards(False, readme, folder)
+        verify.write_boards(True, readme, folder)
+    with open(readme) as f:
+        text = f.read()
+    check("boards are written", text.startswith("before\n") and text.endswith("after\n") and "2026-01-01" in text and
+          "no entry yet" in text, text)
+    with open(os.path.join(folder, "fashion-cpu", "x", "record.json"), "w") as f:
+        f.write('{"rank": "ratio"}')
+    try:
+        verify.boards(folder)
+        check("a record that is none", False, "accepted")
+    except verify.Refusal as refusal:
+        check("a record that is none", "not a record" in str(refusal), refusal)
+
+
+def test_targets(logs, work):
+    """Fixing a target: from ten scores at least, to a value that the baseline itself passes"""
+    scores = [10.0, 10.4, 9.7, 10.1, 10.2, 9.9, 9.8, 10.3, 10.0, 9.6]
+    target, sigma = targets.target_of(scores)
+    check("the baseline passes its own target", verify.below(scores, target)[0] < .01, target)
+    check("the target is no looser than it must be", target < 10.4 and
+          not verify.below(scores, target * .985)[0] < .01, target)
+    check("sigma", abs(sigma - verify.deviation_of(scores)) < 1e-3, sigma)
+    table = os.path.join(work, "tracks.h")
+    shutil.copy(os.path.join(HERE, "tracks.h"), table)
+    targets.write("digits", target, sigma, table)
+    with open(table) as f:
+        rules = verify.rules_of(f.read())
+    check("the table has them", float(rules["digits"]["target"]) == target and rules["practice"]["target"] ==
+          "not fixed yet", rules["digits"])
+    check("it is read as numbers", verify.target_of(rules["digits"]) == (target, sigma))
+    try:
+        targets.write("digits", 1, 1, table)
+        check("a target is not moved", False, "it was")
+    except verify.Refusal as refusal:
+        check("a target is not moved", "fixed already" in str(refusal), refusal)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            targets.main(BASE + logs)
+        check("three runs are too few for a target", False, "accepted")
+    except verify.Refusal as refusal:
+        check("three runs are too few for a target", "at least 10" in str(refusal), refusal)
+
+
+def test_program(work):
+    """What the trainer refuses, and that an interrupted run leaves no log"""
+    def said(*words):
+        done = subprocess.run([TRAIN] + list(words), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              universal_newlines=True)
+        return done.returncode, done.stderr
+    out = os.path.join(work, "refused")
+    for what, words, say in (
+            ("a flag that the track fixes", ["--track", "practice", "--steps", "3"], "--steps"),
+            ("--data", ["--track", "practice", "--data", "x"], "--data"),
+            ("--data=", ["--track=practice", "--data=x"], "--data"),
+            ("--resume", ["--track", "practice", "--resume", "x"], "--resume"),
+            ("--overwrite", ["--track", "practice", "--overwrite"], "--overwrite"),
+            ("sizes on a track of one size", ["--track", "fashion-steps", "--depth", "3"], "--depth"),
+            ("threads on a track of two", ["--track", "fashion-cpu", "--threads", "1"], "--threads"),
+            ("no step", ["--track", "fashion-steps", "--steps", "0"], "at least one step"),
+            ("a track that there is not", ["--track", "sprint"], "there are practice"),
+            ("a closed track", ["--track", "imagenet-256"], "ADM"),
+            ("too large a model", ["--track", "practice", "--hidden-size", "256"], "parameters")):
+        status, sentence = said(*words, "--out", out)
+        check("the trainer refuses " + what, status == 1 and say in sentence and sentence.count("\n") == 1, sentence)
+    check("nothing is left of what was refused", not os.path.exists(os.path.join(out, "track.log")))
+    there = os.path.join(work, "elsewhere")
+    os.makedirs(os.path.join(there, "data"))
+    shutil.copy(os.path.join(ROOT, "data/digits.safetensors"), os.path.join(there, "data"))
+    for what, say in (("no judge", "digits_encoder.safetensors: cannot be read"), ("an edited judge", "SHA-256")):
+        if what == "an edited judge":
+            with open(os.path.join(there, "data/digits_encoder.safetensors"), "wb") as f:
+                f.write(b"x")
+        done = subprocess.run([TRAIN, "--track", "practice"], cwd=there, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              universal_newlines=True)
+        check(what, done.returncode == 1 and say in done.stderr and done.stderr.count("\n") == 1, done.stderr)
+        check(what + ": nothing is begun", not os.path.exists(os.path.join(there, "out")))
+    run = subprocess.Popen([TRAIN, "--track", "fashion-steps", "--steps", "100000", "--out", out], cwd=ROOT,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+    for text in run.stdout:
+        if text.split()[:1] == ["1/100000"]:
+            run.terminate()
+            break
+    text, sentence = run.communicate()
+    check("an interrupted run does not count", run.returncode == 130 and "does not count" in sentence, sentence)
+    check("an interrupted run leaves no track.log", not os.path.exists(os.path.join(out, "track.log")))
+
+
+def main():
+    work = tempfile.mkdtemp(prefix="srdit-verify-")
+    try:
+        test_statistics()
+        folder = os.path.join(work, "my runs")   # with a space
+        made = subprocess.run([sys.executable, os.path.join(HERE, "verify.py"), *BASE, "--run", folder, "--", TRAIN,
+                               "--track", "practice", *TINY], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              universal_newlines=True)
+        check("three practice runs", made.returncode == 0, made.stdout)
+        if made.returncode == 0:
+            logs = sorted(os.path.join(folder, d, "track.log") for d in os.listdir(folder))
+            test_entry(logs, work)
+            test_interleaving(logs[0])
+            test_targets(logs, work)
+            if options.rerun:
+                sentence, said = call(*BASE, "--rerun", logs[0], "--run", os.path.join(work, "again"), "--runs", 2)
+                check("a rerun with fresh seeds", sentence == "" and "2 runs" in said, sentence or said)
+                sentence, said = call(*BASE, "--rerun", logs[0], "--run", os.path.join(work, "again"), "--runs", 2)
+                check("a rerun goes on", sentence == "" and "run 1 of" not in said, sentence or said)
+        test_boards(work)
+        test_program(work)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    print("%d passed, %d failed" % (passed, len(failed)))
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
