@@ -110,7 +110,7 @@ def below(scores, target, sigma=None):
 def rules_of(text):
     """{track: {rule: value}} of the C table"""
     rules = {}
-    for track, rule, value in re.findall(r'\{"([^"]+)",\s*"(\w+)",\s*((?:"[^"]*"\s*)+)\}', text):
+    for track, rule, value in re.findall(r'(?m)^\s*\{"([^"]+)",\s*"(\w+)",\s*((?:"[^"]*"\s*)+)\}', text):
         rules.setdefault(track, {})[rule] = "".join(re.findall(r'"([^"]*)"', value))
     return rules
 
@@ -298,9 +298,13 @@ def check_log(log, base):
     changed = check_sources(log, base)
 
     may = {"--" + n.replace("_", "-") for n in allowed(rules)} | {"--no-" + n.replace("_", "-") for n in allowed(rules)}
-    for word in log.run["command"].split(" ")[1:]:
-        if word.startswith("--"):
-            need(word.partition("=")[0] in may, path, "its command has %s, which the track fixes" % word)
+    words = log.run["command"].replace("=", " ").split(" ")[1:]
+    for word in words:
+        need(not word.startswith("--") or word in may, path, "its command has %s, which the track fixes" % word)
+    for flag, said in (("--track", log.track), ("--seed", log.seed)):
+        need(flag not in words or words[words.index(flag) + 1:][:1] == [said], path,
+             "its command does not have %s %s" % (flag, said))
+    need(log.seed.isdigit(), path, "its seed is \"%s\", which is not a whole number" % log.seed)
     for key in ("model", "steps", "pictures", "sample_steps"):
         need(key not in rules or log.settings.get(key) == rules[key], path,
              "its %s is %s, and the track's is %s" % (key, log.settings.get(key), rules.get(key)))
