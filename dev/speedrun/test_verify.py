@@ -307,7 +307,7 @@ def test_boards(work):
     with open(readme) as f:
         text = f.read()
     check("boards are written", text.startswith("before\n") and text.endswith("after\n") and "2026-01-01" in text and
-          "no entry yet" in text, text)
+          "No entry yet." in text, text)
     with open(os.path.join(folder, "fashion-cpu", "x", "record.json"), "w") as f:
         f.write('{"rank": "ratio"}')
     try:

@@ -604,6 +604,7 @@ def row_of(r, place):
     seen = {"log only": "log only", "skeptical": "skeptical result"}.get(r["status"])
     seen = seen or ("by " + r["verified_by"] if r.get("verified_by") else "self-verified")
     link = "[%s](%s)" % (r["name"], r["link"]) if r.get("link") else r.get("name", "-")
+    link += " (%s)" % r["class"] if r.get("class") else ""
     return "| %s | %s | %s | %s: %s | %s | %s | %s |" % (
         place, shown, score, link, r.get("what", "-"), r.get("date", "-"), ", ".join(r.get("authors", ["-"])), seen)
 
@@ -640,11 +641,12 @@ def boards(folder=None):
         target = rules["target"]
         parts.append("**`%s`**: %s, target %s\n" % (track, rules["metric"], target if target in UNFIXED else
                                                    "at most " + target))
+        if not records:
+            parts.append("No entry yet.\n")
+            continue
         parts.append("| # | %s | score | what | date | who | seen |\n| --- | --- | --- | --- | --- | --- | --- |" %
                      WORDS[rules["rank"]])
-        rows = places(records)
-        parts.append("\n".join(row_of(r, place) for r, place in rows) if rows else
-                     "| – | | | no entry yet | | | |")
+        parts.append("\n".join(row_of(r, place) for r, place in places(records)))
         parts.append("")
     return "\n".join(parts)
 
