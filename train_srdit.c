@@ -27,6 +27,7 @@
 //   ld... the length of a row in memory, where rows are parts of longer ones
 // In signatures outputs come first, then inputs, then sizes; dX is the gradient of the loss by X.
 #include "dev/lib/cli.h"
+#include "dev/lib/curve.h"
 #include "dev/lib/folder.h"
 #include "dev/lib/matmul.h"
 #include "dev/lib/picture.h"
@@ -1916,10 +1917,9 @@ typedef struct {
 static const Option run_options[] = {
     OPTION("model", model, TEXT, 0, 0, 0, "nano, fashion, or S, B, L, XL with a patch size: B/1 [nano]"),
     OPTION("data", data, LIST, 0, 0, 0, "one or more data shards [data/digits.safetensors]"),
-    OPTION(
-        "out", out, TEXT, 0, 0, 0,
-        "folder for checkpoint.safetensors, samples.png, log.csv [out, or the next free of out-2, ...; with "
-        "--resume the checkpoint's]"),
+    OPTION("out", out, TEXT, 0, 0, 0,
+           "folder for checkpoint.safetensors, samples.png, log.csv, loss.png [out, or the next free of "
+           "out-2, ...; with --resume the checkpoint's]"),
     OPTION("overwrite", overwrite, SWITCH, 0, 0, 1,
            "replace the run that --out holds, once a step has succeeded"),
     OPTION("steps", steps, WHOLE, 0, 0, 1e9, "training steps in all"),
@@ -2445,6 +2445,7 @@ static void print_again(const Run *run, const char *checkpoint) {
 // What was made, or how to go on; the exit status
 static int report_end(Training *t) {
     int good = 1;
+    if (t->step > t->first || folder_lacks_picture(&t->folder)) curve_write(t->folder.curve, t->folder.log);
     if (interrupted && t->step == t->first)
         printf("\ninterrupted before the first step; nothing was written to %s\n", t->folder.name);
     else if (interrupted) {
@@ -2510,6 +2511,7 @@ static Training training_open(const Config *c, const Run *run, const Backend *ba
     if (run->steps > step) {   // better to know now than after the training
         file_probe(t.folder.checkpoint);
         file_probe(t.folder.picture);
+        file_probe(t.folder.curve);
         file_probe(t.folder.log);
     }
     if (run->export_to) export_check(run, &t.folder);

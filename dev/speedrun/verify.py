@@ -613,13 +613,14 @@ def places(records):
     """The rows of one board in order of time. A record takes the place of the holder's only where it is faster
     by more than two standard errors of the difference: ties keep the holder. A log only or a result that was
     not shown to reach the target has no place."""
-    held, number_, rows = None, 0, []
+    held, count, rows = {}, {}, []               # by the track's classes, if it has any
     for r in sorted(records, key=lambda r: (r.get("date", ""), r.get("name", ""))):
-        value, error = value_of(r)
+        (value, error), kind = value_of(r), r.get("class")
         counts = r["status"] == "entry" and r.get("reached") and r["rank"] != "none" and value is not None
-        if counts and (held is None or value < held[0] - 2 * math.hypot(error, held[1])):
-            held, number_ = (value, error), number_ + 1
-            rows.append((r, str(number_)))
+        best = held.get(kind)
+        if counts and (best is None or value < best[0] - 2 * math.hypot(error, best[1])):
+            held[kind], count[kind] = (value, error), count.get(kind, 0) + 1
+            rows.append((r, str(count[kind])))
         else:
             rows.append((r, "–"))
     return rows
