@@ -175,9 +175,11 @@ static void track_warm_up(Track *k, Training *t) {
     }
     char before[SHA_HEX];
     track_state(before, t, room);
-    track_dummy(t->batch, &t->c, t->run.batch);
+    Batch *dummy = batch_create(&t->c, t->run.batch / t->run.accum);
+    track_dummy(dummy, &t->c, t->run.batch);
     on->zero_gradients(t->model);
-    on->forward_backward(t->model, t->batch);
+    on->forward_backward(t->model, dummy);
+    batch_free(dummy);
     on->update(t->model, 1);
     on->read_losses(t->model);
     for (int i = 0; i < 4; i++) on->put_block(t->model, host[i], saved_blocks[i]);
