@@ -414,12 +414,30 @@ def late_second(template, words, output):
         check(title + ": the file is whole", files.get(output) == after[output], len(files.get(output, b"")))
         shutil.rmtree(folder)
 
+def overtaken(run6, words):
+    """A --resume has read its checkpoint, and is stopped before it locks the folder; meanwhile another goes
+    on from it. The old state must not be gone on from."""
+    calls, after = reference(run6, words)
+    for n in (calls.index(("open", "run")) + 1, calls.index(("flock", "run")) + 1):
+        folder, title = fresh(run6), "--resume, overtaken at call %d, %s" % (n, calls[n - 1][0])
+        second = start(folder, words, faulty(n, "stop"))
+        if not check(title + ": stops", stopped(second)):
+            continue
+        first = run(folder, words)
+        second.send_signal(signal.SIGCONT)
+        r, files = finish(second), tree(folder)
+        check(title + ": the first ends well", first.status == 0 and not first.err, first)
+        check(title + ": the second says so", r.refused() and "another run" in r.err, r)
+        check(title + ": the checkpoint and the log are whole",
+              all(same(f, files.get(f, b""), after[f]) for f in after), sorted(files))
+        shutil.rmtree(folder)
+
 def others(run6):
     for flag, output in OUTPUTS:
         yield "two %s" % flag, lambda f=flag, o=output: (two_at_once(run6, f, DRAW + [f, o], o),
                                                          late_second(run6, DRAW + [f, o], o))
     resume = RESUME + ["--steps", "10"]
-    yield "two --resume", lambda: two_at_once(run6, "--resume", resume, CK)
+    yield "two --resume", lambda: (two_at_once(run6, "--resume", resume, CK), overtaken(run6, resume))
     yield "closed descriptors", lambda: closed_descriptors(run6)
     yield "/dev/full", lambda: dev_full(run6)
     yield "ulimit -f", lambda: size_limit(run6)
