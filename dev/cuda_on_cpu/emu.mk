@@ -145,6 +145,7 @@ test_srdit_on_cpu:
 	$(call trainer_run,asan and ubsan$(COMMA) late streams,CUDA_CPU_ASYNC=1,asan,bf16,"batch 1")
 	$(call trainer_run,tsan,,tsan,bf16,"path drop")
 	$(call trainer_run,tsan$(COMMA) batch 1,,tsan,bf16,"batch 1")
+	$(call trainer_run,tsan$(COMMA) as sm_86,CUDA_CPU_SM=86,tsan,bf16,"197 tokens")
 	@if command -v clang++ >/dev/null; then $(call EMU_TEST,msan,bf16) && printf '%-38s ' 'msan' && \
 		build/emu-msan/test_srdit_bf16 "65 tokens, path" > build/emu-msan/log 2>&1 && tail -n 1 build/emu-msan/log || \
 		{ tail -n 40 build/emu-msan/log; exit 1; }; \
