@@ -162,6 +162,11 @@ static struct {
 // What an H100's products and memory were found to reach of their peaks (798 of 989 TFLOP/s, 3.0 of 3.35 TB/s)
 static const double REACHED_FLOPS = 0.807, REACHED_BYTES = 0.896;
 
+static void profile_reset(int on) {
+    for (int i = 0; i < profile.made; i++) CHECK(cudaEventDestroy(profile.event[i]));
+    memset(&profile, 0, sizeof(profile));
+    profile.on = on;
+}
 static void place(enum Place where) { profile.place = where; }
 static void profile_mark(int where, int work) {
     if (!profile.recording) return;
@@ -3721,8 +3726,7 @@ static void batch_wait(Model *m, int i) { CHECK(cudaEventSynchronize(gpu_of(m)->
 static void begin(Model *m, int no_graph, int with_profile) {
     (void)m;
     use_graph = !no_graph;
-    memset(&profile, 0, sizeof(profile));
-    profile.on = with_profile;
+    profile_reset(with_profile);
 }
 
 // The table of --profile, a line for each part of the step: launches, GFLOP and GB that it needs at least; ms of
@@ -3743,6 +3747,7 @@ static void end(Model *m) {
     if (!profile.on) return;
     if (profile.steps < 3) {
         printf("--profile: the first two steps do not count; there were %d\n", profile.steps);
+        profile_reset(0);
         return;
     }
     const Config *c = &m->c;
@@ -3825,6 +3830,7 @@ static void end(Model *m) {
                profile.lost, MAX_MARKS);
     printf("\nThe model's own products: %.1f GFLOP a step; MFU of the measured time: %s\n", needed / 1e9,
            mfu);
+    profile_reset(0);
 }
 
 static void model_destroy(Model *m) {
