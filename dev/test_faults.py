@@ -248,7 +248,7 @@ class Case:
             good &= check(title + ": %s is old or new" % f, any(files[f] == v for v in versions[done:]) or
                           is_begun(f, files[f], self.after.get(f, b"")), "%d bytes" % len(files[f]))
         for f in self.before:   # --overwrite takes the old run's picture and log away before its checkpoint
-            replaced = self.name == "overwrite" and f in ("run/samples.png", "run/log.csv")
+            replaced = self.name == "overwrite" and f in ("run/samples.png", "run/loss.png", "run/log.csv")
             done = f.startswith("x.npz.") and files.get("x.npz") == self.after["x.npz"]
             good &= check(title + ": %s is still there" % f, f in files or replaced or done, sorted(files))
         # the log of one run never stands beside the checkpoint of another

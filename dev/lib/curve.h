@@ -40,6 +40,8 @@ static int curve_read(double (**rows)[1 + CURVES], const char *log) {
     char line[1024];
     int n = 0, room = 0;
     FILE *f = fopen(log, "r");
+    if (!f && errno != ENOENT)
+        die("%s: cannot be read, so that its curve was not drawn: %s", log, strerror(errno));
     *rows = NULL;
     while (f && fgets(line, sizeof(line), f)) {
         if (n == room) {
@@ -51,6 +53,7 @@ static int curve_read(double (**rows)[1 + CURVES], const char *log) {
         double *r = (*rows)[n];
         n += sscanf(line, "%lf,%lf,%lf", r, r + 1, r + 2) == 1 + CURVES && fabs(r[1] + r[2]) < INFINITY;
     }
+    if (f && ferror(f)) die("%s: cannot be read, so that its curve was not drawn: %s", log, strerror(errno));
     if (f) fclose(f);
     return n;
 }
