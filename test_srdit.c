@@ -1437,6 +1437,9 @@ static void compare_all(const char *only) {
     at[-1].c.routing = 0;
     CASE("width 84, heads of 28", small_config(), 2, 0, 1);
     at[-1].c.hidden_size = 84, at[-1].c.mlp_ratio = 1.3;
+    CASE("width 832", small_config(), 2, 0, 1);   // the norm's backward shares the columns from 768 on
+    at[-1].c.depth = at[-1].c.num_f = 1, at[-1].c.num_h = at[-1].c.align = 0;
+    at[-1].c.hidden_size = 832, at[-1].c.num_heads = 13, at[-1].c.mlp_ratio = 0.5;
     CASE("heads of 128", small_config(), 2, 0, 1);
     at[-1].c.hidden_size = 128, at[-1].c.num_heads = 1;
     CASE("no sparse block", small_config(), 2, 0, 1);

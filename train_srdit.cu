@@ -154,15 +154,24 @@ __device__ __forceinline__ unsigned pack(float lo, float hi) {
 __device__ __forceinline__ float2 unpack(unsigned p) {   // a bf16 is the upper half of a float
     return make_float2(__uint_as_float(p << 16), __uint_as_float(p & 0xffff0000u));
 }
-__device__ __forceinline__ Vec4 load4(const float *p) {
+// The same as they lie in memory. A number that is unpacked where it is loaded is waited for there; so loads
+// that are to be under way together are made raw and unpacked where they are used.
+#ifdef FP32
+typedef Vec4 Raw4;   // four of floatX
+#else
+typedef uint2 Raw4;
+#endif
+__device__ __forceinline__ Vec4 raw4(const float *p) {
     float4 v = *(const float4 *)p;
     return {{v.x, v.y, v.z, v.w}};
 }
-__device__ __forceinline__ Vec4 load4(const bf16 *p) {
-    uint2 u = *(const uint2 *)p;
-    float2 a = unpack(u.x), b = unpack(u.y);
+__device__ __forceinline__ uint2 raw4(const bf16 *p) { return *(const uint2 *)p; }
+__device__ __forceinline__ Vec4 unpack4(const Vec4 &v) { return v; }
+__device__ __forceinline__ Vec4 unpack4(uint2 v) {
+    float2 a = unpack(v.x), b = unpack(v.y);
     return {{a.x, a.y, b.x, b.y}};
 }
+template <class E> __device__ __forceinline__ Vec4 load4(const E *p) { return unpack4(raw4(p)); }
 __device__ __forceinline__ void store4(float *p, const Vec4 &v) {
     *(float4 *)p = make_float4(v.x[0], v.x[1], v.x[2], v.x[3]);
 }
@@ -482,10 +491,10 @@ static Residual residual_of(const float *x, const float *gate, int gate_stride, 
     return r;
 }
 
-// Where row n of [B,T] goes if the patches of all samples come first, then the CLS tokens
-// (cls 1: token 0 is CLS)
-__device__ __forceinline__ size_t patches_first(int n, int T, int cls, int rows) {
-    int b = n / T, t = n % T, B = rows / T;
+// Where row (b, t) of [B,T] lies: there if cls < 0; else the patches of all samples come first, then the CLS
+// tokens (cls 1: token 0 is CLS; 0: there is none)
+__device__ __forceinline__ size_t row_of(int b, int t, int B, int T, int cls) {
+    if (cls < 0) return (size_t)b * T + t;
     return cls && t == 0 ? (size_t)B * (T - 1) + b : (size_t)b * (T - cls) + t - cls;
 }
 
@@ -526,7 +535,7 @@ __global__ void __launch_bounds__(256)
         if (lane == 0) r[n] = rn;
     }
     if (!h) return;
-    floatX *to = h + (cls >= 0 ? patches_first(n, T, cls, rows) : (size_t)n) * D;
+    floatX *to = h + row_of(b, n - b * T, rows / T, T, cls) * D;
 #pragma unroll
     for (int i = 0; i < V; i++) {
         int d = (i * 32 + lane) * 4;
@@ -562,7 +571,7 @@ static void norm_modulate_forward(float *x_out, floatX *h, float *r, const Resid
 typedef struct {
     float *dx;   // [rows,D]; read unless `fresh` (then it is taken as 0), written unless NULL
     int fresh;
-    const float *dx2;   // a second gradient of x_out, of the rows dx2_rows[n] < dx2_count (NULL: none)
+    const float *dx2;   // where dh is NULL: a second gradient of x_out, of the rows dx2_rows[n] < dx2_count
     const int *dx2_rows;
     int dx2_count;
     const floatX *dh;   // NULL: there was no norm
@@ -575,70 +584,100 @@ typedef struct {
     floatX *dy;     // NULL: not wanted
     int dy_cls;     // >= 0: dy is stored patches first
     float *parts;   // [B, chunks, 4, D]: sums over a chunk of tokens of dh, dh n, dx y, dx
-    int T, D, chunk;
+    int T, D, chunk, slab;
 } NormBackward;
 
-// A block takes `chunk` (at most 64) tokens of one sample: first a warp a row for mean(dx^ x^), then a thread
-// four columns for all rows, whose sums it keeps in registers; what the second pass reads again lies in the
-// first-level cache. Reads 2 + 4 + 4 + 2, writes 4 + 2 bytes an element: 0.9 GB, 0.3 ms; bound by memory.
-__global__ void __launch_bounds__(256) norm_modulate_backward_kernel(const NormBackward a) {
-    __shared__ float mean[64];
-    int b = blockIdx.y, t0 = blockIdx.x * a.chunk, t1 = min(t0 + a.chunk, a.T), D = a.D,
-        rows = gridDim.y * a.T;
-    const float *scale = a.dh ? a.scale + (size_t)b * a.stride : NULL;
-    int warps = blockDim.x / 32, lane = threadIdx.x % 32;
-    if (a.dh) {
-        for (int t = t0 + threadIdx.x / 32; t < t1; t += warps) {
-            int n = b * a.T + t;
-            const floatX *dh = a.dh + (a.dh_cls >= 0 ? patches_first(n, a.T, a.dh_cls, rows) : (size_t)n) * D;
-            float sum = 0;
-            for (int d = lane * 4; d < D; d += 128) {
-                Vec4 g = load4(dh + d), x = load4(a.x + (size_t)n * D + d), sc = load4(scale + d);
-                for (int j = 0; j < 4; j++) sum += g.x[j] * (1 + sc.x[j]) * x.x[j];
-            }
-            sum = sum_lanes<32>(sum) * a.r[n] / D;
-            if (lane == 0) mean[t - t0] = sum;
-        }
-        __syncthreads();
-    }
-    for (int d = threadIdx.x * 4; d < D; d += blockDim.x * 4) {
-        Vec4 sums[4] = {}, one = {{1, 1, 1, 1}};
-        Vec4 sc = a.dh ? load4(scale + d) : one,
-             gate = a.gate ? load4(a.gate + (size_t)b * a.gate_stride + d) : one;
-        for (int t = t0; t < t1; t++) {
-            int n = b * a.T + t;
-            size_t at = (size_t)n * D + d;
-            Vec4 dx = {};
-            if (!a.fresh) dx = load4(a.dx + at);
-            if (a.dx2 && a.dx2_rows[n] < a.dx2_count) {
-                Vec4 more = load4(a.dx2 + (size_t)a.dx2_rows[n] * D + d);
-                for (int j = 0; j < 4; j++) dx.x[j] += more.x[j];
-            }
-            if (a.dh) {
-                Vec4 dh =
-                    load4(a.dh + (a.dh_cls >= 0 ? patches_first(n, a.T, a.dh_cls, rows) : (size_t)n) * D + d);
-                Vec4 x = load4(a.x + at);
-                float r = a.r[n], m = mean[t - t0];
+// A lane's columns d0, d0 + 128, ... of a row, as far as they lie below d1: 4 V numbers, zeros for the rest and
+// where there is no row. All loads are under way before the first is waited for.
+template <int V, class R, class E>
+__device__ __forceinline__ void load_columns(R (&v)[V], const E *row, int d0, int d1) {
+#pragma unroll
+    for (int i = 0; i < V; i++) v[i] = row && d0 + i * 128 < d1 ? raw4(row + d0 + i * 128) : R{};
+}
+
+// One pass: a block takes `chunk` tokens of one sample, a warp every NORM_WARPS-th of them. A row's four
+// inputs are asked for at once and stay in registers until mean(dx^ x^) is known; a lane has the same columns
+// of every row, so the column sums stay in registers too, until those of the warps are added through shared
+// memory [NORM_WARPS, slab]. Where D is more than NORM_SLAB, blocks z share the columns, each `slab` of them,
+// and read the others of dh and x for the mean only. Reads 2 + 4 + 4 + 2, writes 4 + 2 bytes an element:
+// 0.9 GB, 0.3 ms; bound by memory. The price is 32 V registers a lane: few warps, each with 3 KB x V / 2 of
+// loads under way.
+enum { NORM_WARPS = 4, NORM_SLAB = 768 };
+template <int V>
+__global__ void __launch_bounds__(NORM_WARPS * 32, V > 3 ? 2 : 4)
+    norm_modulate_backward_kernel(const NormBackward a) {
+    extern __shared__ float warp_sums[];
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, b = blockIdx.y, D = a.D;
+    int t0 = blockIdx.x * a.chunk, t1 = min(t0 + a.chunk, a.T);
+    int first = blockIdx.z * a.slab, d0 = first + lane * 4, d1 = min(first + a.slab, D);
+    const float *scale = a.dh ? a.scale + (size_t)b * a.stride : NULL,
+                *gate = a.gate ? a.gate + (size_t)b * a.gate_stride : NULL;
+    Vec4 sums[4][V] = {};
+    for (int t = t0 + warp; t < t1; t += NORM_WARPS) {
+        int n = b * a.T + t;
+        size_t at = (size_t)n * D;
+        const floatX *dh_row = a.dh ? a.dh + row_of(b, t, gridDim.y, a.T, a.dh_cls) * D : NULL;
+        const float *more = scale;
+        if (a.dx2) more = a.dx2_rows[n] < a.dx2_count ? a.dx2 + (size_t)a.dx2_rows[n] * D : NULL;
+        Raw4 dh[V], y[V];
+        Vec4 x[V], dx[V], m[V], g[V];   // m: scale, then dx^; the second gradient where there is no norm
+        load_columns(dh, dh_row, d0, d1);
+        load_columns(x, a.dh ? a.x + at : NULL, d0, d1);
+        load_columns(dx, a.fresh ? NULL : a.dx + at, d0, d1);
+        load_columns(y, a.y ? a.y + at : NULL, d0, d1);
+        load_columns(m, more, d0, d1);
+        float r = 1, mean = 0;
+        if (a.dh) {
+            r = a.r[n];
+#pragma unroll
+            for (int i = 0; i < V; i++) {
+                Vec4 v = unpack4(dh[i]);
                 for (int j = 0; j < 4; j++) {
-                    float xn = x.x[j] * r;
-                    sums[0].x[j] += dh.x[j];
-                    sums[1].x[j] += dh.x[j] * xn;
-                    dx.x[j] += r * (dh.x[j] * (1 + sc.x[j]) - xn * m);
+                    x[i].x[j] *= r;
+                    sums[0][i].x[j] += v.x[j];
+                    sums[1][i].x[j] += v.x[j] * x[i].x[j];
+                    m[i].x[j] = v.x[j] * (1 + m[i].x[j]);
+                    mean += m[i].x[j] * x[i].x[j];
                 }
             }
-            if (a.dx) store4(a.dx + at, dx);
-            if (a.y) {
-                Vec4 y = load4(a.y + at);
-                for (int j = 0; j < 4; j++) sums[2].x[j] += dx.x[j] * y.x[j];
-            }
-            for (int j = 0; j < 4; j++) sums[3].x[j] += dx.x[j];
-            if (a.dy) {
-                for (int j = 0; j < 4; j++) dx.x[j] *= gate.x[j];
-                store4(a.dy + (a.dy_cls >= 0 ? patches_first(n, a.T, a.dy_cls, rows) * D + d : at), dx);
+            for (int d = lane * 4; d < D && a.slab < D; d += 128) {   // the other slabs' part of the mean
+                if (d >= first && d < d1) continue;
+                Vec4 v = load4(dh_row + d), xs = load4(a.x + at + d), sc = load4(scale + d);
+                for (int j = 0; j < 4; j++) mean += v.x[j] * (1 + sc.x[j]) * (xs.x[j] * r);
             }
         }
-        for (int k = 0; k < 4; k++)
-            store4(a.parts + (((size_t)b * gridDim.x + blockIdx.x) * 4 + k) * D + d, sums[k]);
+        load_columns(g, gate, d0, d1);
+        mean = sum_lanes<32>(mean) / D;
+        floatX *dy = a.dy ? a.dy + row_of(b, t, gridDim.y, a.T, a.dy_cls) * D : NULL;
+#pragma unroll
+        for (int i = 0; i < V; i++) {
+            Vec4 v = dx[i], ys = unpack4(y[i]);
+            for (int j = 0; j < 4; j++) {
+                v.x[j] += r * (m[i].x[j] - x[i].x[j] * mean);
+                sums[2][i].x[j] += v.x[j] * ys.x[j];
+                sums[3][i].x[j] += v.x[j];
+            }
+            int d = d0 + i * 128;
+            if (a.dx && d < d1) store4(a.dx + at + d, v);
+            for (int j = 0; j < 4 && gate; j++) v.x[j] *= g[i].x[j];
+            if (dy && d < d1) store4(dy + d, v);
+        }
+    }
+    float *parts = a.parts + ((size_t)b * gridDim.x + blockIdx.x) * 4 * D;
+    for (int k = 0; k < 4; k++) {
+        if (k) __syncthreads();   // until all have read the ones before
+        for (int i = 0; i < V; i++)
+            if (d0 + i * 128 < d1) store4(warp_sums + warp * a.slab + d0 - first + i * 128, sums[k][i]);
+        __syncthreads();
+#pragma unroll 1
+        for (int d = threadIdx.x * 4; d < d1 - first; d += NORM_WARPS * 128) {
+            Vec4 sum = load4(warp_sums + d);
+            for (int w = 1; w < NORM_WARPS; w++) {
+                Vec4 more = load4(warp_sums + w * a.slab + d);
+                for (int j = 0; j < 4; j++) sum.x[j] += more.x[j];
+            }
+            store4(parts + (size_t)k * D + first + d, sum);
+        }
     }
 }
 
@@ -660,16 +699,22 @@ __global__ void __launch_bounds__(256)
     bias[(size_t)b * D + d] = sums[3] * (gate ? gate[(size_t)b * gate_stride + d] : 1);
 }
 
-enum { NORM_CHUNK = 32 };
-static int norm_chunks(int T) { return div_up(T, NORM_CHUNK); }
+// Chunks of a sample's rows: of 64 at most, or of 32 where a GPU would else be left with few blocks. Each costs
+// 32 bytes a column, written and read.
+static int norm_chunks(int B, int T) { return div_up(T, B * div_up(T, 64) >= 256 ? 64 : 32); }
 // dshift .. dgate may be NULL; db [D] (NULL: not wanted) is the gradient of y's bias;
 // bias_parts [B,D] is scratch
 static void norm_modulate_backward(NormBackward *a, floatX *dshift, floatX *dscale, floatX *dgate, float *db,
                                    float *bias_parts, int add, int B) {
-    int chunks = norm_chunks(a->T), threads = imin(256, imax(64, div_up(a->D / 4, 32) * 32));
+    int chunks = norm_chunks(B, a->T), slabs = div_up(a->D, NORM_SLAB);
     a->chunk = div_up(a->T, chunks);
-    dim3 grid((unsigned)chunks, (unsigned)B), sum_grid((unsigned)div_up(a->D, 256), (unsigned)B);
-    norm_modulate_backward_kernel<<<grid, (unsigned)threads, 0, stream>>>(*a);
+    a->slab = div_up(a->D / 4, slabs) * 4;
+    dim3 grid((unsigned)chunks, (unsigned)B, (unsigned)slabs),
+        sum_grid((unsigned)div_up(a->D, 256), (unsigned)B);
+    size_t shared = (size_t)(NORM_WARPS * a->slab) * sizeof(float);
+    if (a->slab <= 128) norm_modulate_backward_kernel<1><<<grid, NORM_WARPS * 32, shared, stream>>>(*a);
+    else if (a->slab <= 384) norm_modulate_backward_kernel<3><<<grid, NORM_WARPS * 32, shared, stream>>>(*a);
+    else norm_modulate_backward_kernel<6><<<grid, NORM_WARPS * 32, shared, stream>>>(*a);
     LAUNCHED();
     norm_parts_sum_kernel<<<sum_grid, 256, 0, stream>>>(dshift, dscale, a->stride, dgate, a->gate_stride,
                                                         bias_parts, a->gate, a->parts, chunks, a->D);
@@ -2112,7 +2157,7 @@ static void acts_layout(Acts *a, DeviceArena *m, const Config *c, int B) {
     take(a->bias_parts, m, b * D);
     // the largest of: norm backward's sums, bias sums, attention's sums
     size_t Dh = D / H, columns = largest(largest(3 * D, F), largest(M, largest(Z, X)));
-    size_t of_norm = b * (size_t)norm_chunks((int)T) * 4 * D, of_bias = BIAS_CHUNKS * columns;
+    size_t of_norm = b * (size_t)norm_chunks(1, (int)T) * 4 * D, of_bias = BIAS_CHUNKS * columns;
     size_t of_attention = (b * H + b * (T / 16 + 1)) * (2 * Dh + 1);
     take(a->parts, m, largest(of_norm, largest(of_bias, of_attention)));
     Attention longest;
