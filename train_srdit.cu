@@ -229,6 +229,85 @@ static void column_sum(E *dst, const S *src, int rows, int cols, int ld, int add
     LAUNCHED();
 }
 
+// The gradients of biases and of other small weights are column sums of what kernels leave in `parts`, a
+// backward's one behind the other. The adding up waits until its end, and then is one launch for all of them.
+typedef struct {
+    float *dst;                // [cols] (+)= sum over rows
+    const float *src;          // [rows, cols], rows `ld` apart
+    int rows, cols, ld, end;   // end: where the grid's blocks of the next job begin
+} SumJob;
+enum { MAX_SUMS = 100 };
+typedef struct {
+    int count, add;
+    SumJob of[MAX_SUMS];   // with the above less than the 4 KB that a kernel's arguments may be
+} SumJobs;
+typedef struct {
+    float *parts;
+    size_t used, room;
+    SumJobs jobs;
+} Sums;
+
+// As column_sum_kernel, eight loads at a time. Reads 4 bytes a number of all parts: 0.1 GB, 0.04 ms in B/1.
+__global__ void __launch_bounds__(256) sums_kernel(const SumJobs jobs) {
+    __shared__ float sums[32][9];
+    int i = 0, block = blockIdx.x;
+    while (block >= jobs.of[i].end) i++;
+    if (i) block -= jobs.of[i - 1].end;
+    const float *src = jobs.of[i].src;
+    int rows = jobs.of[i].rows, cols = jobs.of[i].cols;
+    int c = block * 8 + threadIdx.x % 8, y = threadIdx.x / 8, r = y;
+    size_t ld = (size_t)jobs.of[i].ld;
+    float sum = 0;
+    if (c < cols) {
+        for (; r + 7 * 32 < rows; r += 8 * 32) {
+            float x[8];
+#pragma unroll
+            for (int k = 0; k < 8; k++) x[k] = src[(r + k * 32) * ld + c];
+#pragma unroll
+            for (int k = 0; k < 8; k++) sum += x[k];
+        }
+        for (; r < rows; r += 32) sum += src[r * ld + c];
+    }
+    sums[y][threadIdx.x % 8] = sum;
+    __syncthreads();
+    if (y || c >= cols) return;
+    sum = jobs.add ? jobs.of[i].dst[c] : 0;
+    for (int k = 0; k < 32; k++) sum += sums[k][threadIdx.x];
+    jobs.of[i].dst[c] = sum;
+}
+static void sums_begin(Sums *s, int add) {
+    s->used = 0;
+    s->jobs.count = 0;
+    s->jobs.add = add;
+}
+static void sums_end(Sums *s) {
+    SumJobs *j = &s->jobs;
+    if (j->count == 0) return;
+    sums_kernel<<<(unsigned)j->of[j->count - 1].end, 256, 0, stream>>>(*j);
+    LAUNCHED();
+    j->count = 0;
+}
+// dst[cols] (+)= the sum over the rows of src[rows, cols], when sums_end comes
+static void sum_later(Sums *s, float *dst, const float *src, int rows, int cols, int ld) {
+    SumJobs *j = &s->jobs;
+    if (j->count == MAX_SUMS) sums_end(s);
+    int before = j->count ? j->of[j->count - 1].end : 0;
+    SumJob one = {dst, src, rows, cols, ld, before + div_up(cols, 8)};
+    j->of[j->count++] = one;
+}
+static float *sums_take(Sums *s, size_t count) {   // room for parts
+    float *parts = s->parts + s->used;
+    s->used += (count + 63) / 64 * 64;
+    if (s->used > s->room) die("the sums of a step need more than the %zu numbers planned", s->room);
+    return parts;
+}
+// The two together: where the parts [rows, cols] go, whose sum over rows is added to dst later
+static float *sum_parts(Sums *s, float *dst, int rows, int cols) {
+    float *parts = sums_take(s, (size_t)rows * (size_t)cols);
+    sum_later(s, dst, parts, rows, cols, cols);
+    return parts;
+}
+
 // out = in rounded to floatX. 4 + 2 bytes an element; bound by memory.
 __global__ void __launch_bounds__(256) cast_kernel(floatX *out, const float *in, size_t n) {
     size_t i = ((size_t)blockIdx.x * 256 + threadIdx.x) * 4;
@@ -567,7 +646,8 @@ static void norm_modulate_forward(float *x_out, floatX *h, float *r, const Resid
 // dx^ = dh (1 + scale):
 //   dx += r (dx^ - x^ mean(dx^ x^)),  dshift = sum_t dh,  dscale = sum_t dh x^;
 // and then, as x_out = x + gate y:
-//   dy = gate dx,  dgate = sum_t dx y,  db = sum_b gate sum_t dx, of the bias that was added to y.
+//   dy = gate dx,  dgate = sum_t dx y,  db = sum_b gate sum_t dx, of the bias that was added to y (or, where
+//   dy is stored patches first, to the patches).
 typedef struct {
     float *dx;   // [rows,D]; read unless `fresh` (then it is taken as 0), written unless NULL
     int fresh;
@@ -655,7 +735,7 @@ __global__ void __launch_bounds__(NORM_WARPS * 32, V > 3 ? 2 : 4)
             for (int j = 0; j < 4; j++) {
                 v.x[j] += r * (m[i].x[j] - x[i].x[j] * mean);
                 sums[2][i].x[j] += v.x[j] * ys.x[j];
-                sums[3][i].x[j] += v.x[j];
+                if (t >= a.dy_cls) sums[3][i].x[j] += v.x[j];   // (only CLS stands before that)
             }
             int d = d0 + i * 128;
             if (a.dx && d < d1) store4(a.dx + at + d, v);
@@ -681,8 +761,8 @@ __global__ void __launch_bounds__(NORM_WARPS * 32, V > 3 ? 2 : 4)
     }
 }
 
-// Adds up the chunks: dshift, dscale, dgate [B, stride] floatX (NULL: not wanted), and bias [B,D] = gate sum
-// dx. 4 numbers a chunk and column; they come from the second-level cache.
+// Adds up the chunks: dshift, dscale, dgate [B, stride] floatX, and bias [B,D] = gate sum dx (each NULL: not
+// wanted). 4 numbers a chunk and column; they come from the second-level cache.
 __global__ void __launch_bounds__(256)
     norm_parts_sum_kernel(floatX *dshift, floatX *dscale, int stride, floatX *dgate, int gate_stride,
                           float *bias, const float *gate, const float *parts, int chunks, int D) {
@@ -696,16 +776,16 @@ __global__ void __launch_bounds__(256)
         store(&dscale[(size_t)b * stride + d], sums[1]);
     }
     if (dgate) store(&dgate[(size_t)b * gate_stride + d], sums[2]);
-    bias[(size_t)b * D + d] = sums[3] * (gate ? gate[(size_t)b * gate_stride + d] : 1);
+    if (bias) bias[(size_t)b * D + d] = sums[3] * (gate ? gate[(size_t)b * gate_stride + d] : 1);
 }
 
 // Chunks of a sample's rows: of 64 at most, or of 32 where a GPU would else be left with few blocks. Each costs
 // 32 bytes a column, written and read.
 static int norm_chunks(int B, int T) { return div_up(T, B * div_up(T, 64) >= 256 ? 64 : 32); }
-// dshift .. dgate may be NULL; db [D] (NULL: not wanted) is the gradient of y's bias;
-// bias_parts [B,D] is scratch
-static void norm_modulate_backward(NormBackward *a, floatX *dshift, floatX *dscale, floatX *dgate, float *db,
-                                   float *bias_parts, int add, int B) {
+// dshift .. dgate may be NULL; bias [B,D] (NULL: not wanted) is what each sample adds to the gradient of y's
+// bias
+static void norm_modulate_backward(NormBackward *a, floatX *dshift, floatX *dscale, floatX *dgate,
+                                   float *bias, int B) {
     int chunks = norm_chunks(B, a->T), slabs = div_up(a->D, NORM_SLAB);
     a->chunk = div_up(a->T, chunks);
     a->slab = div_up(a->D / 4, slabs) * 4;
@@ -717,9 +797,8 @@ static void norm_modulate_backward(NormBackward *a, floatX *dshift, floatX *dsca
     else norm_modulate_backward_kernel<6><<<grid, NORM_WARPS * 32, shared, stream>>>(*a);
     LAUNCHED();
     norm_parts_sum_kernel<<<sum_grid, 256, 0, stream>>>(dshift, dscale, a->stride, dgate, a->gate_stride,
-                                                        bias_parts, a->gate, a->parts, chunks, a->D);
+                                                        bias, a->gate, a->parts, chunks, a->D);
     LAUNCHED();
-    if (db) column_sum<float, float>(db, bias_parts, B, a->D, a->D, add);
 }
 
 // GELU, tanh form, and SiLU, as in train_srdit.c; `slope` is the derivative. The exponential
@@ -799,11 +878,13 @@ __global__ void __launch_bounds__(256)
         parts[(size_t)blockIdx.y * cols + c + j] = total;
     }
 }
-enum { BIAS_CHUNKS = 128 };   // parts holds BIAS_CHUNKS * cols numbers
+enum { BIAS_CHUNKS = 128 };   // at most; of at least 32 rows
+// db[cols] (+)= the column sums of din, later
 template <Activation A, class S>
-static void activation_backward(floatX *din, float *db, float *parts, const floatX *dout, const S *in,
-                                int rows, int cols, int add) {
+static void activation_backward(floatX *din, float *db, Sums *sums, const floatX *dout, const S *in, int rows,
+                                int cols) {
     int chunk = imax(32, div_up(rows, BIAS_CHUNKS)), chunks = div_up(rows, chunk), W = cols % 4 ? 1 : 4;
+    float *parts = sum_parts(sums, db, chunks, cols);
     dim3 grid((unsigned)div_up(cols, 32 * W), (unsigned)chunks);
     if (W == 4)
         activation_backward_kernel<A, 4, S>
@@ -812,11 +893,10 @@ static void activation_backward(floatX *din, float *db, float *parts, const floa
         activation_backward_kernel<A, 1, S>
             <<<grid, 256, 0, stream>>>(din, parts, dout, in, rows, cols, chunk);
     LAUNCHED();
-    column_sum<float, float>(db, parts, chunks, cols, cols, add);
 }
-// db[O] (+)= column sums of dout[N,O]
-static void bias_backward(float *db, float *parts, const floatX *dout, int N, int O, int add) {
-    activation_backward<NONE, floatX>(NULL, db, parts, dout, NULL, N, O, add);
+// db[O] (+)= column sums of dout[N,O], later
+static void bias_backward(float *db, Sums *sums, const floatX *dout, int N, int O) {
+    activation_backward<NONE, floatX>(NULL, db, sums, dout, NULL, N, O);
 }
 
 // RMSNorm with a weight, x r w (eps 1e-6), of the CLS token, put into the residual stream with
@@ -1007,6 +1087,7 @@ typedef struct {
     float *dv1;     // [B,tokens,D]: += lambda dv at the original token; block 0 adds it up
     int is_first;   // this is block 0
     float *parts;   // [attention_parts, 2 Dh + 1]: sums for wq, wk, lambda
+    float *bias;    // [bias_parts, 3D]: sums of dqkv
 } AttentionGrads;
 
 __device__ __forceinline__ int token_of(const Attention &a, int b, int t) {
@@ -1051,32 +1132,40 @@ __global__ void __launch_bounds__(256) qkv_mix_forward_kernel(floatX *out, const
 
 // Its backward, in place (derivations at qk_norm_backward, rope_backward and value_residual_backward):
 // out.dqkv comes in as the gradient of what the forward wrote. A block takes some tokens of a sample; its
-// sums for the weights are one row of out.parts.
+// sums for the weights are one row of out.parts, those for the bias one of out.bias.
 __global__ void __launch_bounds__(256)
     qkv_mix_backward_kernel(const AttentionGrads out, const Attention a, int chunk) {
     __shared__ float sums[8][2][128];
     __shared__ float lambda_sums[8];
     int b = blockIdx.y, lane = threadIdx.x % 32, warp = threadIdx.x / 32, D = a.H * a.Dh;
+    int t0 = blockIdx.x * chunk, t1 = min(t0 + chunk, a.T);
+    size_t block = (size_t)b * gridDim.x + blockIdx.x;
     float dw[2][2][2] = {}, dl = 0;   // of q or k, of this lane's pairs
-    for (int t = blockIdx.x * chunk; t < min((int)(blockIdx.x + 1) * chunk, a.T); t++) {
-        int token = token_of(a, b, t), patch = token - a.cls;
-        size_t n = (size_t)b * a.T + t, full = (size_t)b * a.tokens + token;
-        for (int h = warp; h < 3 * a.H; h += 8) {
+    for (int h = warp; h < 3 * a.H; h += 8) {
+        float bias[2][2] = {};
+        for (int t = t0; t < t1; t++) {
+            int token = token_of(a, b, t), patch = token - a.cls;
+            size_t n = (size_t)b * a.T + t, full = (size_t)b * a.tokens + token;
             size_t at = n * 3 * D + (size_t)h * a.Dh;
             const floatX *x = a.qkv + at;
             floatX *d = out.dqkv + at;
             if (h >= 2 * a.H) {
                 float l = a.v1 ? *a.lambda : 0;
                 float *dv1 = out.dv1 + full * D + (size_t)(h - 2 * a.H) * a.Dh;
-                for (int i = lane; i < a.Dh; i += 32) {
-                    float dv = to_float(d[i]);
-                    if (a.v1) {
-                        float first = to_float(a.v1[full * 3 * D + (size_t)h * a.Dh + i]);
-                        dl += dv * (first - to_float(x[i]));
-                        dv1[i] += l * dv;
+                for (int j = 0; j < 2; j++)
+                    for (int e = 0; e < 2; e++) {
+                        int i = lane * 2 + j * 64 + e;
+                        if (i >= a.Dh) continue;
+                        float dv = to_float(d[i]);
+                        if (a.v1) {
+                            float first = to_float(a.v1[full * 3 * D + (size_t)h * a.Dh + i]);
+                            dl += dv * (first - to_float(x[i]));
+                            dv1[i] += l * dv;
+                        }
+                        float dx = out.is_first ? dv + dv1[i] : (1 - l) * dv;
+                        bias[j][e] += dx;
+                        store(&d[i], dx);
                     }
-                    store(&d[i], out.is_first ? dv + dv1[i] : (1 - l) * dv);
-                }
                 continue;
             }
             const float *w = h < a.H ? a.wq : a.wk;
@@ -1110,9 +1199,17 @@ __global__ void __launch_bounds__(256)
             for (int j = 0; j < 2; j++)
                 for (int e = 0; e < 2; e++) {
                     int i = lane * 2 + j * 64 + e;
-                    if (i < a.Dh) store(&d[i], r * (dn[j][e] - xs[j][e] * r * dot));
+                    if (i >= a.Dh) continue;
+                    float dx = r * (dn[j][e] - xs[j][e] * r * dot);
+                    bias[j][e] += dx;
+                    store(&d[i], dx);
                 }
         }
+        for (int j = 0; j < 2; j++)
+            for (int e = 0; e < 2; e++) {
+                int i = lane * 2 + j * 64 + e;
+                if (i < a.Dh) out.bias[block * 3 * D + (size_t)h * a.Dh + i] = bias[j][e];
+            }
     }
     for (int k = 0; k < 2; k++)
         for (int j = 0; j < 2; j++)
@@ -1120,7 +1217,7 @@ __global__ void __launch_bounds__(256)
     dl = sum_lanes<32>(dl);
     if (lane == 0) lambda_sums[warp] = dl;
     __syncthreads();
-    float *part = out.parts + (size_t)(b * gridDim.x + blockIdx.x) * (2 * a.Dh + 1);
+    float *part = out.parts + block * (2 * a.Dh + 1);
     for (int i = threadIdx.x; i <= 2 * a.Dh; i += 256) {
         float sum = 0;
         for (int w = 0; w < 8; w++) sum += i == 2 * a.Dh ? lambda_sums[w] : sums[w][i >= a.Dh][i % a.Dh];
@@ -1537,19 +1634,37 @@ __global__ void __launch_bounds__(FORWARD_WARPS * 32, TMAX > 64 ? 3 : 4)
 // warp waits for another, and nothing needs an atomic.
 template <int TMAX, int NW> struct BackwardShared {
     Row q[TMAX], k[TMAX], v[TMAX], dout[TMAX];
-    float lse[TMAX], delta[TMAX];       // lse in units of log 2
-    float dw[2][NW][HD], dlambda[NW];   // each warp's sums
+    float lse[TMAX], delta[TMAX];                  // lse in units of log 2
+    float2 dw[2][NW][HD / 2], db[3][NW][HD / 2];   // each warp's sums for wq, wk; for the bias of q, k, v
+    float dlambda[NW];
 };
 
+// x[j] of this lane and of those with the other g -> the sum over all eight of x[g]: what a lane does not keep
+// it hands over, half of what is left at each step
+__device__ __forceinline__ float sum_transposed(float (&x)[8], int g) {
+#pragma unroll
+    for (int m = 4; m; m /= 2)
+#pragma unroll
+        for (int j = 0; j < m; j++) {
+            float keep = g & m ? x[j + m] : x[j], give = g & m ? x[j] : x[j + m];
+            x[j] = keep + __shfl_xor_sync(0xffffffffu, give, m * 4);
+        }
+    return x[0];
+}
+// *sum += over the rows of a fragment; a lane's two columns are 8g + 2c, + 1
+__device__ __forceinline__ void sum_columns(float2 *sum, float (&x)[2][8], int lane) {
+    sum[lane].x += sum_transposed(x[0], lane / 4);
+    sum[lane].y += sum_transposed(x[1], lane / 4);
+}
+
 // x -> n = w x r(x) -> y = R n. Given dy/8 (rows t0 + g, + 8 of fragments d):
-//   dn = R^T dy,  dw = sum_t dn x r,  dx = r (w dn - x r^2 mean(w dn x))
-// Lane (g, c) keeps dw of columns 8g + 2c, + 1.
+//   dn = R^T dy,  dw += sum_t dn x r,  dx = r (w dn - x r^2 mean(w dn x)),  db += sum_t dx
 template <Kind KIND>
-__device__ __forceinline__ void norm_rope_backward(bf16 *dqkv, float (&dw)[2], const float (&d)[8][4],
+__device__ __forceinline__ void norm_rope_backward(bf16 *dqkv, float2 *dw, float2 *db, const float (&d)[8][4],
                                                    const Attention &a, int b, int h, int t0, int lane) {
     const int g = lane / 4, c = lane % 4;
     const float2 *w = (const float2 *)(KIND == Q ? a.wq : a.wk);
-    float part[8][2] = {};
+    float of_w[2][8] = {}, of_b[2][8] = {};
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const int t = t0 + i * 8 + g;
@@ -1570,7 +1685,7 @@ __device__ __forceinline__ void norm_rope_backward(bf16 *dqkv, float (&dw)[2], c
             const float2 cs = __ldg(a.rope + (j < 4 ? y : z) * 16 + j % 4 * 4 + c), wj = __ldg(w + j * 4 + c);
             const float dy0 = d[j][i * 2] * SCALE, dy1 = d[j][i * 2 + 1] * SCALE;
             dn[j] = make_float2(dy0 * cs.x + dy1 * cs.y, dy1 * cs.x - dy0 * cs.y);
-            if (t < a.T) part[j][0] += dn[j].x * x[j].x * r, part[j][1] += dn[j].y * x[j].y * r;
+            if (t < a.T) of_w[0][j] += dn[j].x * x[j].x * r, of_w[1][j] += dn[j].y * x[j].y * r;
             dn[j].x *= wj.x;
             dn[j].y *= wj.y;
             dot += dn[j].x * x[j].x + dn[j].y * x[j].y;
@@ -1578,26 +1693,25 @@ __device__ __forceinline__ void norm_rope_backward(bf16 *dqkv, float (&dw)[2], c
         dot = sum_lanes<4>(dot) * r * r / HD;
         if (t < a.T)
 #pragma unroll
-            for (int j = 0; j < 8; j++)
-                *(unsigned *)(dqkv + start + j * 8) =
-                    pack(r * (dn[j].x - x[j].x * dot), r * (dn[j].y - x[j].y * dot));
+            for (int j = 0; j < 8; j++) {
+                const float dx0 = r * (dn[j].x - x[j].x * dot), dx1 = r * (dn[j].y - x[j].y * dot);
+                of_b[0][j] += dx0;
+                of_b[1][j] += dx1;
+                *(unsigned *)(dqkv + start + j * 8) = pack(dx0, dx1);
+            }
     }
-#pragma unroll
-    for (int j = 0; j < 8; j++)
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-            float x = part[j][e];
-            for (int m = 4; m < 32; m *= 2) x += __shfl_xor_sync(0xffffffffu, x, m);
-            if (g == j) dw[e] += x;
-        }
+    sum_columns(dw, of_w, lane);
+    sum_columns(db, of_b, lane);
 }
 
-// v = l v1 + (1 - l) x:  dx = (1 - l) dv,  dv1 += l dv,  dl = sum dv (v1 - x);  in block 0, dx = dv + dv1
-__device__ __forceinline__ void mix_backward(const AttentionGrads &out, float &dlambda,
+// v = l v1 + (1 - l) x:  dx = (1 - l) dv,  dv1 += l dv,  dl = sum dv (v1 - x);  in block 0, dx = dv + dv1;
+// db += sum_t dx
+__device__ __forceinline__ void mix_backward(const AttentionGrads &out, float &dlambda, float2 *db,
                                              const float (&d)[8][4], const Attention &a, int b, int h, int t0,
                                              int lane) {
     const int g = lane / 4, c = lane % 4;
     const float l = a.v1 ? __ldg(a.lambda) : 0;
+    float of_b[2][8] = {};
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const int t = t0 + i * 8 + g;
@@ -1619,9 +1733,12 @@ __device__ __forceinline__ void mix_backward(const AttentionGrads &out, float &d
                     dlambda += d0 * (y.x - x.x) + d1 * (y.y - x.y);
                 } else d0 += sum.x, d1 += sum.y;
             }
+            of_b[0][j] += (1 - l) * d0;
+            of_b[1][j] += (1 - l) * d1;
             *(unsigned *)(out.dqkv + start + j * 8) = pack((1 - l) * d0, (1 - l) * d1);
         }
     }
+    sum_columns(db, of_b, lane);
 }
 
 // MT * 16 rows from t0 on: keys (out = dk, out2 = dv) or queries (out = dq).
@@ -1703,12 +1820,13 @@ __device__ __forceinline__ void backward_rows(float (&out)[MT][8][4], float (&ou
 }
 
 template <int MT, class Shared>
-__device__ __forceinline__ void query_rows(const AttentionGrads &out, float (&dw)[2], const Attention &a,
-                                           int b, int h, int t0, Shared &s, int lane) {
+__device__ __forceinline__ void query_rows(const AttentionGrads &out, const Attention &a, int b, int h,
+                                           int t0, Shared &s, int warp, int lane) {
     float dq[MT][8][4] = {}, none[1][8][4];
     backward_rows<MT, false>(dq, none, s.q, s.dout, s.k, s.v, s.lse, s.delta, t0, a.T, lane);
 #pragma unroll
-    for (int m = 0; m < MT; m++) norm_rope_backward<Q>(out.dqkv, dw, dq[m], a, b, h, t0 + m * 16, lane);
+    for (int m = 0; m < MT; m++)
+        norm_rope_backward<Q>(out.dqkv, s.dw[Q][warp], s.db[Q][warp], dq[m], a, b, h, t0 + m * 16, lane);
 }
 
 // o, dout [B,T,H,64], lse [B,H,T]. NW warps; a job is 16 keys or MQ * 16 queries. 146 KB of shared memory at
@@ -1746,31 +1864,37 @@ __global__ void __launch_bounds__(NW * 32, CTAS)
     __syncthreads();
 
     const int key_jobs = (a.T + 15) / 16, query_jobs = (a.T + MQ * 16 - 1) / (MQ * 16);
-    float dwk[2] = {}, dwq[2] = {}, dl = 0;
+    float dl = 0;
+    for (int i = 0; i < 2; i++) s.dw[i][warp][lane] = make_float2(0, 0);
+    for (int i = 0; i < 3; i++) s.db[i][warp][lane] = make_float2(0, 0);   // a lane's own: nobody waits
     int job = warp;
     for (; job < key_jobs; job += NW) {
         float dk[1][8][4] = {}, dv[1][8][4] = {};
         backward_rows<1, true>(dk, dv, s.k, s.v, s.q, s.dout, s.lse, s.delta, job * 16, a.T, lane);
-        norm_rope_backward<K>(out.dqkv, dwk, dk[0], a, b, h, job * 16, lane);
-        mix_backward(out, dl, dv[0], a, b, h, job * 16, lane);
+        mix_backward(out, dl, s.db[V][warp], dv[0], a, b, h, job * 16, lane);
+        norm_rope_backward<K>(out.dqkv, s.dw[K][warp], s.db[K][warp], dk[0], a, b, h, job * 16, lane);
     }
     for (job -= key_jobs; job < query_jobs; job += NW) {
         const int t = job * MQ * 16;
-        if (MQ == 1 || a.T - t <= 16) query_rows<1>(out, dwq, a, b, h, t, s, lane);
-        else query_rows<MQ>(out, dwq, a, b, h, t, s, lane);
+        if (MQ == 1 || a.T - t <= 16) query_rows<1>(out, a, b, h, t, s, warp, lane);
+        else query_rows<MQ>(out, a, b, h, t, s, warp, lane);
     }
 
     // the weights' gradients: the warps' sums, added in order
-    *(float2 *)&s.dw[0][warp][lane * 2] = make_float2(dwq[0], dwq[1]);   // columns 8g + 2c = 2 lane
-    *(float2 *)&s.dw[1][warp][lane * 2] = make_float2(dwk[0], dwk[1]);
     dl = sum_lanes<32>(dl);
     if (lane == 0) s.dlambda[warp] = dl;
     __syncthreads();
-    float *part = out.parts + (size_t)blockIdx.x * (2 * HD + 1);
-    for (int i = threadIdx.x; i <= 2 * HD; i += NW * 32) {
+    float *part = out.parts + (size_t)blockIdx.x * (2 * HD + 1),
+          *bias = out.bias + ((size_t)b * 3 * a.H + h) * HD;
+    for (int i = threadIdx.x; i <= 5 * HD; i += NW * 32) {
+        const int kind = i / HD, d = i % HD;
+        const float *sums =
+            kind == 5 ? s.dlambda : (const float *)(kind < 2 ? s.dw[kind] : s.db[kind - 2]) + d;
         float x = 0;
-        for (int k = 0; k < NW; k++) x += i == 2 * HD ? s.dlambda[k] : s.dw[i / HD][k][i % HD];
-        part[i] = x;
+        for (int k = 0; k < NW; k++) x += sums[kind == 5 ? k : k * HD];
+        if (kind < 2) part[i] = x;
+        else if (kind == 5) part[2 * HD] = x;
+        else bias[(kind - 2) * a.H * HD + d] = x;
     }
 }
 
@@ -1814,6 +1938,9 @@ static int tensor_attention(const Attention *a) {
 enum { MIX_CHUNK = 16 };
 static int attention_parts(const Attention *a, int B) {   // rows of AttentionGrads.parts
     return tensor_attention(a) ? B * a->H : B * div_up(a->T, MIX_CHUNK);
+}
+static int bias_parts(const Attention *a, int B) {   // rows of AttentionGrads.bias
+    return tensor_attention(a) ? B : B * div_up(a->T, MIX_CHUNK);
 }
 
 #define BY_HEAD(KERNEL, ...)                                                                                 \
@@ -2040,12 +2167,14 @@ typedef struct {
     floatX *final_h;                            // [B,T,D], patches first
     float *out_patches, *cls_out;               // [B,P,X], [B,Z]
     // gradients, and scratch that all share
-    float *dx, *d_E, *d_v1, *d_g;                       // [B,T,D] three times, [B Tk + ..., D]
-    floatX *dy, *dh, *dG, *wide, *wide2;                // [B,T,D] twice, as g_out, [B,T,F|M|3D]
-    floatX *d_mod, *d_final_mod, *d_out, *d_cls_out;    // [L,B,6D], [B,2D], [B,P,X], [B,Z]
-    floatX *d_cond, *d_t0;                              // [B,D] twice
-    float *d_cond_parts, *bias_parts, *parts, *delta;   // [L+1,B,D], [B,D], sums of chunks, [B,H,T]
-    floatX *mix;                                        // [B,T,3D], where attention is plain
+    float *dx, *d_E, *d_v1, *d_g;                      // [B,T,D] three times, [B Tk + ..., D]
+    floatX *dy, *dh, *dG, *wide, *wide2;               // [B,T,D] twice, as g_out, [B,T,F|M|3D]
+    floatX *d_mod, *d_final_mod, *d_out, *d_cls_out;   // [L,B,6D], [B,2D], [B,P,X], [B,Z]
+    floatX *d_cond, *d_t0;                             // [B,D] twice
+    float *d_cond_parts, *parts, *mask_sum, *delta;    // [L+1,B,D], sums of chunks, [D], [B,H,T]
+    float *sums;                                       // what Sums hands out
+    size_t sums_room;
+    floatX *mix;   // [B,T,3D], where attention is plain
 } Acts;
 
 enum { LOSS_BLOCKS = 512, NORM_BLOCKS = 1024 };
@@ -2066,6 +2195,7 @@ typedef struct {
     Acts a;
     DeviceLosses *losses;
     float *loss_parts, *norm_parts;   // [4, ...], [NORM_BLOCKS]
+    Sums sums;                        // of this step's backward
     InputQueue queue;
     Input in;      // the one of this step
     int fresh;     // 1: gradients count as zero, the next ones overwrite
@@ -2154,19 +2284,26 @@ static void acts_layout(Acts *a, DeviceArena *m, const Config *c, int B) {
     take(a->d_cond, m, b * D);
     take(a->d_t0, m, b * D);
     take(a->d_cond_parts, m, (L + 1) * b * D);
-    take(a->bias_parts, m, b * D);
-    // the largest of: norm backward's sums, bias sums, attention's sums
-    size_t Dh = D / H, columns = largest(largest(3 * D, F), largest(M, largest(Z, X)));
-    size_t of_norm = b * (size_t)norm_chunks(1, (int)T) * 4 * D, of_bias = BIAS_CHUNKS * columns;
-    size_t of_attention = (b * H + b * (T / 16 + 1)) * (2 * Dh + 1);
-    take(a->parts, m, largest(of_norm, largest(of_bias, of_attention)));
+    take(a->mask_sum, m, D);
+    size_t Dh = D / H, of_norm = b * (size_t)norm_chunks(1, (int)T) * 4 * D;
+    take(a->parts, m, largest(of_norm, (N / 32 + 1) * D));
     Attention longest;
     memset(&longest, 0, sizeof(longest));
     float some = 0;
     longest.T = (int)T;
     longest.Dh = (int)Dh;
+    longest.H = (int)H;
     longest.wq = c->qk_norm ? &some : NULL;
     size_t plain = !tensor_attention(&longest);
+    // each block's two norms, fc1's bias, attention; the rest (p0, p2, p4, x, final, fusion, t, cls)
+    a->sums_room = BIAS_CHUNKS * (2 * M + 2 * Z + X + 6 * D) + 4 * b * D;
+    for (int i = 0; i < c->depth; i++) {
+        longest.T = (int)(is_sparse(c, i) ? Tk : T);
+        size_t rows = (size_t)attention_parts(&longest, (int)b),
+               bias_rows = (size_t)bias_parts(&longest, (int)b);
+        a->sums_room += 2 * b * D + BIAS_CHUNKS * F + rows * (2 * Dh + 1) + bias_rows * 3 * D + 5 * 64;
+    }
+    take(a->sums, m, a->sums_room);
     take(a->delta, m, plain * N * H);
     take(a->mix, m, plain * N * 3 * D);
 }
@@ -2188,6 +2325,8 @@ static size_t memory_layout(GpuModel *g, DeviceArena *m, int B) {
     take(g->loss_parts, m, 4 * loss_parts_of(c, B));
     take(g->norm_parts, m, NORM_BLOCKS);
     acts_layout(&g->a, m, c, B);
+    g->sums.parts = g->a.sums;
+    g->sums.room = g->a.sums_room;
     return parameters;
 }
 
@@ -2326,8 +2465,8 @@ static void norm_backward_behind(NormBackward *a, GpuModel *g, int i, floatX *ds
     size_t at = (size_t)i * B * 6 * D + 5 * D;
     a->y = g->a.block[i].fc2;
     a->gate = g->a.mod + at;
-    norm_modulate_backward(a, dshift, dscale, g->a.d_mod + at, g->dw.block[i].fc2_b, g->a.bias_parts,
-                           !g->fresh, B);
+    norm_modulate_backward(a, dshift, dscale, g->a.d_mod + at,
+                           sum_parts(&g->sums, g->dw.block[i].fc2_b, B, D), B);
 }
 
 // Block i: dx [B,n,D] comes in as the gradient of its output and leaves as that of its input; a->dy
@@ -2350,10 +2489,10 @@ static void block_backward(GpuModel *g, int i, float *dx, const floatX *v1, cons
     fused.epilogue = CUBLASLT_EPILOGUE_DGELU;
     fused.aux_ld = F;
     if (use_gelu_epilogue && F % 8 == 0 && matmul(&fused, a->wide, a->dy, low(g, w->fc2_w), NULL, k->fc1))
-        bias_backward(dw->fc1_b, a->parts, a->wide, N, F, add);
+        bias_backward(dw->fc1_b, &g->sums, a->wide, N, F);
     else {
         linear_backward_input<floatX>(a->wide, a->dy, low(g, w->fc2_w), N, F, D, 0);
-        activation_backward<GELU, floatX>(a->wide, dw->fc1_b, a->parts, a->wide, k->fc1, N, F, add);
+        activation_backward<GELU, floatX>(a->wide, dw->fc1_b, &g->sums, a->wide, k->fc1, N, F);
     }
     linear_backward_weight(dw->fc1_w, a->wide, k->h2, N, D, F, add);
     linear_backward_input<floatX>(a->dh, a->wide, low(g, w->fc1_w), N, D, F, 0);
@@ -2365,21 +2504,22 @@ static void block_backward(GpuModel *g, int i, float *dx, const floatX *v1, cons
     nb.stride = 6 * D;
     nb.y = k->proj;
     nb.gate = mod + 2 * D;
-    norm_modulate_backward(&nb, d_mod + 3 * D, d_mod + 4 * D, d_mod + 2 * D, dw->proj_b, a->bias_parts, add,
-                           B);
+    norm_modulate_backward(&nb, d_mod + 3 * D, d_mod + 4 * D, d_mod + 2 * D,
+                           sum_parts(&g->sums, dw->proj_b, B, D), B);
     // mid = in + gate1 proj(attention(qkv(h1)))
     linear_backward_weight(dw->proj_w, a->dy, k->a, N, D, D, add);
     linear_backward_input<floatX>(a->dh, a->dy, low(g, w->proj_w), N, D, D, 0);
     Attention attention = attention_of(g, &g->w, w, k, v1, ids, n);
-    AttentionGrads grads = {a->wide2, a->d_v1, i == 0 && c->value_residual, a->parts};
+    int parts = attention_parts(&attention, B), width = 2 * Dh + 1;
+    float *sums = sums_take(&g->sums, (size_t)parts * (size_t)width);
+    AttentionGrads grads = {a->wide2, a->d_v1, i == 0 && c->value_residual, sums,
+                            sum_parts(&g->sums, dw->qkv_b, bias_parts(&attention, B), 3 * D)};
     attention_backward(&grads, a->mix, a->delta, a->dh, k->a, k->lse, &attention, B);
-    int parts = attention_parts(&attention, B);
     if (c->qk_norm) {
-        column_sum<float, float>(dw->q_norm, a->parts, parts, Dh, 2 * Dh + 1, add);
-        column_sum<float, float>(dw->k_norm, a->parts + Dh, parts, Dh, 2 * Dh + 1, add);
+        sum_later(&g->sums, dw->q_norm, sums, parts, Dh, width);
+        sum_later(&g->sums, dw->k_norm, sums + Dh, parts, Dh, width);
     }
-    if (v1) column_sum<float, float>(dw->v1_lambda, a->parts + 2 * Dh, parts, 1, 2 * Dh + 1, add);
-    bias_backward(dw->qkv_b, a->parts, a->wide2, N, 3 * D, add);
+    if (v1) sum_later(&g->sums, dw->v1_lambda, sums + 2 * Dh, parts, 1, width);
     linear_backward_weight(dw->qkv_w, a->wide2, k->h1, N, D, 3 * D, add);
     linear_backward_input<floatX>(a->dh, a->wide2, low(g, w->qkv_w), N, D, 3 * D, 0);
     nb = norm_backward_of(g, dx, n);
@@ -2393,7 +2533,7 @@ static void block_backward(GpuModel *g, int i, float *dx, const floatX *v1, cons
         return;
     }
     nb.dy_cls = dy_cls;
-    norm_modulate_backward(&nb, d_mod, d_mod + D, NULL, db, a->bias_parts, add, B);
+    norm_modulate_backward(&nb, d_mod, d_mod + D, NULL, db ? sum_parts(&g->sums, db, B, D) : NULL, B);
 }
 
 // zs [B,T,Z] = p4(silu(p2(silu(p0(E))))): what is compared with the frozen encoder's features
@@ -2414,12 +2554,12 @@ static void projector_backward(GpuModel *g, int N) {
     const Params *w = &g->w, *dw = &g->dw;
     int D = c->hidden_size, M = c->projector_dim, Z = c->z_dim, add = !g->fresh;
     linear_backward_weight(dw->p4_w, a->wide2, a->p2_silu, N, M, Z, add);
-    bias_backward(dw->p4_b, a->parts, a->wide2, N, Z, add);
+    bias_backward(dw->p4_b, &g->sums, a->wide2, N, Z);
     linear_backward_input<floatX>(a->wide, a->wide2, low(g, w->p4_w), N, M, Z, 0);
-    activation_backward<SILU, floatX>(a->wide, dw->p2_b, a->parts, a->wide, a->p2, N, M, add);
+    activation_backward<SILU, floatX>(a->wide, dw->p2_b, &g->sums, a->wide, a->p2, N, M);
     linear_backward_weight(dw->p2_w, a->wide, a->p0_silu, N, M, M, add);
     linear_backward_input<floatX>(a->wide2, a->wide, low(g, w->p2_w), N, M, M, 0);
-    activation_backward<SILU, floatX>(a->wide2, dw->p0_b, a->parts, a->wide2, a->p0, N, M, add);
+    activation_backward<SILU, floatX>(a->wide2, dw->p0_b, &g->sums, a->wide2, a->p0, N, M);
     linear_backward_weight(dw->p0_w, a->wide2, a->E_low, N, D, M, add);
     linear_backward_input<float>(a->d_E, a->wide2, low(g, w->p0_w), N, D, M, 0);
 }
@@ -2449,9 +2589,9 @@ static void condition_backward(GpuModel *g, int B) {
     label_backward_kernel<<<(unsigned)B, 256, 0, stream>>>(dw->label, a->d_cond, g->in.y, B, D);
     LAUNCHED();
     linear_backward_weight(dw->t2_w, a->d_cond, a->t0_silu, B, D, D, add);
-    bias_backward(dw->t2_b, a->parts, a->d_cond, B, D, add);
+    bias_backward(dw->t2_b, &g->sums, a->d_cond, B, D);
     linear_backward_input<floatX>(a->d_t0, a->d_cond, low(g, w->t2_w), B, D, D, 0);
-    activation_backward<SILU, float>(a->d_t0, dw->t0_b, a->parts, a->d_t0, a->t0, B, D, add);
+    activation_backward<SILU, float>(a->d_t0, dw->t0_b, &g->sums, a->d_t0, a->t0, B, D);
     linear_backward_weight(dw->t0_w, a->d_t0, a->t_features, B, W, D, add);
 }
 
@@ -2486,14 +2626,15 @@ static void fusion_backward(GpuModel *g, int rows, int N) {
     const floatX *w1 = low(g, g->w.fusion_w), *w2 = w1 + D;
     fusion_gather_kernel<<<chunks, 256, 0, stream>>>(a->dG, a->parts, a->dy, a->rows, rows, N, D, chunk);
     LAUNCHED();
-    column_sum<float, float>(a->bias_parts, a->parts, (int)chunks, D, D, 0);
-    mask_rows_backward_kernel<<<pads, 256, 0, stream>>>(a->dG, a->bias_parts, rows, D);
+    column_sum<float, float>(a->mask_sum, a->parts, (int)chunks, D, D, 0);
+    mask_rows_backward_kernel<<<pads, 256, 0, stream>>>(a->dG, a->mask_sum, rows, D);
     LAUNCHED();
     linear_backward_weight(dw->fusion_w, a->dy, a->E_low, N, D, D, add, 2 * D);
     linear_backward_weight(dw->fusion_w + D, a->dG, a->g_out, padded, D, D, add, 2 * D);
     linear_backward_input<float>(a->d_E, a->dy, w1, N, D, D, c->align, 2 * D);
     linear_backward_input<float>(a->d_g, a->dG, w2, padded, D, D, 0, 2 * D);
-    column_sum<float, float>(dw->mask_token, a->d_g + (size_t)rows * D, 2, D, D, add);
+    sum_later(&g->sums, dw->mask_token, a->d_g + (size_t)rows * D, 2, D,
+              D);   // (nobody writes them any more)
 }
 
 // Velocity of the input at its times and labels into a->out_patches, a->cls_out. training: x_t is made from x
@@ -2594,14 +2735,15 @@ static void network_backward(GpuModel *g, int path_drop, int B) {
     const floatX *v1 = c->value_residual ? a->block[0].qkv : NULL;
     size_t patches = (size_t)B * P * D;   // CLS's rows lie behind those
     clear_gradients(g, path_drop, B);
+    sums_begin(&g->sums, add);
     if (c->align) projector_backward(g, N);
     // final layer: out = linear(final_h[patches]), cls_out = linear_cls(final_h[CLS])
     linear_backward_weight(dw->final_w, a->d_out, a->final_h, B * P, D, X, add);
-    bias_backward(dw->final_b, a->parts, a->d_out, B * P, X, add);
+    bias_backward(dw->final_b, &g->sums, a->d_out, B * P, X);
     linear_backward_input<floatX>(a->dh, a->d_out, low(g, w->final_w), B * P, D, X, 0);
     if (c->cls) {
         linear_backward_weight(dw->final_cls_w, a->d_cls_out, a->final_h + patches, B, D, Z, add);
-        bias_backward(dw->final_cls_b, a->parts, a->d_cls_out, B, Z, add);
+        bias_backward(dw->final_cls_b, &g->sums, a->d_cls_out, B, Z);
         linear_backward_input<floatX>(a->dh + patches, a->d_cls_out, low(g, w->final_cls_w), B, D, Z, 0);
     }
     NormBackward nb = norm_backward_of(g, a->dx, T);
@@ -2614,10 +2756,10 @@ static void network_backward(GpuModel *g, int path_drop, int B) {
     nb.stride = 2 * D;
     if (c->num_h) norm_backward_behind(&nb, g, last, a->d_final_mod, a->d_final_mod + D, B);
     else
-        norm_modulate_backward(&nb, a->d_final_mod, a->d_final_mod + D, NULL, dw->fusion_b, a->bias_parts,
-                               add, B);
+        norm_modulate_backward(&nb, a->d_final_mod, a->d_final_mod + D, NULL,
+                               sum_parts(&g->sums, dw->fusion_b, B, D), B);
     linear_backward_weight(dw->final_adaln_w, a->d_final_mod, a->cond_silu, B, D, 2 * D, add);
-    bias_backward(dw->final_adaln_b, a->parts, a->d_final_mod, B, 2 * D, add);
+    bias_backward(dw->final_adaln_b, &g->sums, a->d_final_mod, B, 2 * D);
     linear_backward_input<float>(a->d_cond_parts + (size_t)c->depth * B * D, a->d_final_mod,
                                  low(g, w->final_adaln_w), B, D, 2 * D, 0);
     // decoder h
@@ -2638,20 +2780,20 @@ static void network_backward(GpuModel *g, int path_drop, int B) {
     nb.dx2_count = rows;
     norm_backward_behind(&nb, g, c->num_f - 1, NULL, NULL, B);
     for (int i = c->num_f - 1; i >= 0; i--)
-        block_backward(g, i, a->d_E, i ? v1 : NULL, NULL, B, T, i - 1, i ? -1 : c->cls, NULL);
+        block_backward(g, i, a->d_E, i ? v1 : NULL, NULL, B, T, i - 1, i ? -1 : c->cls, dw->x_b);
     // tokens: a->dy has the patches' gradients, then those of CLS
     linear_backward_weight(dw->x_w, a->dy, a->patches, B * P, X, D, add);
-    bias_backward(dw->x_b, a->parts, a->dy, B * P, D, add);
     if (c->cls) {
         rmsnorm_backward_kernel<<<(unsigned)div_up(B, 8), 256, 0, stream>>>(
-            a->dh, a->bias_parts, a->dy + patches, a->cls_proj, a->cls_r, w->cls_norm, B, D);
+            a->dh, sum_parts(&g->sums, dw->cls_norm, B, D), a->dy + patches, a->cls_proj, a->cls_r,
+            w->cls_norm, B, D);
         LAUNCHED();
-        column_sum<float, float>(dw->cls_norm, a->bias_parts, B, D, D, add);
         linear_backward_weight(dw->cls_w, a->dh, a->cls_t, B, Z, D, add);
-        bias_backward(dw->cls_b, a->parts, a->dh, B, D, add);
+        bias_backward(dw->cls_b, &g->sums, a->dh, B, D);
     }
     adaln_backward(g, B);
     condition_backward(g, B);
+    sums_end(&g->sums);
 }
 
 // ----------------------------------------------------------------------------------------------------------
