@@ -1079,8 +1079,8 @@ typedef struct {
     int tokens, cls;                    // T of the full sequence; 1: token 0 is CLS
     const float *wq, *wk, *lambda;      // [Dh], [Dh], [1]; wq, wk NULL: no norm
     const float *rope_cos, *rope_sin;   // [P,Dh], NULL: no rotation
-    const float2 *rope;   // [G,Dh/4] (cos, sin) of position * w_j, for the tensor cores' kernels
-    int T, H, Dh, G;
+    const float2 *rope;           // [G,Dh/4] (cos, sin) of position * w_j, for the tensor cores' kernels
+    int T, H, Dh, G, G_inverse;   // G_inverse: x G_inverse / 65536 is x / G for x < T
 } Attention;
 typedef struct {
     floatX *dqkv;   // [B,T,3D]
@@ -1388,6 +1388,17 @@ __device__ __forceinline__ void ldmatrix_trans(unsigned (&r)[4], const void *row
                  : "r"(shared_address(row))
                  : "memory");
 }
+// 16 bytes to shared memory, zeros unless valid; they are there, for this thread, after the wait
+__device__ __forceinline__ void cp_async16(void *shared, const void *global, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :
+                 : "r"(shared_address(shared)), "l"(global), "r"(valid ? 16 : 0)
+                 : "memory");
+}
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING> __device__ __forceinline__ void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -1440,29 +1451,52 @@ __device__ __forceinline__ void to_a(unsigned (&a)[4], const float (&p)[2][4]) {
     a[3] = pack(p[1][2], p[1][3]);
 }
 
-// Eight lanes hold a row, eight numbers each. q and k: norm and RoPE; v: mix. Rows from T on are zeros. CLS
-// stands at position 0, whose rotation is the identity.
+// Eight lanes hold a row, eight numbers each. Where this lane's of row t (the last one, if there are fewer)
+// begin: in qkv, in block 0's, in x [B,T,H,64]
 template <Kind KIND>
-__device__ __forceinline__ uint4 load_row(const Attention &a, int b, int h, int t, int lane) {
-    const int c = lane % 8;
+__device__ __forceinline__ const uint4 *row_at(const Attention &a, int b, int h, int t, int lane) {
     const size_t row = (size_t)b * a.T + min(t, a.T - 1);
+    return (const uint4 *)(a.qkv + (row * 3 + KIND) * a.H * HD + h * HD + lane % 8 * 8);
+}
+__device__ __forceinline__ const uint4 *first_at(const Attention &a, int b, int h, int token, int lane) {
+    const size_t full = (size_t)b * a.tokens + token;
+    return (const uint4 *)(a.v1 + (full * 3 + V) * a.H * HD + h * HD + lane % 8 * 8);
+}
+__device__ __forceinline__ const uint4 *plain_at(const bf16 *x, const Attention &a, int b, int h, int t,
+                                                 int lane) {
+    const size_t row = (size_t)b * a.T + min(t, a.T - 1);
+    return (const uint4 *)(x + row * a.H * HD + h * HD + lane % 8 * 8);
+}
+__device__ __forceinline__ int token_at(const Attention &a, int b, int t) {
+    const int real = min(t, a.T - 1);
+    return a.ids ? __ldg(a.ids + (size_t)b * a.T + real) : real;
+}
+// Row and column of a token's patch, by a product instead of a division; CLS stands at position 0, whose
+// rotation is the identity.
+__device__ __forceinline__ int2 place_of(const Attention &a, int token) {
+    const int pos = max(token - a.cls, 0), y = pos * a.G_inverse >> 16;
+    return make_int2(y, pos - y * a.G);
+}
+// From the raw row x (and block 0's, y) what is multiplied: q and k: norm and RoPE; v: mix. Rows from T on are
+// zeros.
+template <Kind KIND>
+__device__ __forceinline__ uint4 finish_row(const Attention &a, int t, int token, int lane, uint4 raw,
+                                            uint4 raw_first) {
+    const int c = lane % 8;
     float x[8];
-    unpack8(x, __ldg((const uint4 *)(a.qkv + (row * 3 + KIND) * a.H * HD + h * HD + c * 8)));
+    unpack8(x, raw);
     if (KIND == V) {
-        if (a.v1) {
-            float y[8], l = __ldg(a.lambda);
-            const size_t full = (size_t)b * a.tokens + (a.ids ? __ldg(a.ids + row) : min(t, a.T - 1));
-            unpack8(y, __ldg((const uint4 *)(a.v1 + (full * 3 + V) * a.H * HD + h * HD + c * 8)));
-            for (int i = 0; i < 8; i++) x[i] = l * y[i] + (1 - l) * x[i];
-        }
+        if (!a.v1) return t < a.T ? raw : make_uint4(0, 0, 0, 0);
+        float y[8], l = __ldg(a.lambda);
+        unpack8(y, raw_first);
+        for (int i = 0; i < 8; i++) x[i] = l * y[i] + (1 - l) * x[i];
     } else {
         float r = 0;
         for (int i = 0; i < 8; i++) r += x[i] * x[i];
         r = rsqrtf(sum_lanes<8>(r) / HD + QK_EPS);
-        const int pos = max((a.ids ? __ldg(a.ids + row) : min(t, a.T - 1)) - a.cls, 0),
-                  p = c < 4 ? pos / a.G : pos % a.G;
+        const int2 place = place_of(a, token);
         const float2 *w = (const float2 *)(KIND == Q ? a.wq : a.wk) + c * 4,
-                     *rope = a.rope + p * 16 + c % 4 * 4;
+                     *rope = a.rope + (c < 4 ? place.x : place.y) * 16 + c % 4 * 4;
         for (int i = 0; i < 4; i++) {
             float2 wi = __ldg(w + i), cs = __ldg(rope + i);
             float y0 = x[2 * i] * r * wi.x, y1 = x[2 * i + 1] * r * wi.y;
@@ -1472,19 +1506,18 @@ __device__ __forceinline__ uint4 load_row(const Attention &a, int b, int h, int 
     }
     return t < a.T ? pack8(x) : make_uint4(0, 0, 0, 0);
 }
-__device__ __forceinline__ uint4 load_plain(const bf16 *x, const Attention &a, int b, int h, int t,
-                                            int lane) {
-    const size_t row = (size_t)b * a.T + t;   // x [B,T,H,64]
-    return t < a.T ? __ldg((const uint4 *)(x + row * a.H * HD + h * HD + lane % 8 * 8))
-                   : make_uint4(0, 0, 0, 0);
-}
 
 // A fragments of 16 query rows from t0 on, by way of 8 rows of shared memory of the warp's own
 __device__ __forceinline__ void load_queries(unsigned (&f)[4][4], Row *stage, const Attention &a, int b,
                                              int h, int t0, int lane) {
     uint4 x[4];
 #pragma unroll
-    for (int i = 0; i < 4; i++) x[i] = load_row<Q>(a, b, h, t0 + i * 4 + lane / 8, lane);
+    for (int i = 0; i < 4; i++) x[i] = __ldg(row_at<Q>(a, b, h, t0 + i * 4 + lane / 8, lane));
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int t = t0 + i * 4 + lane / 8;
+        x[i] = finish_row<Q>(a, t, token_at(a, b, t), lane, x[i], x[i]);
+    }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         *(uint4 *)tile_at(stage, lane / 8, lane % 8) = x[half * 2];
@@ -1540,13 +1573,14 @@ __device__ __forceinline__ void forward_rows(bf16 *o, float *lse, const Attentio
                 mma_bf16(s[m][1], q[m][kk], {f[2], f[3]});
             }
         }
+        if (n + 16 > a.T)   // keys past T, in the last tile
 #pragma unroll
-        for (int m = 0; m < MT; m++)
+            for (int m = 0; m < MT; m++)
 #pragma unroll
-            for (int j = 0; j < 2; j++)
+                for (int j = 0; j < 2; j++)
 #pragma unroll
-                for (int e = 0; e < 4; e++)
-                    s[m][j][e] = n + j * 8 + c * 2 + e % 2 < a.T ? s[m][j][e] * (SCALE * LOG2E) : -INFINITY;
+                    for (int e = 0; e < 4; e++)
+                        if (n + j * 8 + c * 2 + e % 2 >= a.T) s[m][j][e] = -INFINITY;
         if (online) {
 #pragma unroll
             for (int m = 0; m < MT; m++)
@@ -1554,7 +1588,7 @@ __device__ __forceinline__ void forward_rows(bf16 *o, float *lse, const Attentio
                 for (int i = 0; i < 2; i++) {
                     float top = fmaxf(fmaxf(s[m][0][i * 2], s[m][0][i * 2 + 1]),
                                       fmaxf(s[m][1][i * 2], s[m][1][i * 2 + 1]));
-                    top = fmaxf(top, shift[m][i]);
+                    top = fmaxf(top * (SCALE * LOG2E), shift[m][i]);
                     top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
                     top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
                     float shrink = exp2_approx(shift[m][i] - top);   // key n is real: top is finite
@@ -1571,7 +1605,7 @@ __device__ __forceinline__ void forward_rows(bf16 *o, float *lse, const Attentio
             for (int j = 0; j < 2; j++)
 #pragma unroll
                 for (int e = 0; e < 4; e++)
-                    sum[m][e / 2] += s[m][j][e] = exp2_approx(s[m][j][e] - shift[m][e / 2]);
+                    sum[m][e / 2] += s[m][j][e] = exp2_approx(s[m][j][e] * (SCALE * LOG2E) - shift[m][e / 2]);
             to_a(p[m], s[m]);
         }
 #pragma unroll
@@ -1611,9 +1645,11 @@ __global__ void __launch_bounds__(FORWARD_WARPS * 32, TMAX > 64 ? 3 : 4)
     const int rows = (a.T + 15) / 16 * 16;
 #pragma unroll 2
     for (int t = warp * 4 + lane / 8; t < rows; t += FORWARD_WARPS * 4) {
-        uint4 k = load_row<K>(a, b, h, t, lane), v = load_row<V>(a, b, h, t, lane);
-        *(uint4 *)tile_at(s.k, t, lane % 8) = k;
-        *(uint4 *)tile_at(s.v, t, lane % 8) = v;
+        const int token = token_at(a, b, t);
+        uint4 k = __ldg(row_at<K>(a, b, h, t, lane)), v = __ldg(row_at<V>(a, b, h, t, lane)), first = v;
+        if (a.v1) first = __ldg(first_at(a, b, h, token, lane));
+        *(uint4 *)tile_at(s.k, t, lane % 8) = finish_row<K>(a, t, token, lane, k, k);
+        *(uint4 *)tile_at(s.v, t, lane % 8) = finish_row<V>(a, t, token, lane, v, first);
     }
     const float bound = score_bound(a, lane);
     __syncthreads();
@@ -1678,11 +1714,11 @@ __device__ __forceinline__ void norm_rope_backward(bf16 *dqkv, float2 *dw, float
             r += x[j].x * x[j].x + x[j].y * x[j].y;
         }
         r = rsqrtf(sum_lanes<4>(r) / HD + QK_EPS);
-        const int pos = max((a.ids ? __ldg(a.ids + row) : min(t, a.T - 1)) - a.cls, 0), y = pos / a.G,
-                  z = pos % a.G;
+        const int2 place = place_of(a, token_at(a, b, t));
 #pragma unroll
         for (int j = 0; j < 8; j++) {
-            const float2 cs = __ldg(a.rope + (j < 4 ? y : z) * 16 + j % 4 * 4 + c), wj = __ldg(w + j * 4 + c);
+            const float2 cs = __ldg(a.rope + (j < 4 ? place.x : place.y) * 16 + j % 4 * 4 + c),
+                         wj = __ldg(w + j * 4 + c);
             const float dy0 = d[j][i * 2] * SCALE, dy1 = d[j][i * 2 + 1] * SCALE;
             dn[j] = make_float2(dy0 * cs.x + dy1 * cs.y, dy1 * cs.x - dy0 * cs.y);
             if (t < a.T) of_w[0][j] += dn[j].x * x[j].x * r, of_w[1][j] += dn[j].y * x[j].y * r;
@@ -1721,21 +1757,31 @@ __device__ __forceinline__ void mix_backward(const AttentionGrads &out, float &d
         const size_t start = (row * 3 + V) * a.H * HD + h * HD + c * 2,
                      first = (full * 3 + V) * a.H * HD + h * HD + c * 2;
         float *dv1 = out.dv1 + (full * a.H + h) * HD + c * 2;
+        const bool mixed = a.v1, any = mixed || out.is_first;
+        unsigned x[8], y[8];
+        float2 sum[8];
+#pragma unroll
+        for (int j = 0; j < 8; j++) {   // all loads first: a store in between would hold the next one back
+            sum[j] = any ? *(const float2 *)(dv1 + j * 8) : make_float2(0, 0);
+            x[j] = mixed ? __ldg((const unsigned *)(a.qkv + start + j * 8)) : 0;
+            y[j] = mixed ? __ldg((const unsigned *)(a.v1 + first + j * 8)) : 0;
+        }
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             float d0 = d[j][i * 2], d1 = d[j][i * 2 + 1];
-            if (a.v1 || out.is_first) {
-                float2 sum = *(float2 *)(dv1 + j * 8);
-                if (a.v1) {
-                    const float2 x = unpack(__ldg((const unsigned *)(a.qkv + start + j * 8)));
-                    const float2 y = unpack(__ldg((const unsigned *)(a.v1 + first + j * 8)));
-                    *(float2 *)(dv1 + j * 8) = make_float2(sum.x + l * d0, sum.y + l * d1);
-                    dlambda += d0 * (y.x - x.x) + d1 * (y.y - x.y);
-                } else d0 += sum.x, d1 += sum.y;
+            if (mixed) {
+                const float2 own = unpack(x[j]), of_first = unpack(y[j]);
+                *(float2 *)(dv1 + j * 8) = make_float2(sum[j].x + l * d0, sum[j].y + l * d1);
+                dlambda += d0 * (of_first.x - own.x) + d1 * (of_first.y - own.y);
+            } else {
+                d0 += sum[j].x;
+                d1 += sum[j].y;
             }
-            of_b[0][j] += (1 - l) * d0;
-            of_b[1][j] += (1 - l) * d1;
-            *(unsigned *)(out.dqkv + start + j * 8) = pack((1 - l) * d0, (1 - l) * d1);
+            d0 *= 1 - l;
+            d1 *= 1 - l;
+            of_b[0][j] += d0;
+            of_b[1][j] += d1;
+            *(unsigned *)(out.dqkv + start + j * 8) = pack(d0, d1);
         }
     }
     sum_columns(db, of_b, lane);
@@ -1780,6 +1826,14 @@ __device__ __forceinline__ void backward_rows(float (&out)[MT][8][4], float (&ou
                 mma_bf16(ds[m][1], a2[m][kk], {f2[2], f2[3]});
             }
         }
+        if (!KEYS && n + 16 > T)   // keys past T, in the last tile (a query past T has an infinite lse)
+#pragma unroll
+            for (int m = 0; m < MT; m++)
+#pragma unroll
+                for (int j = 0; j < 2; j++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        if (n + j * 8 + c * 2 + e % 2 >= T) s[m][j][e] = -INFINITY;
         unsigned p[MT][4], dp[MT][4];
 #pragma unroll
         for (int m = 0; m < MT; m++) {
@@ -1790,8 +1844,7 @@ __device__ __forceinline__ void backward_rows(float (&out)[MT][8][4], float (&ou
                     const int other = n + j * 8 + c * 2 + e % 2;
                     const float l = KEYS ? lse[other] : own_lse[m][e / 2],
                                 d = KEYS ? delta[other] : own_d[m][e / 2];
-                    float pe = exp2_approx(s[m][j][e] * (SCALE * LOG2E) - l);
-                    if (!KEYS && other >= T) pe = 0;   // a key past T (a query past T has an infinite lse)
+                    const float pe = exp2_approx(s[m][j][e] * (SCALE * LOG2E) - l);
                     s[m][j][e] = pe;
                     ds[m][j][e] = pe * (ds[m][j][e] - d);
                 }
@@ -1829,7 +1882,20 @@ __device__ __forceinline__ void query_rows(const AttentionGrads &out, const Atte
         norm_rope_backward<Q>(out.dqkv, s.dw[Q][warp], s.db[Q][warp], dq[m], a, b, h, t0 + m * 16, lane);
 }
 
-// o, dout [B,T,H,64], lse [B,H,T]. NW warps; a job is 16 keys or MQ * 16 queries. 146 KB of shared memory at
+// Where warp w's share of the work begins: of `tiles` jobs of 16 keys, then as many of 16 queries, which cost
+// about 5 to 4. Each warp has neighbours; a job belongs to the warp in whose share its middle lies. At T = 257
+// the longest share is 20 (dealt out in turn: 23), the mean 19.1.
+__device__ __forceinline__ int share_of(int w, int warps, int tiles) {
+    int job = 0;
+    for (int cost = 0; job < 2 * tiles; job++) {
+        const int own = job < tiles ? 5 : 4;
+        if ((2 * cost + own) * warps >= 2 * w * 9 * tiles) break;
+        cost += own;
+    }
+    return job;
+}
+
+// o, dout [B,T,H,64], lse [B,H,T]. NW warps; a job is 16 keys or 16 to MQ * 16 queries. 146 KB of shared memory at
 // T = 257, one block an SM; at T <= 64 35 KB, 3 an SM. Reads 6 (+ 2) + 4, writes 6, adds 4 + 4 bytes an
 // element: 1.2 GB, 0.4 ms; memory and shared memory bound it about equally.
 template <int TMAX, int NW, int MQ, int CTAS>
@@ -1842,42 +1908,66 @@ __global__ void __launch_bounds__(NW * 32, CTAS)
     Shared &s = *reinterpret_cast<Shared *>(raw);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, b = blockIdx.x / a.H, h = blockIdx.x % a.H;
     const int rows = (a.T + 15) / 16 * 16;
-#pragma unroll 2
+    // Raw rows of q, k, v and do are copied to their places, all at once; then each thread makes of its own
+    // chunks what is multiplied, with those of o and block 0's v, RL at a time.
     for (int t = warp * 4 + lane / 8; t < rows; t += NW * 4) {
-        uint4 y = load_plain(dout, a, b, h, t, lane), z = load_plain(o, a, b, h, t, lane);
-        uint4 q = load_row<Q>(a, b, h, t, lane), k = load_row<K>(a, b, h, t, lane),
-              v = load_row<V>(a, b, h, t, lane);
-        float d = 0, fy[8], fz[8];
-        unpack8(fy, y);
-        unpack8(fz, z);
-        for (int i = 0; i < 8; i++) d += fy[i] * fz[i];
-        d = sum_lanes<8>(d);
-        *(uint4 *)tile_at(s.q, t, lane % 8) = q;
-        *(uint4 *)tile_at(s.k, t, lane % 8) = k;
-        *(uint4 *)tile_at(s.v, t, lane % 8) = v;
-        *(uint4 *)tile_at(s.dout, t, lane % 8) = y;
-        if (lane % 8 == 0) {
-            s.lse[t] = t < a.T ? __ldg(lse + (size_t)blockIdx.x * a.T + t) * LOG2E : INFINITY;
-            s.delta[t] = d;
+        cp_async16(tile_at(s.q, t, lane % 8), row_at<Q>(a, b, h, t, lane), t < a.T);
+        cp_async16(tile_at(s.k, t, lane % 8), row_at<K>(a, b, h, t, lane), t < a.T);
+        cp_async16(tile_at(s.v, t, lane % 8), row_at<V>(a, b, h, t, lane), t < a.T);
+        cp_async16(tile_at(s.dout, t, lane % 8), plain_at(dout, a, b, h, t, lane), t < a.T);
+    }
+    cp_async_commit();
+    constexpr int RL = TMAX > 64 ? 3 : 2;
+    for (int t0 = warp * 4 + lane / 8; t0 < rows; t0 += RL * NW * 4) {
+        uint4 z[RL], first[RL];
+        int token[RL];
+#pragma unroll
+        for (int i = 0; i < RL; i++) {
+            token[i] = token_at(a, b, t0 + i * NW * 4);
+            z[i] = __ldg(plain_at(o, a, b, h, t0 + i * NW * 4, lane));
+            first[i] = a.v1 ? __ldg(first_at(a, b, h, token[i], lane)) : make_uint4(0, 0, 0, 0);
+        }
+        cp_async_wait<0>();
+#pragma unroll
+        for (int i = 0; i < RL; i++) {
+            const int t = t0 + i * NW * 4;
+            if (t >= rows) break;   // (the same for the whole warp)
+            uint4 *q = (uint4 *)tile_at(s.q, t, lane % 8), *k = (uint4 *)tile_at(s.k, t, lane % 8),
+                  *v = (uint4 *)tile_at(s.v, t, lane % 8), *y = (uint4 *)tile_at(s.dout, t, lane % 8);
+            float d = 0, fy[8], fz[8];
+            unpack8(fy, *y);
+            unpack8(fz, z[i]);
+            for (int j = 0; j < 8; j++) d += fy[j] * fz[j];
+            d = sum_lanes<8>(d);
+            *q = finish_row<Q>(a, t, token[i], lane, *q, *q);
+            *k = finish_row<K>(a, t, token[i], lane, *k, *k);
+            *v = finish_row<V>(a, t, token[i], lane, *v, first[i]);
+            if (lane % 8 == 0) {
+                s.lse[t] = t < a.T ? __ldg(lse + (size_t)blockIdx.x * a.T + t) * LOG2E : INFINITY;
+                s.delta[t] = d;
+            }
         }
     }
-    __syncthreads();
-
-    const int key_jobs = (a.T + 15) / 16, query_jobs = (a.T + MQ * 16 - 1) / (MQ * 16);
     float dl = 0;
     for (int i = 0; i < 2; i++) s.dw[i][warp][lane] = make_float2(0, 0);
     for (int i = 0; i < 3; i++) s.db[i][warp][lane] = make_float2(0, 0);   // a lane's own: nobody waits
-    int job = warp;
-    for (; job < key_jobs; job += NW) {
+    __syncthreads();
+
+    const int tiles = (a.T + 15) / 16;
+    constexpr bool one_each = TMAX <= NW * 16;   // job of keys and of queries for each warp
+    const int begin = one_each ? warp : share_of(warp, NW, tiles);
+    const int end = one_each ? warp + 1 : share_of(warp + 1, NW, tiles);
+    for (int key = begin; key < min(end, tiles); key++) {
         float dk[1][8][4] = {}, dv[1][8][4] = {};
-        backward_rows<1, true>(dk, dv, s.k, s.v, s.q, s.dout, s.lse, s.delta, job * 16, a.T, lane);
-        mix_backward(out, dl, s.db[V][warp], dv[0], a, b, h, job * 16, lane);
-        norm_rope_backward<K>(out.dqkv, s.dw[K][warp], s.db[K][warp], dk[0], a, b, h, job * 16, lane);
+        backward_rows<1, true>(dk, dv, s.k, s.v, s.q, s.dout, s.lse, s.delta, key * 16, a.T, lane);
+        mix_backward(out, dl, s.db[V][warp], dv[0], a, b, h, key * 16, lane);
+        norm_rope_backward<K>(out.dqkv, s.dw[K][warp], s.db[K][warp], dk[0], a, b, h, key * 16, lane);
     }
-    for (job -= key_jobs; job < query_jobs; job += NW) {
-        const int t = job * MQ * 16;
-        if (MQ == 1 || a.T - t <= 16) query_rows<1>(out, a, b, h, t, s, warp, lane);
-        else query_rows<MQ>(out, a, b, h, t, s, warp, lane);
+    const int query_end = one_each ? min(end, tiles) : end - tiles;
+    for (int query = one_each ? begin : max(begin - tiles, 0), count; query < query_end; query += count) {
+        count = min(MQ, query_end - query);
+        if (MQ == 1 || count == 1) query_rows<1>(out, a, b, h, query * 16, s, warp, lane);
+        else query_rows<MQ>(out, a, b, h, query * 16, s, warp, lane);
     }
 
     // the weights' gradients: the warps' sums, added in order
@@ -2365,6 +2455,7 @@ static Attention attention_of(const GpuModel *g, const Params *all, const BlockP
     a.H = c->num_heads;
     a.Dh = c->hidden_size / a.H;
     a.G = grid_of(c);
+    a.G_inverse = div_up(65536, a.G);
     return a;
 }
 
