@@ -201,6 +201,21 @@ __device__ __forceinline__ float sum_block(float x, float *sums) {
     return total;
 }
 
+// The sum of every 32nd of `rows` numbers from the y-th on, ld apart; eight loads under way at a time
+template <class S> __device__ __forceinline__ float sum_rows(const S *src, int y, int rows, size_t ld) {
+    float sum = 0;
+    int r = y;
+    for (; r + 7 * 32 < rows; r += 8 * 32) {
+        S x[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++) x[i] = src[(r + i * 32) * ld];
+#pragma unroll
+        for (int i = 0; i < 8; i++) sum += to_float(x[i]);
+    }
+    for (; r < rows; r += 32) sum += to_float(src[r * ld]);
+    return sum;
+}
+
 // dst[c] (+)= sum over rows of src[rows, cols], whose rows are ld apart, in a fixed order; z counts
 // independent problems, each `src_step` and `dst_step` further. Blocks of 8 columns x 32 rows.
 // Moves a few MB: latency bounds it.
@@ -211,9 +226,7 @@ __global__ void __launch_bounds__(256) column_sum_kernel(E *dst, const S *src, i
     int c = blockIdx.x * 8 + threadIdx.x % 8, y = threadIdx.x / 8;
     src += blockIdx.z * src_step;
     dst += blockIdx.z * dst_step;
-    float sum = 0;
-#pragma unroll 4
-    for (int r = y; r < rows && c < cols; r += 32) sum += to_float(src[(size_t)r * ld + c]);
+    float sum = c < cols ? sum_rows(src + c, y, rows, (size_t)ld) : 0;
     sums[y][threadIdx.x % 8] = sum;
     __syncthreads();
     if (y || c >= cols) return;
@@ -247,7 +260,7 @@ typedef struct {
     SumJobs jobs;
 } Sums;
 
-// As column_sum_kernel, eight loads at a time. Reads 4 bytes a number of all parts: 0.1 GB, 0.04 ms in B/1.
+// As column_sum_kernel. Reads 4 bytes a number of all parts: 0.1 GB, 0.04 ms in B/1.
 __global__ void __launch_bounds__(256) sums_kernel(const SumJobs jobs) {
     __shared__ float sums[32][9];
     int i = 0, block = blockIdx.x;
@@ -255,19 +268,8 @@ __global__ void __launch_bounds__(256) sums_kernel(const SumJobs jobs) {
     if (i) block -= jobs.of[i - 1].end;
     const float *src = jobs.of[i].src;
     int rows = jobs.of[i].rows, cols = jobs.of[i].cols;
-    int c = block * 8 + threadIdx.x % 8, y = threadIdx.x / 8, r = y;
-    size_t ld = (size_t)jobs.of[i].ld;
-    float sum = 0;
-    if (c < cols) {
-        for (; r + 7 * 32 < rows; r += 8 * 32) {
-            float x[8];
-#pragma unroll
-            for (int k = 0; k < 8; k++) x[k] = src[(r + k * 32) * ld + c];
-#pragma unroll
-            for (int k = 0; k < 8; k++) sum += x[k];
-        }
-        for (; r < rows; r += 32) sum += src[r * ld + c];
-    }
+    int c = block * 8 + threadIdx.x % 8, y = threadIdx.x / 8;
+    float sum = c < cols ? sum_rows(src + c, y, rows, (size_t)jobs.of[i].ld) : 0;
     sums[y][threadIdx.x % 8] = sum;
     __syncthreads();
     if (y || c >= cols) return;
@@ -577,15 +579,42 @@ __device__ __forceinline__ size_t row_of(int b, int t, int B, int T, int cls) {
     return cls && t == 0 ? (size_t)B * (T - 1) + b : (size_t)b * (T - cls) + t - cls;
 }
 
+// A lane's columns d0, d0 + 128, ... of a row, as far as they lie below d1: 4 V numbers, zeros for the rest and
+// where there is no row. All loads are under way before the first is waited for.
+template <int V, class R, class E>
+__device__ __forceinline__ void load_columns(R (&v)[V], const E *row, int d0, int d1) {
+#pragma unroll
+    for (int i = 0; i < V; i++) v[i] = row && d0 + i * 128 < d1 ? raw4(row + d0 + i * 128) : R{};
+}
+
+// x + gate y on these columns
+template <int V>
+__device__ __forceinline__ void load_residual(Vec4 (&v)[V], const float *x, const floatX *y,
+                                              const float *gate, int d0, int D) {
+    Raw4 ys[V];
+    Vec4 g[V];
+    load_columns(v, x, d0, D);
+    load_columns(ys, y, d0, D);
+    load_columns(g, gate, d0, D);
+#pragma unroll
+    for (int i = 0; i < V; i++) {
+        Vec4 yv = unpack4(ys[i]);
+        for (int j = 0; j < 4; j++) v[i].x[j] += (gate ? g[i].x[j] : 1) * yv.x[j];
+    }
+}
+
 // x_out = x + gate y, r = 1 / sqrt(mean(x_out^2) + 1e-6), h = x_out r (1 + scale) + shift, in one pass: the
 // gated residual of one layer with RMSNorm and adaLN of the next.
 //   x_out [rows,D] float (NULL: not stored), h [rows,D] floatX (NULL: not stored), r [rows]
 //   shift, scale [B, stride] float; shift NULL: no norm, h is x_out rounded
 //   cls >= 0: h is stored patches first (see above), as the two last linear layers read it
-// One warp a row, 4 numbers a lane at a time, the row kept in registers (V x 128 >= D).
+// One warp a row, V times 4 numbers a lane at once, which stay in registers (a row of more than V x 128 is
+// read a second time).
 // Reads 4 + 2, writes 4 + 2 bytes an element: 0.6 GB, 0.2 ms; bound by memory.
 template <int V>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, V > 6   ? 1
+                                       : V > 3 ? 2
+                                               : 3)
     norm_modulate_forward_kernel(float *x_out, floatX *h, float *r, Residual in, const float *shift,
                                  const float *scale, int stride, int cls, int rows, int T, int D) {
     int n = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -596,34 +625,37 @@ __global__ void __launch_bounds__(256)
     const float *gate = in.gate ? in.gate + (size_t)b * in.gate_stride : NULL;
     Vec4 v[V];
     float sum = 0;
+    for (int first = 0; first < D; first += V * 128) {
+        int d0 = first + lane * 4;
+        load_residual(v, x, y, gate, d0, D);
 #pragma unroll
-    for (int i = 0; i < V; i++) {
-        int d = (i * 32 + lane) * 4;
-        if (d >= D) break;
-        v[i] = load4(x + d);
-        if (y) {
-            Vec4 yv = load4(y + d), g = gate ? load4(gate + d) : Vec4{{1, 1, 1, 1}};
-            for (int j = 0; j < 4; j++) v[i].x[j] += g.x[j] * yv.x[j];
+        for (int i = 0; i < V; i++) {
+            int d = d0 + i * 128;
+            if (x_out && d < D) store4(x_out + (size_t)n * D + d, v[i]);
+            for (int j = 0; j < 4; j++) sum += v[i].x[j] * v[i].x[j];
         }
-        if (x_out) store4(x_out + (size_t)n * D + d, v[i]);
-        for (int j = 0; j < 4; j++) sum += v[i].x[j] * v[i].x[j];
     }
     float rn = 1;
     if (shift) {
         rn = rsqrtf(sum_lanes<32>(sum) / D + NORM_EPS);
         if (lane == 0) r[n] = rn;
+        shift += (size_t)b * stride;
+        scale += (size_t)b * stride;
     }
     if (!h) return;
     floatX *to = h + row_of(b, n - b * T, rows / T, T, cls) * D;
+    for (int first = 0; first < D; first += V * 128) {
+        int d0 = first + lane * 4;
+        if (D > V * 128) load_residual(v, x, y, gate, d0, D);
+        Vec4 sh[V], sc[V];   // zeros where there is no norm
+        load_columns(sh, shift, d0, D);
+        load_columns(sc, scale, d0, D);
 #pragma unroll
-    for (int i = 0; i < V; i++) {
-        int d = (i * 32 + lane) * 4;
-        if (d >= D) break;
-        if (shift) {
-            Vec4 sh = load4(shift + (size_t)b * stride + d), sc = load4(scale + (size_t)b * stride + d);
-            for (int j = 0; j < 4; j++) v[i].x[j] = v[i].x[j] * rn * (1 + sc.x[j]) + sh.x[j];
+        for (int i = 0; i < V; i++) {
+            int d = d0 + i * 128;
+            for (int j = 0; j < 4; j++) v[i].x[j] = v[i].x[j] * rn * (1 + sc[i].x[j]) + sh[i].x[j];
+            if (d < D) store4(to + d, v[i]);
         }
-        store4(to + d, v[i]);
     }
 }
 static void norm_modulate_forward(float *x_out, floatX *h, float *r, const Residual &in, const float *shift,
@@ -634,10 +666,8 @@ static void norm_modulate_forward(float *x_out, floatX *h, float *r, const Resid
         <<<grid, 256, 0, stream>>>(x_out, h, r, in, shift, scale, stride, cls, B * T, T, D)
     if (D <= 128) NORM(1);
     else if (D <= 384) NORM(3);
-    else if (D <= 768) NORM(6);
-    else if (D <= 1152) NORM(9);
-    else if (D <= 2048) NORM(16);
-    else NORM(64);
+    else if (D <= 768 || D > 1152) NORM(6);
+    else NORM(9);
 #undef NORM
     LAUNCHED();
 }
@@ -666,14 +696,6 @@ typedef struct {
     float *parts;   // [B, chunks, 4, D]: sums over a chunk of tokens of dh, dh n, dx y, dx
     int T, D, chunk, slab;
 } NormBackward;
-
-// A lane's columns d0, d0 + 128, ... of a row, as far as they lie below d1: 4 V numbers, zeros for the rest and
-// where there is no row. All loads are under way before the first is waited for.
-template <int V, class R, class E>
-__device__ __forceinline__ void load_columns(R (&v)[V], const E *row, int d0, int d1) {
-#pragma unroll
-    for (int i = 0; i < V; i++) v[i] = row && d0 + i * 128 < d1 ? raw4(row + d0 + i * 128) : R{};
-}
 
 // One pass: a block takes `chunk` tokens of one sample, a warp every NORM_WARPS-th of them. A row's four
 // inputs are asked for at once and stay in registers until mean(dx^ x^) is known; a lane has the same columns
@@ -820,22 +842,28 @@ template <Activation A> __device__ __forceinline__ float slope(float x) {
     return s + x * s * (1 - s);
 }
 
-// out = act(in), 4 a thread; buffers are padded, so the last four may lie past n. In bf16
+// out = act(in), a thread 4 times 4 numbers; buffers are padded, so the last four may lie past n. In bf16
 // 2 + 2 bytes an element; bound by memory.
 template <Activation A, class S>
 __global__ void __launch_bounds__(256) activation_forward_kernel(floatX *out, const S *in, size_t n) {
-    size_t i = ((size_t)blockIdx.x * 256 + threadIdx.x) * 4;
-    if (i >= n) return;
-    Vec4 v = load4(in + i);
-    for (int j = 0; j < 4; j++) v.x[j] = activate<A>(v.x[j]);
-    store4(out + i, v);
+    size_t at = (size_t)blockIdx.x * 4096 + threadIdx.x * 4;
+    decltype(raw4(in)) x[4] = {};
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        if (at + i * 1024 < n) x[i] = raw4(in + at + i * 1024);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        Vec4 v = unpack4(x[i]);
+        for (int j = 0; j < 4; j++) v.x[j] = activate<A>(v.x[j]);
+        if (at + i * 1024 < n) store4(out + at + i * 1024, v);
+    }
 }
 template <class S> static void silu_forward(floatX *out, const S *in, size_t n) {
-    activation_forward_kernel<SILU, S><<<(unsigned)((n + 1023) / 1024), 256, 0, stream>>>(out, in, n);
+    activation_forward_kernel<SILU, S><<<(unsigned)((n + 4095) / 4096), 256, 0, stream>>>(out, in, n);
     LAUNCHED();
 }
 static void gelu_forward(floatX *out, const floatX *in, size_t n) {
-    activation_forward_kernel<GELU, floatX><<<(unsigned)((n + 1023) / 1024), 256, 0, stream>>>(out, in, n);
+    activation_forward_kernel<GELU, floatX><<<(unsigned)((n + 4095) / 4096), 256, 0, stream>>>(out, in, n);
     LAUNCHED();
 }
 
@@ -850,24 +878,32 @@ __global__ void __launch_bounds__(256)
     int lane = threadIdx.x % 32, y = threadIdx.x / 32, c = (blockIdx.x * 32 + lane) * W;
     int r0 = blockIdx.y * chunk, r1 = min(r0 + chunk, rows);
     float sum[W] = {};
-    for (int r = r0 + y; r < r1 && c < cols; r += 8) {
-        size_t at = (size_t)r * cols + c;
-        if (W == 4) {
-            Vec4 d = load4(dout + at);
-            if (A != NONE) {
-                Vec4 x = load4(in + at);
-                for (int j = 0; j < 4; j++) d.x[j] *= slope<A>(x.x[j]);
-                store4(din + at, d);
-            }
-            for (int j = 0; j < W; j++) sum[j] += d.x[j];
-        } else {
-            float d = to_float(dout[at]);
-            if (A != NONE) {
-                d *= slope<A>(to_float(in[at]));
-                store(&din[at], d);
-            }
-            sum[0] += d;
+    for (int r = r0 + y; W == 4 && r < r1 && c < cols; r += 32) {   // four rows' loads first
+        Raw4 d[4] = {};
+        decltype(raw4(in)) x[4] = {};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            size_t at = (size_t)(r + i * 8) * cols + c;
+            if (r + i * 8 >= r1) continue;
+            d[i] = raw4(dout + at);
+            if (A != NONE) x[i] = raw4(in + at);
         }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            Vec4 v = unpack4(d[i]), xs = unpack4(x[i]);
+            for (int j = 0; j < 4 && A != NONE; j++) v.x[j] *= slope<A>(xs.x[j]);
+            if (A != NONE && r + i * 8 < r1) store4(din + (size_t)(r + i * 8) * cols + c, v);
+            for (int j = 0; j < W; j++) sum[j] += v.x[j];
+        }
+    }
+    for (int r = r0 + y; W == 1 && r < r1 && c < cols; r += 8) {
+        size_t at = (size_t)r * cols + c;
+        float d = to_float(dout[at]);
+        if (A != NONE) {
+            d *= slope<A>(to_float(in[at]));
+            store(&din[at], d);
+        }
+        sum[0] += d;
     }
     for (int j = 0; j < W; j++) sums[y][lane][j] = sum[j];
     __syncthreads();
@@ -1049,19 +1085,31 @@ __global__ void __launch_bounds__(256)
 }
 
 // dG[rows[n]] = dY[n] for the kept tokens; the sum of dY over the others, which all read the mask
-// token's row, goes to parts [chunks,D]. A block takes `chunk` rows, a thread four columns. 2 bytes
-// read, 2/4 written; bound by memory.
-__global__ void __launch_bounds__(256)
-    fusion_gather_kernel(floatX *dG, float *parts, const floatX *dY, const int *rows, int mask, int N, int D,
-                         int chunk) {
-    int n0 = blockIdx.x * chunk, n1 = min(n0 + chunk, N);
+// token's row, goes to parts [chunks,D]. A block takes GATHER_CHUNK rows, a thread four columns, four rows at a
+// time. 2 bytes read, 2/4 written; bound by memory.
+enum { GATHER_CHUNK = 32 };
+__global__ void __launch_bounds__(256) fusion_gather_kernel(floatX *dG, float *parts, const floatX *dY,
+                                                            const int *rows, int mask, int N, int D) {
+    int n0 = blockIdx.x * GATHER_CHUNK, n1 = min(n0 + GATHER_CHUNK, N);
     for (int d = threadIdx.x * 4; d < D; d += 1024) {
         Vec4 sum = {};
-        for (int n = n0; n < n1; n++) {
-            Vec4 v = load4(dY + (size_t)n * D + d);
-            if (rows[n] < mask) store4(dG + (size_t)rows[n] * D + d, v);
-            else
-                for (int j = 0; j < 4; j++) sum.x[j] += v.x[j];
+        for (int n = n0; n < n1; n += 4) {
+            Raw4 v[4];
+            int row[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int real = min(n + i, n1 - 1);
+                v[i] = raw4(dY + (size_t)real * D + d);
+                row[i] = rows[real];
+            }
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                if (n + i >= n1) break;
+                Vec4 x = unpack4(v[i]);
+                if (row[i] < mask) store4(dG + (size_t)row[i] * D + d, x);
+                else
+                    for (int j = 0; j < 4; j++) sum.x[j] += x.x[j];
+            }
         }
         store4(parts + (size_t)blockIdx.x * D + d, sum);
     }
@@ -2376,7 +2424,7 @@ static void acts_layout(Acts *a, DeviceArena *m, const Config *c, int B) {
     take(a->d_cond_parts, m, (L + 1) * b * D);
     take(a->mask_sum, m, D);
     size_t Dh = D / H, of_norm = b * (size_t)norm_chunks(1, (int)T) * 4 * D;
-    take(a->parts, m, largest(of_norm, (N / 32 + 1) * D));
+    take(a->parts, m, largest(of_norm, (N / GATHER_CHUNK + 1) * D));
     Attention longest;
     memset(&longest, 0, sizeof(longest));
     float some = 0;
@@ -2712,10 +2760,9 @@ static void fusion_backward(GpuModel *g, int rows, int N) {
     Acts *a = &g->a;
     const Params *dw = &g->dw;
     int D = c->hidden_size, add = !g->fresh, padded = padded_rows(rows);
-    int chunk = imax(32, div_up(N, BIAS_CHUNKS));
-    unsigned chunks = (unsigned)div_up(N, chunk), pads = (unsigned)(padded - rows);
+    unsigned chunks = (unsigned)div_up(N, GATHER_CHUNK), pads = (unsigned)(padded - rows);
     const floatX *w1 = low(g, g->w.fusion_w), *w2 = w1 + D;
-    fusion_gather_kernel<<<chunks, 256, 0, stream>>>(a->dG, a->parts, a->dy, a->rows, rows, N, D, chunk);
+    fusion_gather_kernel<<<chunks, 256, 0, stream>>>(a->dG, a->parts, a->dy, a->rows, rows, N, D);
     LAUNCHED();
     column_sum<float, float>(a->mask_sum, a->parts, (int)chunks, D, D, 0);
     mask_rows_backward_kernel<<<pads, 256, 0, stream>>>(a->dG, a->mask_sum, rows, D);
