@@ -1240,7 +1240,7 @@ static void test_damaged(void) {
 // the measure is what rounding alone does: the CPU computes once more with the operands of its products
 // rounded to bf16, and the GPU may be off by twice as much as that run is.
 
-enum { MOST_ITEMS = 4096 };
+enum { MOST_ITEMS = 4096, MOST_LAUNCHES = 338 };
 typedef struct {
     char name[96];
     size_t n;
@@ -1608,6 +1608,25 @@ static void test_plans(void) {
     gpu_backend.destroy(m);
 }
 
+#ifdef CUDA_ON_CPU
+// How many kernels and matrix products a training step of B/1's twelve blocks is; their width does not count
+static void test_launches(void) {
+    Config c = long_config(4, 64, 1);
+    c.depth = 12, c.num_f = c.num_h = 2;
+    Model *m = gpu_backend.create(&c, 1, 1);
+    Batch *b = random_batch(&c, 1, 0, 1, 1, 0);
+    b->on_device = 1;
+    for (int step = 1; step <= 2; step++) {   // the first also rounds the weights
+        cuda_cpu::launches = cuda_cpu::products = 0;
+        gpu_backend.zero_gradients(m), gpu_backend.forward_backward(m, b), gpu_backend.update(m, step);
+    }
+    long launches = cuda_cpu::launches, products = cuda_cpu::products;
+    result(launches + products <= MOST_LAUNCHES, "launches a step", "%ld kernels, %ld products", launches,
+           products);
+    batch_free(b), gpu_backend.destroy(m);
+}
+#endif
+
 //   ./test_srdit_cu              all of it, then the reference files, if it is the build in float
 //   ./test_srdit_cu WORDS        the comparisons whose names contain the words
 //   ./test_srdit_cu FILE ...     replay these reference files
@@ -1638,6 +1657,9 @@ int main(int argc, char **argv) {
             test_draws();
             test_not_finite();
             test_plans();
+#ifdef CUDA_ON_CPU
+            test_launches();
+#endif
             test_same_bits();
             test_other_ways();
             test_training();
