@@ -579,8 +579,8 @@ __device__ __forceinline__ size_t row_of(int b, int t, int B, int T, int cls) {
     return cls && t == 0 ? (size_t)B * (T - 1) + b : (size_t)b * (T - cls) + t - cls;
 }
 
-// A lane's columns d0, d0 + 128, ... of a row, as far as they lie below d1: 4 V numbers, zeros for the rest and
-// where there is no row. All loads are under way before the first is waited for.
+// A lane's columns d0, d0 + 128, ... of a row, as far as they lie below d1: 4 V numbers, zeros for the rest
+// and where there is no row. All loads are under way before the first is waited for.
 template <int V, class R, class E>
 __device__ __forceinline__ void load_columns(R (&v)[V], const E *row, int d0, int d1) {
 #pragma unroll
@@ -801,8 +801,8 @@ __global__ void __launch_bounds__(256)
     if (bias) bias[(size_t)b * D + d] = sums[3] * (gate ? gate[(size_t)b * gate_stride + d] : 1);
 }
 
-// Chunks of a sample's rows: of 64 at most, or of 32 where a GPU would else be left with few blocks. Each costs
-// 32 bytes a column, written and read.
+// Chunks of a sample's rows: of 64 at most, or of 32 where a GPU would else be left with few blocks. Each
+// costs 32 bytes a column, written and read.
 static int norm_chunks(int B, int T) { return div_up(T, B * div_up(T, 64) >= 256 ? 64 : 32); }
 // dshift .. dgate may be NULL; bias [B,D] (NULL: not wanted) is what each sample adds to the gradient of y's
 // bias
@@ -1085,8 +1085,8 @@ __global__ void __launch_bounds__(256)
 }
 
 // dG[rows[n]] = dY[n] for the kept tokens; the sum of dY over the others, which all read the mask
-// token's row, goes to parts [chunks,D]. A block takes GATHER_CHUNK rows, a thread four columns, four rows at a
-// time. 2 bytes read, 2/4 written; bound by memory.
+// token's row, goes to parts [chunks,D]. A block takes GATHER_CHUNK rows, a thread four columns, four rows
+// at a time. 2 bytes read, 2/4 written; bound by memory.
 enum { GATHER_CHUNK = 32 };
 __global__ void __launch_bounds__(256) fusion_gather_kernel(floatX *dG, float *parts, const floatX *dY,
                                                             const int *rows, int mask, int N, int D) {
@@ -1525,8 +1525,8 @@ __device__ __forceinline__ int2 place_of(const Attention &a, int token) {
     const int pos = max(token - a.cls, 0), y = pos * a.G_inverse >> 16;
     return make_int2(y, pos - y * a.G);
 }
-// From the raw row x (and block 0's, y) what is multiplied: q and k: norm and RoPE; v: mix. Rows from T on are
-// zeros.
+// From the raw row x (and block 0's, y) what is multiplied: q and k: norm and RoPE; v: mix. Rows from T on
+// are zeros.
 template <Kind KIND>
 __device__ __forceinline__ uint4 finish_row(const Attention &a, int t, int token, int lane, uint4 raw,
                                             uint4 raw_first) {
@@ -1723,8 +1723,8 @@ template <int TMAX, int NW> struct BackwardShared {
     float dlambda[NW];
 };
 
-// x[j] of this lane and of those with the other g -> the sum over all eight of x[g]: what a lane does not keep
-// it hands over, half of what is left at each step
+// x[j] of this lane and of those with the other g -> the sum over all eight of x[g]: what a lane does not
+// keep it hands over, half of what is left at each step
 __device__ __forceinline__ float sum_transposed(float (&x)[8], int g) {
 #pragma unroll
     for (int m = 4; m; m /= 2)
@@ -1931,8 +1931,8 @@ __device__ __forceinline__ void query_rows(const AttentionGrads &out, const Atte
 }
 
 // Where warp w's share of the work begins: of `tiles` jobs of 16 keys, then as many of 16 queries, which cost
-// about 5 to 4. Each warp has neighbours; a job belongs to the warp in whose share its middle lies. At T = 257
-// the longest share is 20 (dealt out in turn: 23), the mean 19.1.
+// about 5 to 4. Each warp has neighbours; a job belongs to the warp in whose share its middle lies. At
+// T = 257 the longest share is 20 (dealt out in turn: 23), the mean 19.1.
 __device__ __forceinline__ int share_of(int w, int warps, int tiles) {
     int job = 0;
     for (int cost = 0; job < 2 * tiles; job++) {
@@ -1943,8 +1943,8 @@ __device__ __forceinline__ int share_of(int w, int warps, int tiles) {
     return job;
 }
 
-// o, dout [B,T,H,64], lse [B,H,T]. NW warps; a job is 16 keys or 16 to MQ * 16 queries. 146 KB of shared memory at
-// T = 257, one block an SM; at T <= 64 35 KB, 3 an SM. Reads 6 (+ 2) + 4, writes 6, adds 4 + 4 bytes an
+// o, dout [B,T,H,64], lse [B,H,T]. NW warps; a job is 16 keys or 16 to MQ * 16 queries. 152 KB of shared memory
+// at T = 257, one block an SM; at T <= 64 38 KB, 3 an SM. Reads 6 (+ 2) + 4, writes 6, adds 4 + 4 bytes an
 // element: 1.2 GB, 0.4 ms; memory and shared memory bound it about equally.
 template <int TMAX, int NW, int MQ, int CTAS>
 __global__ void __launch_bounds__(NW * 32, CTAS)
