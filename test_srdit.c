@@ -1240,7 +1240,7 @@ static void test_damaged(void) {
 // the measure is what rounding alone does: the CPU computes once more with the operands of its products
 // rounded to bf16, and the GPU may be off by twice as much as that run is.
 
-enum { MOST_ITEMS = 4096, MOST_LAUNCHES = 338 };
+enum { MOST_ITEMS = 4096, MOST_LAUNCHES = 338, MOST_LAUNCHES_PLAIN = 386 };
 typedef struct {
     char name[96];
     size_t n;
@@ -1621,8 +1621,8 @@ static void test_launches(void) {
         gpu_backend.zero_gradients(m), gpu_backend.forward_backward(m, b), gpu_backend.update(m, step);
     }
     long launches = cuda_cpu::launches, products = cuda_cpu::products;
-    result(launches + products <= MOST_LAUNCHES, "launches a step", "%ld kernels, %ld products", launches,
-           products);
+    long most = sizeof(gpu::floatX) == 2 ? MOST_LAUNCHES : MOST_LAUNCHES_PLAIN;   // float: plain attention
+    result(launches + products <= most, "launches a step", "%ld kernels, %ld products", launches, products);
     batch_free(b), gpu_backend.destroy(m);
 }
 #endif
