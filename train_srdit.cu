@@ -1944,8 +1944,8 @@ __device__ __forceinline__ int share_of(int w, int warps, int tiles) {
 }
 
 // o, dout [B,T,H,64], lse [B,H,T]. NW warps; a job is 16 keys or 16 to MQ * 16 queries. 152 KB of shared
-// memory at T = 257, one block an SM; at T <= 64 38 KB, 3 an SM. Reads 6 (+ 2) + 4, writes 6, adds 4 + 4 bytes an
-// element: 1.2 GB, 0.4 ms; memory and shared memory bound it about equally.
+// memory at T = 257, one block an SM; at T <= 64 38 KB, 3 an SM. Reads 6 (+ 2) + 4, writes 6, adds 4 + 4
+// bytes an element: 1.2 GB, 0.4 ms; memory and shared memory bound it about equally.
 template <int TMAX, int NW, int MQ, int CTAS>
 __global__ void __launch_bounds__(NW * 32, CTAS)
     tensor_attention_backward_kernel(const AttentionGrads out, const Attention a,
