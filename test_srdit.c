@@ -1356,7 +1356,7 @@ static void test_damaged(void) {
 // the measure is what rounding alone does: the CPU computes once more with the operands of its products
 // rounded to bf16, and the GPU may be off by twice as much as that run is.
 
-enum { MOST_ITEMS = 4096 };
+enum { MOST_ITEMS = 4096, MOST_LAUNCHES = 338, MOST_LAUNCHES_PLAIN = 386 };
 typedef struct {
     char name[96];
     size_t n;
@@ -1559,6 +1559,9 @@ static void compare_all(const char *only) {
     at[-1].c.routing = 0;
     CASE("width 84, heads of 28", small_config(), 2, 0, 1);
     at[-1].c.hidden_size = 84, at[-1].c.mlp_ratio = 1.3;
+    CASE("width 832", small_config(), 2, 0, 1);   // the norm's backward shares the columns from 768 on
+    at[-1].c.depth = at[-1].c.num_f = 1, at[-1].c.num_h = at[-1].c.align = 0;
+    at[-1].c.hidden_size = 832, at[-1].c.num_heads = 13, at[-1].c.mlp_ratio = 0.5;
     CASE("heads of 128", small_config(), 2, 0, 1);
     at[-1].c.hidden_size = 128, at[-1].c.num_heads = 1;
     CASE("no sparse block", small_config(), 2, 0, 1);
@@ -2076,6 +2079,25 @@ static void test_old_card(const char *program) {
 }
 #endif
 
+#ifdef CUDA_ON_CPU
+// How many kernels and matrix products a training step of B/1's twelve blocks is; their width does not count
+static void test_launches(void) {
+    Config c = long_config(4, 64, 1);
+    c.depth = 12, c.num_f = c.num_h = 2;
+    Model *m = gpu_backend.create(&c, 1, 1);
+    Batch *b = random_batch(&c, 1, 0, 1, 1, 0);
+    b->on_device = 1;
+    for (int step = 1; step <= 2; step++) {   // the first also rounds the weights
+        cuda_cpu::launches = cuda_cpu::products = 0;
+        gpu_backend.zero_gradients(m), gpu_backend.forward_backward(m, b), gpu_backend.update(m, step);
+    }
+    long launches = cuda_cpu::launches, products = cuda_cpu::products;
+    long most = sizeof(gpu::floatX) == 2 ? MOST_LAUNCHES : MOST_LAUNCHES_PLAIN;   // float: plain attention
+    result(launches + products <= most, "launches a step", "%ld kernels, %ld products", launches, products);
+    batch_free(b), gpu_backend.destroy(m);
+}
+#endif
+
 //   ./test_srdit_cu              all of it, then the reference files, if it is the build in float
 //   ./test_srdit_cu WORDS        the tests and comparisons whose names contain the words
 //   ./test_srdit_cu FILE ...     replay these reference files
@@ -2117,6 +2139,7 @@ int main(int argc, char **argv) {
         if (!only[0]) {
 #ifdef CUDA_ON_CPU
             test_old_card(argv[0]);
+            test_launches();
 #endif
             glob_t g;
             if (in_float && glob("dev/ref/*.safetensors", 0, NULL, &g) == 0) {

@@ -229,15 +229,24 @@ __device__ __forceinline__ unsigned pack(float lo, float hi) {
 __device__ __forceinline__ float2 unpack(unsigned p) {   // a bf16 is the upper half of a float
     return make_float2(__uint_as_float(p << 16), __uint_as_float(p & 0xffff0000u));
 }
-__device__ __forceinline__ Vec4 load4(const float *p) {
+// The same as they lie in memory. A number that is unpacked where it is loaded is waited for there; so loads
+// that are to be under way together are made raw and unpacked where they are used.
+#ifdef FP32
+typedef Vec4 Raw4;   // four of floatX
+#else
+typedef uint2 Raw4;
+#endif
+__device__ __forceinline__ Vec4 raw4(const float *p) {
     float4 v = *(const float4 *)p;
     return {{v.x, v.y, v.z, v.w}};
 }
-__device__ __forceinline__ Vec4 load4(const bf16 *p) {
-    uint2 u = *(const uint2 *)p;
-    float2 a = unpack(u.x), b = unpack(u.y);
+__device__ __forceinline__ uint2 raw4(const bf16 *p) { return *(const uint2 *)p; }
+__device__ __forceinline__ Vec4 unpack4(const Vec4 &v) { return v; }
+__device__ __forceinline__ Vec4 unpack4(uint2 v) {
+    float2 a = unpack(v.x), b = unpack(v.y);
     return {{a.x, a.y, b.x, b.y}};
 }
+template <class E> __device__ __forceinline__ Vec4 load4(const E *p) { return unpack4(raw4(p)); }
 __device__ __forceinline__ void store4(float *p, const Vec4 &v) {
     *(float4 *)p = make_float4(v.x[0], v.x[1], v.x[2], v.x[3]);
 }
@@ -283,6 +292,21 @@ __device__ __forceinline__ float sum_block(float x, float *sums) {
     return total;
 }
 
+// The sum of every 32nd of `rows` numbers from the y-th on, ld apart; eight loads under way at a time
+template <class S> __device__ __forceinline__ float sum_rows(const S *src, int y, int rows, size_t ld) {
+    float sum = 0;
+    int r = y;
+    for (; r + 7 * 32 < rows; r += 8 * 32) {
+        S x[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++) x[i] = src[(r + i * 32) * ld];
+#pragma unroll
+        for (int i = 0; i < 8; i++) sum += to_float(x[i]);
+    }
+    for (; r < rows; r += 32) sum += to_float(src[r * ld]);
+    return sum;
+}
+
 // dst[c] (+)= sum over rows of src[rows, cols], whose rows are ld apart, in a fixed order; z counts
 // independent problems, each `src_step` and `dst_step` further. Blocks of 8 columns x 32 rows.
 // Moves a few MB: latency bounds it.
@@ -293,9 +317,7 @@ __global__ void __launch_bounds__(256) column_sum_kernel(E *dst, const S *src, i
     int c = blockIdx.x * 8 + threadIdx.x % 8, y = threadIdx.x / 8;
     src += blockIdx.z * src_step;
     dst += blockIdx.z * dst_step;
-    float sum = 0;
-#pragma unroll 4
-    for (int r = y; r < rows && c < cols; r += 32) sum += to_float(src[(size_t)r * ld + c]);
+    float sum = c < cols ? sum_rows(src + c, y, rows, (size_t)ld) : 0;
     sums[y][threadIdx.x % 8] = sum;
     __syncthreads();
     if (y || c >= cols) return;
@@ -309,6 +331,74 @@ static void column_sum(E *dst, const S *src, int rows, int cols, int ld, int add
     dim3 grid((unsigned)div_up(cols, 8), 1, (unsigned)count);
     column_sum_kernel<S, E><<<grid, 256, 0, stream>>>(dst, src, rows, cols, ld, src_step, dst_step, add);
     LAUNCHED();
+}
+
+// The gradients of biases and of other small weights are column sums of what kernels leave in `parts`, a
+// backward's one behind the other. The adding up waits until its end, and then is one launch for all of them.
+typedef struct {
+    float *dst;                // [cols] (+)= sum over rows
+    const float *src;          // [rows, cols], rows `ld` apart
+    int rows, cols, ld, end;   // end: where the grid's blocks of the next job begin
+} SumJob;
+enum { MAX_SUMS = 100 };
+typedef struct {
+    int count, add;
+    SumJob of[MAX_SUMS];   // with the above less than the 4 KB that a kernel's arguments may be
+} SumJobs;
+typedef struct {
+    float *parts;
+    size_t used, room;
+    SumJobs jobs;
+} Sums;
+
+// As column_sum_kernel. Reads 4 bytes a number of all parts: 0.1 GB, 0.04 ms in B/1.
+__global__ void __launch_bounds__(256) sums_kernel(const SumJobs jobs) {
+    __shared__ float sums[32][9];
+    int i = 0, block = blockIdx.x;
+    while (block >= jobs.of[i].end) i++;
+    if (i) block -= jobs.of[i - 1].end;
+    const float *src = jobs.of[i].src;
+    int rows = jobs.of[i].rows, cols = jobs.of[i].cols;
+    int c = block * 8 + threadIdx.x % 8, y = threadIdx.x / 8;
+    float sum = c < cols ? sum_rows(src + c, y, rows, (size_t)jobs.of[i].ld) : 0;
+    sums[y][threadIdx.x % 8] = sum;
+    __syncthreads();
+    if (y || c >= cols) return;
+    sum = jobs.add ? jobs.of[i].dst[c] : 0;
+    for (int k = 0; k < 32; k++) sum += sums[k][threadIdx.x];
+    jobs.of[i].dst[c] = sum;
+}
+static void sums_begin(Sums *s, int add) {
+    s->used = 0;
+    s->jobs.count = 0;
+    s->jobs.add = add;
+}
+static void sums_end(Sums *s) {
+    SumJobs *j = &s->jobs;
+    if (j->count == 0) return;
+    sums_kernel<<<(unsigned)j->of[j->count - 1].end, 256, 0, stream>>>(*j);
+    LAUNCHED();
+    j->count = 0;
+}
+// dst[cols] (+)= the sum over the rows of src[rows, cols], when sums_end comes
+static void sum_later(Sums *s, float *dst, const float *src, int rows, int cols, int ld) {
+    SumJobs *j = &s->jobs;
+    if (j->count == MAX_SUMS) sums_end(s);
+    int before = j->count ? j->of[j->count - 1].end : 0;
+    SumJob one = {dst, src, rows, cols, ld, before + div_up(cols, 8)};
+    j->of[j->count++] = one;
+}
+static float *sums_take(Sums *s, size_t count) {   // room for parts
+    float *parts = s->parts + s->used;
+    s->used += (count + 63) / 64 * 64;
+    if (s->used > s->room) die("the sums of a step need more than the %zu numbers planned", s->room);
+    return parts;
+}
+// The two together: where the parts [rows, cols] go, whose sum over rows is added to dst later
+static float *sum_parts(Sums *s, float *dst, int rows, int cols) {
+    float *parts = sums_take(s, (size_t)rows * (size_t)cols);
+    sum_later(s, dst, parts, rows, cols, cols);
+    return parts;
 }
 
 // out = in rounded to floatX. 4 + 2 bytes an element; bound by memory.
@@ -708,11 +798,35 @@ static Residual residual_of(const float *x, const float *gate, int gate_stride, 
     return r;
 }
 
-// Where row n of [B,T] goes if the patches of all samples come first, then the CLS tokens
-// (cls 1: token 0 is CLS)
-__device__ __forceinline__ size_t patches_first(int n, int T, int cls, int rows) {
-    int b = n / T, t = n % T, B = rows / T;
+// Where row (b, t) of [B,T] lies: there if cls < 0; else the patches of all samples come first, then the CLS
+// tokens (cls 1: token 0 is CLS; 0: there is none)
+__device__ __forceinline__ size_t row_of(int b, int t, int B, int T, int cls) {
+    if (cls < 0) return (size_t)b * T + t;
     return cls && t == 0 ? (size_t)B * (T - 1) + b : (size_t)b * (T - cls) + t - cls;
+}
+
+// A lane's columns d0, d0 + 128, ... of a row, as far as they lie below d1: 4 V numbers, zeros for the rest
+// and where there is no row. All loads are under way before the first is waited for.
+template <int V, class R, class E>
+__device__ __forceinline__ void load_columns(R (&v)[V], const E *row, int d0, int d1) {
+#pragma unroll
+    for (int i = 0; i < V; i++) v[i] = row && d0 + i * 128 < d1 ? raw4(row + d0 + i * 128) : R{};
+}
+
+// x + gate y on these columns
+template <int V>
+__device__ __forceinline__ void load_residual(Vec4 (&v)[V], const float *x, const floatX *y,
+                                              const float *gate, int d0, int D) {
+    Raw4 ys[V];
+    Vec4 g[V];
+    load_columns(v, x, d0, D);
+    load_columns(ys, y, d0, D);
+    load_columns(g, gate, d0, D);
+#pragma unroll
+    for (int i = 0; i < V; i++) {
+        Vec4 yv = unpack4(ys[i]);
+        for (int j = 0; j < 4; j++) v[i].x[j] += (gate ? g[i].x[j] : 1) * yv.x[j];
+    }
 }
 
 // x_out = x + gate y, r = 1 / sqrt(mean(x_out^2) + 1e-6), h = x_out r (1 + scale) + shift, in one pass: the
@@ -720,10 +834,13 @@ __device__ __forceinline__ size_t patches_first(int n, int T, int cls, int rows)
 //   x_out [rows,D] float (NULL: not stored), h [rows,D] floatX (NULL: not stored), r [rows]
 //   shift, scale [B, stride] float; shift NULL: no norm, h is x_out rounded
 //   cls >= 0: h is stored patches first (see above), as the two last linear layers read it
-// One warp a row, 4 numbers a lane at a time, the row kept in registers (V x 128 >= D).
+// One warp a row, V times 4 numbers a lane at once, which stay in registers (a row of more than V x 128 is
+// read a second time).
 // Reads 4 + 2, writes 4 + 2 bytes an element: 0.6 GB, 0.2 ms; bound by memory.
 template <int V>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, V > 6   ? 1
+                                       : V > 3 ? 2
+                                               : 3)
     norm_modulate_forward_kernel(float *x_out, floatX *h, float *r, Residual in, const float *shift,
                                  const float *scale, int stride, int cls, int rows, int T, int D) {
     int n = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -734,34 +851,37 @@ __global__ void __launch_bounds__(256)
     const float *gate = in.gate ? in.gate + (size_t)b * in.gate_stride : NULL;
     Vec4 v[V];
     float sum = 0;
+    for (int first = 0; first < D; first += V * 128) {
+        int d0 = first + lane * 4;
+        load_residual(v, x, y, gate, d0, D);
 #pragma unroll
-    for (int i = 0; i < V; i++) {
-        int d = (i * 32 + lane) * 4;
-        if (d >= D) break;
-        v[i] = load4(x + d);
-        if (y) {
-            Vec4 yv = load4(y + d), g = gate ? load4(gate + d) : Vec4{{1, 1, 1, 1}};
-            for (int j = 0; j < 4; j++) v[i].x[j] += g.x[j] * yv.x[j];
+        for (int i = 0; i < V; i++) {
+            int d = d0 + i * 128;
+            if (x_out && d < D) store4(x_out + (size_t)n * D + d, v[i]);
+            for (int j = 0; j < 4; j++) sum += v[i].x[j] * v[i].x[j];
         }
-        if (x_out) store4(x_out + (size_t)n * D + d, v[i]);
-        for (int j = 0; j < 4; j++) sum += v[i].x[j] * v[i].x[j];
     }
     float rn = 1;
     if (shift) {
         rn = rsqrtf(sum_lanes<32>(sum) / D + NORM_EPS);
         if (lane == 0) r[n] = rn;
+        shift += (size_t)b * stride;
+        scale += (size_t)b * stride;
     }
     if (!h) return;
-    floatX *to = h + (cls >= 0 ? patches_first(n, T, cls, rows) : (size_t)n) * D;
+    floatX *to = h + row_of(b, n - b * T, rows / T, T, cls) * D;
+    for (int first = 0; first < D; first += V * 128) {
+        int d0 = first + lane * 4;
+        if (D > V * 128) load_residual(v, x, y, gate, d0, D);
+        Vec4 sh[V], sc[V];   // zeros where there is no norm
+        load_columns(sh, shift, d0, D);
+        load_columns(sc, scale, d0, D);
 #pragma unroll
-    for (int i = 0; i < V; i++) {
-        int d = (i * 32 + lane) * 4;
-        if (d >= D) break;
-        if (shift) {
-            Vec4 sh = load4(shift + (size_t)b * stride + d), sc = load4(scale + (size_t)b * stride + d);
-            for (int j = 0; j < 4; j++) v[i].x[j] = v[i].x[j] * rn * (1 + sc.x[j]) + sh.x[j];
+        for (int i = 0; i < V; i++) {
+            int d = d0 + i * 128;
+            for (int j = 0; j < 4; j++) v[i].x[j] = v[i].x[j] * rn * (1 + sc[i].x[j]) + sh[i].x[j];
+            if (d < D) store4(to + d, v[i]);
         }
-        store4(to + d, v[i]);
     }
 }
 static void norm_modulate_forward(float *x_out, floatX *h, float *r, const Residual &in, const float *shift,
@@ -772,10 +892,8 @@ static void norm_modulate_forward(float *x_out, floatX *h, float *r, const Resid
         <<<grid, 256, 0, stream>>>(x_out, h, r, in, shift, scale, stride, cls, B * T, T, D)
     if (D <= 128) NORM(1);
     else if (D <= 384) NORM(3);
-    else if (D <= 768) NORM(6);
-    else if (D <= 1152) NORM(9);
-    else if (D <= 2048) NORM(16);
-    else NORM(64);
+    else if (D <= 768 || D > 1152) NORM(6);
+    else NORM(9);
 #undef NORM
     LAUNCHED();
 }
@@ -784,11 +902,12 @@ static void norm_modulate_forward(float *x_out, floatX *h, float *r, const Resid
 // dx^ = dh (1 + scale):
 //   dx += r (dx^ - x^ mean(dx^ x^)),  dshift = sum_t dh,  dscale = sum_t dh x^;
 // and then, as x_out = x + gate y:
-//   dy = gate dx,  dgate = sum_t dx y,  db = sum_b gate sum_t dx, of the bias that was added to y.
+//   dy = gate dx,  dgate = sum_t dx y,  db = sum_b gate sum_t dx, of the bias that was added to y (or, where
+//   dy is stored patches first, to the patches).
 typedef struct {
     float *dx;   // [rows,D]; read unless `fresh` (then it is taken as 0), written unless NULL
     int fresh;
-    const float *dx2;   // a second gradient of x_out, of the rows dx2_rows[n] < dx2_count (NULL: none)
+    const float *dx2;   // where dh is NULL: a second gradient of x_out, of the rows dx2_rows[n] < dx2_count
     const int *dx2_rows;
     int dx2_count;
     const floatX *dh;   // NULL: there was no norm
@@ -801,75 +920,97 @@ typedef struct {
     floatX *dy;     // NULL: not wanted
     int dy_cls;     // >= 0: dy is stored patches first
     float *parts;   // [B, chunks, 4, D]: sums over a chunk of tokens of dh, dh n, dx y, dx
-    int T, D, chunk;
+    int T, D, chunk, slab;
 } NormBackward;
 
-// A block takes `chunk` (at most 64) tokens of one sample: first a warp a row for mean(dx^ x^), then a thread
-// four columns for all rows, whose sums it keeps in registers; what the second pass reads again lies in the
-// first-level cache. Reads 2 + 4 + 4 + 2, writes 4 + 2 bytes an element: 0.9 GB, 0.3 ms; bound by memory.
-__global__ void __launch_bounds__(256) norm_modulate_backward_kernel(const NormBackward a) {
-    __shared__ float mean[64];
-    int b = blockIdx.y, t0 = blockIdx.x * a.chunk, t1 = min(t0 + a.chunk, a.T), D = a.D,
-        rows = gridDim.y * a.T;
-    const float *scale = a.dh ? a.scale + (size_t)b * a.stride : NULL;
-    int warps = blockDim.x / 32, lane = threadIdx.x % 32;
-    if (a.dh) {
-        for (int t = t0 + threadIdx.x / 32; t < t1; t += warps) {
-            int n = b * a.T + t;
-            const floatX *dh = a.dh + (a.dh_cls >= 0 ? patches_first(n, a.T, a.dh_cls, rows) : (size_t)n) * D;
-            float sum = 0;
-            for (int d = lane * 4; d < D; d += 128) {
-                Vec4 g = load4(dh + d), x = load4(a.x + (size_t)n * D + d), sc = load4(scale + d);
-                for (int j = 0; j < 4; j++) sum += g.x[j] * (1 + sc.x[j]) * x.x[j];
-            }
-            sum = sum_lanes<32>(sum) * a.r[n] / D;
-            if (lane == 0) mean[t - t0] = sum;
-        }
-        __syncthreads();
-    }
-    for (int d = threadIdx.x * 4; d < D; d += blockDim.x * 4) {
-        Vec4 sums[4] = {}, one = {{1, 1, 1, 1}};
-        Vec4 sc = a.dh ? load4(scale + d) : one,
-             gate = a.gate ? load4(a.gate + (size_t)b * a.gate_stride + d) : one;
-        for (int t = t0; t < t1; t++) {
-            int n = b * a.T + t;
-            size_t at = (size_t)n * D + d;
-            Vec4 dx = {};
-            if (!a.fresh) dx = load4(a.dx + at);
-            if (a.dx2 && a.dx2_rows[n] < a.dx2_count) {
-                Vec4 more = load4(a.dx2 + (size_t)a.dx2_rows[n] * D + d);
-                for (int j = 0; j < 4; j++) dx.x[j] += more.x[j];
-            }
-            if (a.dh) {
-                Vec4 dh =
-                    load4(a.dh + (a.dh_cls >= 0 ? patches_first(n, a.T, a.dh_cls, rows) : (size_t)n) * D + d);
-                Vec4 x = load4(a.x + at);
-                float r = a.r[n], m = mean[t - t0];
+// One pass: a block takes `chunk` tokens of one sample, a warp every NORM_WARPS-th of them. A row's four
+// inputs are asked for at once and stay in registers until mean(dx^ x^) is known; a lane has the same columns
+// of every row, so the column sums stay in registers too, until those of the warps are added through shared
+// memory [NORM_WARPS, slab]. Where D is more than NORM_SLAB, blocks z share the columns, each `slab` of them,
+// and read the others of dh and x for the mean only. Reads 2 + 4 + 4 + 2, writes 4 + 2 bytes an element:
+// 0.9 GB, 0.3 ms; bound by memory. The price is 32 V registers a lane: few warps, each with 3 KB x V / 2 of
+// loads under way.
+enum { NORM_WARPS = 4, NORM_SLAB = 768 };
+template <int V>
+__global__ void __launch_bounds__(NORM_WARPS * 32, V > 3 ? 2 : 4)
+    norm_modulate_backward_kernel(const NormBackward a) {
+    extern __shared__ float warp_sums[];
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, b = blockIdx.y, D = a.D;
+    int t0 = blockIdx.x * a.chunk, t1 = min(t0 + a.chunk, a.T);
+    int first = blockIdx.z * a.slab, d0 = first + lane * 4, d1 = min(first + a.slab, D);
+    const float *scale = a.dh ? a.scale + (size_t)b * a.stride : NULL,
+                *gate = a.gate ? a.gate + (size_t)b * a.gate_stride : NULL;
+    Vec4 sums[4][V] = {};
+    for (int t = t0 + warp; t < t1; t += NORM_WARPS) {
+        int n = b * a.T + t;
+        size_t at = (size_t)n * D;
+        const floatX *dh_row = a.dh ? a.dh + row_of(b, t, gridDim.y, a.T, a.dh_cls) * D : NULL;
+        const float *more = scale;
+        if (a.dx2) more = a.dx2_rows[n] < a.dx2_count ? a.dx2 + (size_t)a.dx2_rows[n] * D : NULL;
+        Raw4 dh[V], y[V];
+        Vec4 x[V], dx[V], m[V], g[V];   // m: scale, then dx^; the second gradient where there is no norm
+        load_columns(dh, dh_row, d0, d1);
+        load_columns(x, a.dh ? a.x + at : NULL, d0, d1);
+        load_columns(dx, a.fresh ? NULL : a.dx + at, d0, d1);
+        load_columns(y, a.y ? a.y + at : NULL, d0, d1);
+        load_columns(m, more, d0, d1);
+        float r = 1, mean = 0;
+        if (a.dh) {
+            r = a.r[n];
+#pragma unroll
+            for (int i = 0; i < V; i++) {
+                Vec4 v = unpack4(dh[i]);
                 for (int j = 0; j < 4; j++) {
-                    float xn = x.x[j] * r;
-                    sums[0].x[j] += dh.x[j];
-                    sums[1].x[j] += dh.x[j] * xn;
-                    dx.x[j] += r * (dh.x[j] * (1 + sc.x[j]) - xn * m);
+                    x[i].x[j] *= r;
+                    sums[0][i].x[j] += v.x[j];
+                    sums[1][i].x[j] += v.x[j] * x[i].x[j];
+                    m[i].x[j] = v.x[j] * (1 + m[i].x[j]);
+                    mean += m[i].x[j] * x[i].x[j];
                 }
             }
-            if (a.dx) store4(a.dx + at, dx);
-            if (a.y) {
-                Vec4 y = load4(a.y + at);
-                for (int j = 0; j < 4; j++) sums[2].x[j] += dx.x[j] * y.x[j];
-            }
-            for (int j = 0; j < 4; j++) sums[3].x[j] += dx.x[j];
-            if (a.dy) {
-                for (int j = 0; j < 4; j++) dx.x[j] *= gate.x[j];
-                store4(a.dy + (a.dy_cls >= 0 ? patches_first(n, a.T, a.dy_cls, rows) * D + d : at), dx);
+            for (int d = lane * 4; d < D && a.slab < D; d += 128) {   // the other slabs' part of the mean
+                if (d >= first && d < d1) continue;
+                Vec4 v = load4(dh_row + d), xs = load4(a.x + at + d), sc = load4(scale + d);
+                for (int j = 0; j < 4; j++) mean += v.x[j] * (1 + sc.x[j]) * (xs.x[j] * r);
             }
         }
-        for (int k = 0; k < 4; k++)
-            store4(a.parts + (((size_t)b * gridDim.x + blockIdx.x) * 4 + k) * D + d, sums[k]);
+        load_columns(g, gate, d0, d1);
+        mean = sum_lanes<32>(mean) / D;
+        floatX *dy = a.dy ? a.dy + row_of(b, t, gridDim.y, a.T, a.dy_cls) * D : NULL;
+#pragma unroll
+        for (int i = 0; i < V; i++) {
+            Vec4 v = dx[i], ys = unpack4(y[i]);
+            for (int j = 0; j < 4; j++) {
+                v.x[j] += r * (m[i].x[j] - x[i].x[j] * mean);
+                sums[2][i].x[j] += v.x[j] * ys.x[j];
+                if (t >= a.dy_cls) sums[3][i].x[j] += v.x[j];   // (only CLS stands before that)
+            }
+            int d = d0 + i * 128;
+            if (a.dx && d < d1) store4(a.dx + at + d, v);
+            for (int j = 0; j < 4 && gate; j++) v.x[j] *= g[i].x[j];
+            if (dy && d < d1) store4(dy + d, v);
+        }
+    }
+    float *parts = a.parts + ((size_t)b * gridDim.x + blockIdx.x) * 4 * D;
+    for (int k = 0; k < 4; k++) {
+        if (k) __syncthreads();   // until all have read the ones before
+        for (int i = 0; i < V; i++)
+            if (d0 + i * 128 < d1) store4(warp_sums + warp * a.slab + d0 - first + i * 128, sums[k][i]);
+        __syncthreads();
+#pragma unroll 1
+        for (int d = threadIdx.x * 4; d < d1 - first; d += NORM_WARPS * 128) {
+            Vec4 sum = load4(warp_sums + d);
+            for (int w = 1; w < NORM_WARPS; w++) {
+                Vec4 more = load4(warp_sums + w * a.slab + d);
+                for (int j = 0; j < 4; j++) sum.x[j] += more.x[j];
+            }
+            store4(parts + (size_t)k * D + first + d, sum);
+        }
     }
 }
 
-// Adds up the chunks: dshift, dscale, dgate [B, stride] floatX (NULL: not wanted), and bias [B,D] = gate sum
-// dx. 4 numbers a chunk and column; they come from the second-level cache.
+// Adds up the chunks: dshift, dscale, dgate [B, stride] floatX, and bias [B,D] = gate sum dx (each NULL: not
+// wanted). 4 numbers a chunk and column; they come from the second-level cache.
 __global__ void __launch_bounds__(256)
     norm_parts_sum_kernel(floatX *dshift, floatX *dscale, int stride, floatX *dgate, int gate_stride,
                           float *bias, const float *gate, const float *parts, int chunks, int D) {
@@ -883,24 +1024,29 @@ __global__ void __launch_bounds__(256)
         store(&dscale[(size_t)b * stride + d], sums[1]);
     }
     if (dgate) store(&dgate[(size_t)b * gate_stride + d], sums[2]);
-    bias[(size_t)b * D + d] = sums[3] * (gate ? gate[(size_t)b * gate_stride + d] : 1);
+    if (bias) bias[(size_t)b * D + d] = sums[3] * (gate ? gate[(size_t)b * gate_stride + d] : 1);
 }
 
-enum { NORM_CHUNK = 32 };
-static int norm_chunks(int T) { return div_up(T, NORM_CHUNK); }
-// dshift .. dgate may be NULL; db [D] (NULL: not wanted) is the gradient of y's bias;
-// bias_parts [B,D] is scratch
-static void norm_modulate_backward(NormBackward *a, floatX *dshift, floatX *dscale, floatX *dgate, float *db,
-                                   float *bias_parts, int add, int B) {
-    int chunks = norm_chunks(a->T), threads = imin(256, imax(64, div_up(a->D / 4, 32) * 32));
+// Chunks of a sample's rows: of 64 at most, or of 32 where a GPU would else be left with few blocks. Each
+// costs 32 bytes a column, written and read.
+static int norm_chunks(int B, int T) { return div_up(T, B * div_up(T, 64) >= 256 ? 64 : 32); }
+// dshift .. dgate may be NULL; bias [B,D] (NULL: not wanted) is what each sample adds to the gradient of y's
+// bias
+static void norm_modulate_backward(NormBackward *a, floatX *dshift, floatX *dscale, floatX *dgate,
+                                   float *bias, int B) {
+    int chunks = norm_chunks(B, a->T), slabs = div_up(a->D, NORM_SLAB);
     a->chunk = div_up(a->T, chunks);
-    dim3 grid((unsigned)chunks, (unsigned)B), sum_grid((unsigned)div_up(a->D, 256), (unsigned)B);
-    norm_modulate_backward_kernel<<<grid, (unsigned)threads, 0, stream>>>(*a);
+    a->slab = div_up(a->D / 4, slabs) * 4;
+    dim3 grid((unsigned)chunks, (unsigned)B, (unsigned)slabs),
+        sum_grid((unsigned)div_up(a->D, 256), (unsigned)B);
+    size_t shared = (size_t)(NORM_WARPS * a->slab) * sizeof(float);
+    if (a->slab <= 128) norm_modulate_backward_kernel<1><<<grid, NORM_WARPS * 32, shared, stream>>>(*a);
+    else if (a->slab <= 384) norm_modulate_backward_kernel<3><<<grid, NORM_WARPS * 32, shared, stream>>>(*a);
+    else norm_modulate_backward_kernel<6><<<grid, NORM_WARPS * 32, shared, stream>>>(*a);
     LAUNCHED();
     norm_parts_sum_kernel<<<sum_grid, 256, 0, stream>>>(dshift, dscale, a->stride, dgate, a->gate_stride,
-                                                        bias_parts, a->gate, a->parts, chunks, a->D);
+                                                        bias, a->gate, a->parts, chunks, a->D);
     LAUNCHED();
-    if (db) column_sum<float, float>(db, bias_parts, B, a->D, a->D, add);
 }
 
 // GELU, tanh form, and SiLU, as in train_srdit.c; `slope` is the derivative. The exponential
@@ -922,22 +1068,28 @@ template <Activation A> __device__ __forceinline__ float slope(float x) {
     return s + x * s * (1 - s);
 }
 
-// out = act(in), 4 a thread; buffers are padded, so the last four may lie past n. In bf16
+// out = act(in), a thread 4 times 4 numbers; buffers are padded, so the last four may lie past n. In bf16
 // 2 + 2 bytes an element; bound by memory.
 template <Activation A, class S>
 __global__ void __launch_bounds__(256) activation_forward_kernel(floatX *out, const S *in, size_t n) {
-    size_t i = ((size_t)blockIdx.x * 256 + threadIdx.x) * 4;
-    if (i >= n) return;
-    Vec4 v = load4(in + i);
-    for (int j = 0; j < 4; j++) v.x[j] = activate<A>(v.x[j]);
-    store4(out + i, v);
+    size_t at = (size_t)blockIdx.x * 4096 + threadIdx.x * 4;
+    decltype(raw4(in)) x[4] = {};
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        if (at + i * 1024 < n) x[i] = raw4(in + at + i * 1024);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        Vec4 v = unpack4(x[i]);
+        for (int j = 0; j < 4; j++) v.x[j] = activate<A>(v.x[j]);
+        if (at + i * 1024 < n) store4(out + at + i * 1024, v);
+    }
 }
 template <class S> static void silu_forward(floatX *out, const S *in, size_t n) {
-    activation_forward_kernel<SILU, S><<<(unsigned)((n + 1023) / 1024), 256, 0, stream>>>(out, in, n);
+    activation_forward_kernel<SILU, S><<<(unsigned)((n + 4095) / 4096), 256, 0, stream>>>(out, in, n);
     LAUNCHED();
 }
 static void gelu_forward(floatX *out, const floatX *in, size_t n) {
-    activation_forward_kernel<GELU, floatX><<<(unsigned)((n + 1023) / 1024), 256, 0, stream>>>(out, in, n);
+    activation_forward_kernel<GELU, floatX><<<(unsigned)((n + 4095) / 4096), 256, 0, stream>>>(out, in, n);
     LAUNCHED();
 }
 
@@ -952,24 +1104,32 @@ __global__ void __launch_bounds__(256)
     int lane = threadIdx.x % 32, y = threadIdx.x / 32, c = (blockIdx.x * 32 + lane) * W;
     int r0 = blockIdx.y * chunk, r1 = min(r0 + chunk, rows);
     float sum[W] = {};
-    for (int r = r0 + y; r < r1 && c < cols; r += 8) {
-        size_t at = (size_t)r * cols + c;
-        if (W == 4) {
-            Vec4 d = load4(dout + at);
-            if (A != NONE) {
-                Vec4 x = load4(in + at);
-                for (int j = 0; j < 4; j++) d.x[j] *= slope<A>(x.x[j]);
-                store4(din + at, d);
-            }
-            for (int j = 0; j < W; j++) sum[j] += d.x[j];
-        } else {
-            float d = to_float(dout[at]);
-            if (A != NONE) {
-                d *= slope<A>(to_float(in[at]));
-                store(&din[at], d);
-            }
-            sum[0] += d;
+    for (int r = r0 + y; W == 4 && r < r1 && c < cols; r += 32) {   // four rows' loads first
+        Raw4 d[4] = {};
+        decltype(raw4(in)) x[4] = {};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            size_t at = (size_t)(r + i * 8) * cols + c;
+            if (r + i * 8 >= r1) continue;
+            d[i] = raw4(dout + at);
+            if (A != NONE) x[i] = raw4(in + at);
         }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            Vec4 v = unpack4(d[i]), xs = unpack4(x[i]);
+            for (int j = 0; j < 4 && A != NONE; j++) v.x[j] *= slope<A>(xs.x[j]);
+            if (A != NONE && r + i * 8 < r1) store4(din + (size_t)(r + i * 8) * cols + c, v);
+            for (int j = 0; j < W; j++) sum[j] += v.x[j];
+        }
+    }
+    for (int r = r0 + y; W == 1 && r < r1 && c < cols; r += 8) {
+        size_t at = (size_t)r * cols + c;
+        float d = to_float(dout[at]);
+        if (A != NONE) {
+            d *= slope<A>(to_float(in[at]));
+            store(&din[at], d);
+        }
+        sum[0] += d;
     }
     for (int j = 0; j < W; j++) sums[y][lane][j] = sum[j];
     __syncthreads();
@@ -980,11 +1140,13 @@ __global__ void __launch_bounds__(256)
         parts[(size_t)blockIdx.y * cols + c + j] = total;
     }
 }
-enum { BIAS_CHUNKS = 128 };   // parts holds BIAS_CHUNKS * cols numbers
+enum { BIAS_CHUNKS = 128 };   // at most; of at least 32 rows
+// db[cols] (+)= the column sums of din, later
 template <Activation A, class S>
-static void activation_backward(floatX *din, float *db, float *parts, const floatX *dout, const S *in,
-                                int rows, int cols, int add) {
+static void activation_backward(floatX *din, float *db, Sums *sums, const floatX *dout, const S *in, int rows,
+                                int cols) {
     int chunk = imax(32, div_up(rows, BIAS_CHUNKS)), chunks = div_up(rows, chunk), W = cols % 4 ? 1 : 4;
+    float *parts = sum_parts(sums, db, chunks, cols);
     dim3 grid((unsigned)div_up(cols, 32 * W), (unsigned)chunks);
     if (W == 4)
         activation_backward_kernel<A, 4, S>
@@ -993,11 +1155,10 @@ static void activation_backward(floatX *din, float *db, float *parts, const floa
         activation_backward_kernel<A, 1, S>
             <<<grid, 256, 0, stream>>>(din, parts, dout, in, rows, cols, chunk);
     LAUNCHED();
-    column_sum<float, float>(db, parts, chunks, cols, cols, add);
 }
-// db[O] (+)= column sums of dout[N,O]
-static void bias_backward(float *db, float *parts, const floatX *dout, int N, int O, int add) {
-    activation_backward<NONE, floatX>(NULL, db, parts, dout, NULL, N, O, add);
+// db[O] (+)= column sums of dout[N,O], later
+static void bias_backward(float *db, Sums *sums, const floatX *dout, int N, int O) {
+    activation_backward<NONE, floatX>(NULL, db, sums, dout, NULL, N, O);
 }
 
 // In float GELU is never an epilogue, whose tanh is too coarse for it; aux wants rows of a multiple of 8
@@ -1019,11 +1180,15 @@ static void linear_gelu_forward(floatX *gelu, floatX *fc1, const floatX *in, con
 }
 // d_fc1[N,F] = dout[N,D] w[D,F] GELU'(fc1), with w of fc2;  db[F] (+)= its column sums. (The epilogue that
 // takes these sums too, DGELU_BGRAD, would leave them in bf16, and has no fast kernel.)
-static void linear_gelu_backward(floatX *d_fc1, float *db, float *parts, const floatX *dout, const floatX *w,
-                                 floatX *fc1, int N, int D, int F, int add) {
+static void linear_gelu_backward(floatX *d_fc1, float *db, Sums *sums, const floatX *dout, const floatX *w,
+                                 floatX *fc1, int N, int D, int F) {
+    const size_t used = sums->used;
+    const int count = sums->jobs.count;   // each attempt, when both ways are timed, asks for its sums anew
+    auto anew = [&] { sums->used = used, sums->jobs.count = count; };
     auto apart = [&] {
+        anew();
         linear_backward_input<floatX>(d_fc1, dout, w, N, F, D, 0);
-        activation_backward<GELU, floatX>(d_fc1, db, parts, d_fc1, fc1, N, F, add);
+        activation_backward<GELU, floatX>(d_fc1, db, sums, d_fc1, fc1, N, F);
     };
     if (!gelu_may_be_inside(F)) return apart();
     GemmKey k = gemm_key(N, F, D, 0, 0);
@@ -1031,8 +1196,9 @@ static void linear_gelu_backward(floatX *d_fc1, float *db, float *parts, const f
     k.aux_ld = F;
     GemmPlan *p = plan_of(&k, d_fc1, dout, w, NULL, fc1);
     auto inside = [&] {
+        anew();
         if (!matmul_lt(p, d_fc1, dout, w, NULL, fc1)) return 0;
-        bias_backward(db, parts, d_fc1, N, F, add);
+        bias_backward(db, sums, d_fc1, N, F);
         return 1;
     };
     gelu_way(p, inside, apart);
@@ -1188,19 +1354,31 @@ __global__ void __launch_bounds__(256)
 }
 
 // dG[rows[n]] = dY[n] for the kept tokens; the sum of dY over the others, which all read the mask
-// token's row, goes to parts [chunks,D]. A block takes `chunk` rows, a thread four columns. 2 bytes
-// read, 2/4 written; bound by memory.
-__global__ void __launch_bounds__(256)
-    fusion_gather_kernel(floatX *dG, float *parts, const floatX *dY, const int *rows, int mask, int N, int D,
-                         int chunk) {
-    int n0 = blockIdx.x * chunk, n1 = min(n0 + chunk, N);
+// token's row, goes to parts [chunks,D]. A block takes GATHER_CHUNK rows, a thread four columns, four rows
+// at a time. 2 bytes read, 2/4 written; bound by memory.
+enum { GATHER_CHUNK = 32 };
+__global__ void __launch_bounds__(256) fusion_gather_kernel(floatX *dG, float *parts, const floatX *dY,
+                                                            const int *rows, int mask, int N, int D) {
+    int n0 = blockIdx.x * GATHER_CHUNK, n1 = min(n0 + GATHER_CHUNK, N);
     for (int d = threadIdx.x * 4; d < D; d += 1024) {
         Vec4 sum = {};
-        for (int n = n0; n < n1; n++) {
-            Vec4 v = load4(dY + (size_t)n * D + d);
-            if (rows[n] < mask) store4(dG + (size_t)rows[n] * D + d, v);
-            else
-                for (int j = 0; j < 4; j++) sum.x[j] += v.x[j];
+        for (int n = n0; n < n1; n += 4) {
+            Raw4 v[4];
+            int row[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int real = min(n + i, n1 - 1);
+                v[i] = raw4(dY + (size_t)real * D + d);
+                row[i] = rows[real];
+            }
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                if (n + i >= n1) break;
+                Vec4 x = unpack4(v[i]);
+                if (row[i] < mask) store4(dG + (size_t)row[i] * D + d, x);
+                else
+                    for (int j = 0; j < 4; j++) sum.x[j] += x.x[j];
+            }
         }
         store4(parts + (size_t)blockIdx.x * D + d, sum);
     }
@@ -1219,14 +1397,15 @@ typedef struct {
     int tokens, cls;                    // T of the full sequence; 1: token 0 is CLS
     const float *wq, *wk, *lambda;      // [Dh], [Dh], [1]; wq, wk NULL: no norm
     const float *rope_cos, *rope_sin;   // [P,Dh], NULL: no rotation
-    const float2 *rope;   // [G,Dh/4] (cos, sin) of position * w_j, for the tensor cores' kernels
-    int T, H, Dh, G;
+    const float2 *rope;           // [G,Dh/4] (cos, sin) of position * w_j, for the tensor cores' kernels
+    int T, H, Dh, G, G_inverse;   // G_inverse: x G_inverse / 65536 is x / G for x < T
 } Attention;
 typedef struct {
     floatX *dqkv;   // [B,T,3D]
     float *dv1;     // [B,tokens,D]: += lambda dv at the original token; block 0 adds it up
     int is_first;   // this is block 0
     float *parts;   // [attention_parts, 2 Dh + 1]: sums for wq, wk, lambda
+    float *bias;    // [bias_parts, 3D]: sums of dqkv
 } AttentionGrads;
 
 __device__ __forceinline__ int token_of(const Attention &a, int b, int t) {
@@ -1271,32 +1450,40 @@ __global__ void __launch_bounds__(256) qkv_mix_forward_kernel(floatX *out, const
 
 // Its backward, in place (derivations at qk_norm_backward, rope_backward and value_residual_backward):
 // out.dqkv comes in as the gradient of what the forward wrote. A block takes some tokens of a sample; its
-// sums for the weights are one row of out.parts.
+// sums for the weights are one row of out.parts, those for the bias one of out.bias.
 __global__ void __launch_bounds__(256)
     qkv_mix_backward_kernel(const AttentionGrads out, const Attention a, int chunk) {
     __shared__ float sums[8][2][128];
     __shared__ float lambda_sums[8];
     int b = blockIdx.y, lane = threadIdx.x % 32, warp = threadIdx.x / 32, D = a.H * a.Dh;
+    int t0 = blockIdx.x * chunk, t1 = min(t0 + chunk, a.T);
+    size_t block = (size_t)b * gridDim.x + blockIdx.x;
     float dw[2][2][2] = {}, dl = 0;   // of q or k, of this lane's pairs
-    for (int t = blockIdx.x * chunk; t < min((int)(blockIdx.x + 1) * chunk, a.T); t++) {
-        int token = token_of(a, b, t), patch = token - a.cls;
-        size_t n = (size_t)b * a.T + t, full = (size_t)b * a.tokens + token;
-        for (int h = warp; h < 3 * a.H; h += 8) {
+    for (int h = warp; h < 3 * a.H; h += 8) {
+        float bias[2][2] = {};
+        for (int t = t0; t < t1; t++) {
+            int token = token_of(a, b, t), patch = token - a.cls;
+            size_t n = (size_t)b * a.T + t, full = (size_t)b * a.tokens + token;
             size_t at = n * 3 * D + (size_t)h * a.Dh;
             const floatX *x = a.qkv + at;
             floatX *d = out.dqkv + at;
             if (h >= 2 * a.H) {
                 float l = a.v1 ? *a.lambda : 0;
                 float *dv1 = out.dv1 + full * D + (size_t)(h - 2 * a.H) * a.Dh;
-                for (int i = lane; i < a.Dh; i += 32) {
-                    float dv = to_float(d[i]);
-                    if (a.v1) {
-                        float first = to_float(a.v1[full * 3 * D + (size_t)h * a.Dh + i]);
-                        dl += dv * (first - to_float(x[i]));
-                        dv1[i] += l * dv;
+                for (int j = 0; j < 2; j++)
+                    for (int e = 0; e < 2; e++) {
+                        int i = lane * 2 + j * 64 + e;
+                        if (i >= a.Dh) continue;
+                        float dv = to_float(d[i]);
+                        if (a.v1) {
+                            float first = to_float(a.v1[full * 3 * D + (size_t)h * a.Dh + i]);
+                            dl += dv * (first - to_float(x[i]));
+                            dv1[i] += l * dv;
+                        }
+                        float dx = out.is_first ? dv + dv1[i] : (1 - l) * dv;
+                        bias[j][e] += dx;
+                        store(&d[i], dx);
                     }
-                    store(&d[i], out.is_first ? dv + dv1[i] : (1 - l) * dv);
-                }
                 continue;
             }
             const float *w = h < a.H ? a.wq : a.wk;
@@ -1330,9 +1517,17 @@ __global__ void __launch_bounds__(256)
             for (int j = 0; j < 2; j++)
                 for (int e = 0; e < 2; e++) {
                     int i = lane * 2 + j * 64 + e;
-                    if (i < a.Dh) store(&d[i], r * (dn[j][e] - xs[j][e] * r * dot));
+                    if (i >= a.Dh) continue;
+                    float dx = r * (dn[j][e] - xs[j][e] * r * dot);
+                    bias[j][e] += dx;
+                    store(&d[i], dx);
                 }
         }
+        for (int j = 0; j < 2; j++)
+            for (int e = 0; e < 2; e++) {
+                int i = lane * 2 + j * 64 + e;
+                if (i < a.Dh) out.bias[block * 3 * D + (size_t)h * a.Dh + i] = bias[j][e];
+            }
     }
     for (int k = 0; k < 2; k++)
         for (int j = 0; j < 2; j++)
@@ -1340,7 +1535,7 @@ __global__ void __launch_bounds__(256)
     dl = sum_lanes<32>(dl);
     if (lane == 0) lambda_sums[warp] = dl;
     __syncthreads();
-    float *part = out.parts + (size_t)(b * gridDim.x + blockIdx.x) * (2 * a.Dh + 1);
+    float *part = out.parts + block * (2 * a.Dh + 1);
     for (int i = threadIdx.x; i <= 2 * a.Dh; i += 256) {
         float sum = 0;
         for (int w = 0; w < 8; w++) sum += i == 2 * a.Dh ? lambda_sums[w] : sums[w][i >= a.Dh][i % a.Dh];
@@ -1512,6 +1707,17 @@ __device__ __forceinline__ void ldmatrix_trans(unsigned (&r)[4], const void *row
                  : "r"(shared_address(row))
                  : "memory");
 }
+// 16 bytes to shared memory, zeros unless valid; they are there, for this thread, after the wait
+__device__ __forceinline__ void cp_async16(void *shared, const void *global, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :
+                 : "r"(shared_address(shared)), "l"(global), "r"(valid ? 16 : 0)
+                 : "memory");
+}
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING> __device__ __forceinline__ void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -1564,29 +1770,52 @@ __device__ __forceinline__ void to_a(unsigned (&a)[4], const float (&p)[2][4]) {
     a[3] = pack(p[1][2], p[1][3]);
 }
 
-// Eight lanes hold a row, eight numbers each. q and k: norm and RoPE; v: mix. Rows from T on are zeros. CLS
-// stands at position 0, whose rotation is the identity.
+// Eight lanes hold a row, eight numbers each. Where this lane's of row t (the last one, if there are fewer)
+// begin: in qkv, in block 0's, in x [B,T,H,64]
 template <Kind KIND>
-__device__ __forceinline__ uint4 load_row(const Attention &a, int b, int h, int t, int lane) {
-    const int c = lane % 8;
+__device__ __forceinline__ const uint4 *row_at(const Attention &a, int b, int h, int t, int lane) {
     const size_t row = (size_t)b * a.T + min(t, a.T - 1);
+    return (const uint4 *)(a.qkv + (row * 3 + KIND) * a.H * HD + h * HD + lane % 8 * 8);
+}
+__device__ __forceinline__ const uint4 *first_at(const Attention &a, int b, int h, int token, int lane) {
+    const size_t full = (size_t)b * a.tokens + token;
+    return (const uint4 *)(a.v1 + (full * 3 + V) * a.H * HD + h * HD + lane % 8 * 8);
+}
+__device__ __forceinline__ const uint4 *plain_at(const bf16 *x, const Attention &a, int b, int h, int t,
+                                                 int lane) {
+    const size_t row = (size_t)b * a.T + min(t, a.T - 1);
+    return (const uint4 *)(x + row * a.H * HD + h * HD + lane % 8 * 8);
+}
+__device__ __forceinline__ int token_at(const Attention &a, int b, int t) {
+    const int real = min(t, a.T - 1);
+    return a.ids ? __ldg(a.ids + (size_t)b * a.T + real) : real;
+}
+// Row and column of a token's patch, by a product instead of a division; CLS stands at position 0, whose
+// rotation is the identity.
+__device__ __forceinline__ int2 place_of(const Attention &a, int token) {
+    const int pos = max(token - a.cls, 0), y = pos * a.G_inverse >> 16;
+    return make_int2(y, pos - y * a.G);
+}
+// From the raw row x (and block 0's, y) what is multiplied: q and k: norm and RoPE; v: mix. Rows from T on
+// are zeros.
+template <Kind KIND>
+__device__ __forceinline__ uint4 finish_row(const Attention &a, int t, int token, int lane, uint4 raw,
+                                            uint4 raw_first) {
+    const int c = lane % 8;
     float x[8];
-    unpack8(x, __ldg((const uint4 *)(a.qkv + (row * 3 + KIND) * a.H * HD + h * HD + c * 8)));
+    unpack8(x, raw);
     if (KIND == V) {
-        if (a.v1) {
-            float y[8], l = __ldg(a.lambda);
-            const size_t full = (size_t)b * a.tokens + (a.ids ? __ldg(a.ids + row) : min(t, a.T - 1));
-            unpack8(y, __ldg((const uint4 *)(a.v1 + (full * 3 + V) * a.H * HD + h * HD + c * 8)));
-            for (int i = 0; i < 8; i++) x[i] = l * y[i] + (1 - l) * x[i];
-        }
+        if (!a.v1) return t < a.T ? raw : make_uint4(0, 0, 0, 0);
+        float y[8], l = __ldg(a.lambda);
+        unpack8(y, raw_first);
+        for (int i = 0; i < 8; i++) x[i] = l * y[i] + (1 - l) * x[i];
     } else {
         float r = 0;
         for (int i = 0; i < 8; i++) r += x[i] * x[i];
         r = rsqrtf(sum_lanes<8>(r) / HD + QK_EPS);
-        const int pos = max((a.ids ? __ldg(a.ids + row) : min(t, a.T - 1)) - a.cls, 0),
-                  p = c < 4 ? pos / a.G : pos % a.G;
+        const int2 place = place_of(a, token);
         const float2 *w = (const float2 *)(KIND == Q ? a.wq : a.wk) + c * 4,
-                     *rope = a.rope + p * 16 + c % 4 * 4;
+                     *rope = a.rope + (c < 4 ? place.x : place.y) * 16 + c % 4 * 4;
         for (int i = 0; i < 4; i++) {
             float2 wi = __ldg(w + i), cs = __ldg(rope + i);
             float y0 = x[2 * i] * r * wi.x, y1 = x[2 * i + 1] * r * wi.y;
@@ -1596,19 +1825,18 @@ __device__ __forceinline__ uint4 load_row(const Attention &a, int b, int h, int 
     }
     return t < a.T ? pack8(x) : make_uint4(0, 0, 0, 0);
 }
-__device__ __forceinline__ uint4 load_plain(const bf16 *x, const Attention &a, int b, int h, int t,
-                                            int lane) {
-    const size_t row = (size_t)b * a.T + t;   // x [B,T,H,64]
-    return t < a.T ? __ldg((const uint4 *)(x + row * a.H * HD + h * HD + lane % 8 * 8))
-                   : make_uint4(0, 0, 0, 0);
-}
 
 // A fragments of 16 query rows from t0 on, by way of 8 rows of shared memory of the warp's own
 __device__ __forceinline__ void load_queries(unsigned (&f)[4][4], Row *stage, const Attention &a, int b,
                                              int h, int t0, int lane) {
     uint4 x[4];
 #pragma unroll
-    for (int i = 0; i < 4; i++) x[i] = load_row<Q>(a, b, h, t0 + i * 4 + lane / 8, lane);
+    for (int i = 0; i < 4; i++) x[i] = __ldg(row_at<Q>(a, b, h, t0 + i * 4 + lane / 8, lane));
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int t = t0 + i * 4 + lane / 8;
+        x[i] = finish_row<Q>(a, t, token_at(a, b, t), lane, x[i], x[i]);
+    }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         *(uint4 *)tile_at(stage, lane / 8, lane % 8) = x[half * 2];
@@ -1664,13 +1892,14 @@ __device__ __forceinline__ void forward_rows(bf16 *o, float *lse, const Attentio
                 mma_bf16(s[m][1], q[m][kk], {f[2], f[3]});
             }
         }
+        if (n + 16 > a.T)   // keys past T, in the last tile
 #pragma unroll
-        for (int m = 0; m < MT; m++)
+            for (int m = 0; m < MT; m++)
 #pragma unroll
-            for (int j = 0; j < 2; j++)
+                for (int j = 0; j < 2; j++)
 #pragma unroll
-                for (int e = 0; e < 4; e++)
-                    s[m][j][e] = n + j * 8 + c * 2 + e % 2 < a.T ? s[m][j][e] * (SCALE * LOG2E) : -INFINITY;
+                    for (int e = 0; e < 4; e++)
+                        if (n + j * 8 + c * 2 + e % 2 >= a.T) s[m][j][e] = -INFINITY;
         if (online) {
 #pragma unroll
             for (int m = 0; m < MT; m++)
@@ -1678,7 +1907,7 @@ __device__ __forceinline__ void forward_rows(bf16 *o, float *lse, const Attentio
                 for (int i = 0; i < 2; i++) {
                     float top = fmaxf(fmaxf(s[m][0][i * 2], s[m][0][i * 2 + 1]),
                                       fmaxf(s[m][1][i * 2], s[m][1][i * 2 + 1]));
-                    top = fmaxf(top, shift[m][i]);
+                    top = fmaxf(top * (SCALE * LOG2E), shift[m][i]);
                     top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
                     top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
                     float shrink = exp2_approx(shift[m][i] - top);   // key n is real: top is finite
@@ -1695,7 +1924,7 @@ __device__ __forceinline__ void forward_rows(bf16 *o, float *lse, const Attentio
             for (int j = 0; j < 2; j++)
 #pragma unroll
                 for (int e = 0; e < 4; e++)
-                    sum[m][e / 2] += s[m][j][e] = exp2_approx(s[m][j][e] - shift[m][e / 2]);
+                    sum[m][e / 2] += s[m][j][e] = exp2_approx(s[m][j][e] * (SCALE * LOG2E) - shift[m][e / 2]);
             to_a(p[m], s[m]);
         }
 #pragma unroll
@@ -1735,9 +1964,11 @@ __global__ void __launch_bounds__(FORWARD_WARPS * 32, TMAX > 64 ? 3 : 4)
     const int rows = (a.T + 15) / 16 * 16;
 #pragma unroll 2
     for (int t = warp * 4 + lane / 8; t < rows; t += FORWARD_WARPS * 4) {
-        uint4 k = load_row<K>(a, b, h, t, lane), v = load_row<V>(a, b, h, t, lane);
-        *(uint4 *)tile_at(s.k, t, lane % 8) = k;
-        *(uint4 *)tile_at(s.v, t, lane % 8) = v;
+        const int token = token_at(a, b, t);
+        uint4 k = __ldg(row_at<K>(a, b, h, t, lane)), v = __ldg(row_at<V>(a, b, h, t, lane)), first = v;
+        if (a.v1) first = __ldg(first_at(a, b, h, token, lane));
+        *(uint4 *)tile_at(s.k, t, lane % 8) = finish_row<K>(a, t, token, lane, k, k);
+        *(uint4 *)tile_at(s.v, t, lane % 8) = finish_row<V>(a, t, token, lane, v, first);
     }
     const float bound = score_bound(a, lane);
     __syncthreads();
@@ -1758,19 +1989,37 @@ __global__ void __launch_bounds__(FORWARD_WARPS * 32, TMAX > 64 ? 3 : 4)
 // warp waits for another, and nothing needs an atomic.
 template <int TMAX, int NW> struct BackwardShared {
     Row q[TMAX], k[TMAX], v[TMAX], dout[TMAX];
-    float lse[TMAX], delta[TMAX];       // lse in units of log 2
-    float dw[2][NW][HD], dlambda[NW];   // each warp's sums
+    float lse[TMAX], delta[TMAX];                  // lse in units of log 2
+    float2 dw[2][NW][HD / 2], db[3][NW][HD / 2];   // each warp's sums for wq, wk; for the bias of q, k, v
+    float dlambda[NW];
 };
 
+// x[j] of this lane and of those with the other g -> the sum over all eight of x[g]: what a lane does not
+// keep it hands over, half of what is left at each step
+__device__ __forceinline__ float sum_transposed(float (&x)[8], int g) {
+#pragma unroll
+    for (int m = 4; m; m /= 2)
+#pragma unroll
+        for (int j = 0; j < m; j++) {
+            float keep = g & m ? x[j + m] : x[j], give = g & m ? x[j] : x[j + m];
+            x[j] = keep + __shfl_xor_sync(0xffffffffu, give, m * 4);
+        }
+    return x[0];
+}
+// *sum += over the rows of a fragment; a lane's two columns are 8g + 2c, + 1
+__device__ __forceinline__ void sum_columns(float2 *sum, float (&x)[2][8], int lane) {
+    sum[lane].x += sum_transposed(x[0], lane / 4);
+    sum[lane].y += sum_transposed(x[1], lane / 4);
+}
+
 // x -> n = w x r(x) -> y = R n. Given dy/8 (rows t0 + g, + 8 of fragments d):
-//   dn = R^T dy,  dw = sum_t dn x r,  dx = r (w dn - x r^2 mean(w dn x))
-// Lane (g, c) keeps dw of columns 8g + 2c, + 1.
+//   dn = R^T dy,  dw += sum_t dn x r,  dx = r (w dn - x r^2 mean(w dn x)),  db += sum_t dx
 template <Kind KIND>
-__device__ __forceinline__ void norm_rope_backward(bf16 *dqkv, float (&dw)[2], const float (&d)[8][4],
+__device__ __forceinline__ void norm_rope_backward(bf16 *dqkv, float2 *dw, float2 *db, const float (&d)[8][4],
                                                    const Attention &a, int b, int h, int t0, int lane) {
     const int g = lane / 4, c = lane % 4;
     const float2 *w = (const float2 *)(KIND == Q ? a.wq : a.wk);
-    float part[8][2] = {};
+    float of_w[2][8] = {}, of_b[2][8] = {};
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const int t = t0 + i * 8 + g;
@@ -1784,14 +2033,14 @@ __device__ __forceinline__ void norm_rope_backward(bf16 *dqkv, float (&dw)[2], c
             r += x[j].x * x[j].x + x[j].y * x[j].y;
         }
         r = rsqrtf(sum_lanes<4>(r) / HD + QK_EPS);
-        const int pos = max((a.ids ? __ldg(a.ids + row) : min(t, a.T - 1)) - a.cls, 0), y = pos / a.G,
-                  z = pos % a.G;
+        const int2 place = place_of(a, token_at(a, b, t));
 #pragma unroll
         for (int j = 0; j < 8; j++) {
-            const float2 cs = __ldg(a.rope + (j < 4 ? y : z) * 16 + j % 4 * 4 + c), wj = __ldg(w + j * 4 + c);
+            const float2 cs = __ldg(a.rope + (j < 4 ? place.x : place.y) * 16 + j % 4 * 4 + c),
+                         wj = __ldg(w + j * 4 + c);
             const float dy0 = d[j][i * 2] * SCALE, dy1 = d[j][i * 2 + 1] * SCALE;
             dn[j] = make_float2(dy0 * cs.x + dy1 * cs.y, dy1 * cs.x - dy0 * cs.y);
-            if (t < a.T) part[j][0] += dn[j].x * x[j].x * r, part[j][1] += dn[j].y * x[j].y * r;
+            if (t < a.T) of_w[0][j] += dn[j].x * x[j].x * r, of_w[1][j] += dn[j].y * x[j].y * r;
             dn[j].x *= wj.x;
             dn[j].y *= wj.y;
             dot += dn[j].x * x[j].x + dn[j].y * x[j].y;
@@ -1799,26 +2048,25 @@ __device__ __forceinline__ void norm_rope_backward(bf16 *dqkv, float (&dw)[2], c
         dot = sum_lanes<4>(dot) * r * r / HD;
         if (t < a.T)
 #pragma unroll
-            for (int j = 0; j < 8; j++)
-                *(unsigned *)(dqkv + start + j * 8) =
-                    pack(r * (dn[j].x - x[j].x * dot), r * (dn[j].y - x[j].y * dot));
+            for (int j = 0; j < 8; j++) {
+                const float dx0 = r * (dn[j].x - x[j].x * dot), dx1 = r * (dn[j].y - x[j].y * dot);
+                of_b[0][j] += dx0;
+                of_b[1][j] += dx1;
+                *(unsigned *)(dqkv + start + j * 8) = pack(dx0, dx1);
+            }
     }
-#pragma unroll
-    for (int j = 0; j < 8; j++)
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-            float x = part[j][e];
-            for (int m = 4; m < 32; m *= 2) x += __shfl_xor_sync(0xffffffffu, x, m);
-            if (g == j) dw[e] += x;
-        }
+    sum_columns(dw, of_w, lane);
+    sum_columns(db, of_b, lane);
 }
 
-// v = l v1 + (1 - l) x:  dx = (1 - l) dv,  dv1 += l dv,  dl = sum dv (v1 - x);  in block 0, dx = dv + dv1
-__device__ __forceinline__ void mix_backward(const AttentionGrads &out, float &dlambda,
+// v = l v1 + (1 - l) x:  dx = (1 - l) dv,  dv1 += l dv,  dl = sum dv (v1 - x);  in block 0, dx = dv + dv1;
+// db += sum_t dx
+__device__ __forceinline__ void mix_backward(const AttentionGrads &out, float &dlambda, float2 *db,
                                              const float (&d)[8][4], const Attention &a, int b, int h, int t0,
                                              int lane) {
     const int g = lane / 4, c = lane % 4;
     const float l = a.v1 ? __ldg(a.lambda) : 0;
+    float of_b[2][8] = {};
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const int t = t0 + i * 8 + g;
@@ -1828,21 +2076,34 @@ __device__ __forceinline__ void mix_backward(const AttentionGrads &out, float &d
         const size_t start = (row * 3 + V) * a.H * HD + h * HD + c * 2,
                      first = (full * 3 + V) * a.H * HD + h * HD + c * 2;
         float *dv1 = out.dv1 + (full * a.H + h) * HD + c * 2;
+        const bool mixed = a.v1, any = mixed || out.is_first;
+        unsigned x[8], y[8];
+        float2 sum[8];
+#pragma unroll
+        for (int j = 0; j < 8; j++) {   // all loads first: a store in between would hold the next one back
+            sum[j] = any ? *(const float2 *)(dv1 + j * 8) : make_float2(0, 0);
+            x[j] = mixed ? __ldg((const unsigned *)(a.qkv + start + j * 8)) : 0;
+            y[j] = mixed ? __ldg((const unsigned *)(a.v1 + first + j * 8)) : 0;
+        }
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             float d0 = d[j][i * 2], d1 = d[j][i * 2 + 1];
-            if (a.v1 || out.is_first) {
-                float2 sum = *(float2 *)(dv1 + j * 8);
-                if (a.v1) {
-                    const float2 x = unpack(__ldg((const unsigned *)(a.qkv + start + j * 8)));
-                    const float2 y = unpack(__ldg((const unsigned *)(a.v1 + first + j * 8)));
-                    *(float2 *)(dv1 + j * 8) = make_float2(sum.x + l * d0, sum.y + l * d1);
-                    dlambda += d0 * (y.x - x.x) + d1 * (y.y - x.y);
-                } else d0 += sum.x, d1 += sum.y;
+            if (mixed) {
+                const float2 own = unpack(x[j]), of_first = unpack(y[j]);
+                *(float2 *)(dv1 + j * 8) = make_float2(sum[j].x + l * d0, sum[j].y + l * d1);
+                dlambda += d0 * (of_first.x - own.x) + d1 * (of_first.y - own.y);
+            } else {
+                d0 += sum[j].x;
+                d1 += sum[j].y;
             }
-            *(unsigned *)(out.dqkv + start + j * 8) = pack((1 - l) * d0, (1 - l) * d1);
+            d0 *= 1 - l;
+            d1 *= 1 - l;
+            of_b[0][j] += d0;
+            of_b[1][j] += d1;
+            *(unsigned *)(out.dqkv + start + j * 8) = pack(d0, d1);
         }
     }
+    sum_columns(db, of_b, lane);
 }
 
 // MT * 16 rows from t0 on: keys (out = dk, out2 = dv) or queries (out = dq).
@@ -1884,6 +2145,14 @@ __device__ __forceinline__ void backward_rows(float (&out)[MT][8][4], float (&ou
                 mma_bf16(ds[m][1], a2[m][kk], {f2[2], f2[3]});
             }
         }
+        if (!KEYS && n + 16 > T)   // keys past T, in the last tile (a query past T has an infinite lse)
+#pragma unroll
+            for (int m = 0; m < MT; m++)
+#pragma unroll
+                for (int j = 0; j < 2; j++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        if (n + j * 8 + c * 2 + e % 2 >= T) s[m][j][e] = -INFINITY;
         unsigned p[MT][4], dp[MT][4];
 #pragma unroll
         for (int m = 0; m < MT; m++) {
@@ -1894,8 +2163,7 @@ __device__ __forceinline__ void backward_rows(float (&out)[MT][8][4], float (&ou
                     const int other = n + j * 8 + c * 2 + e % 2;
                     const float l = KEYS ? lse[other] : own_lse[m][e / 2],
                                 d = KEYS ? delta[other] : own_d[m][e / 2];
-                    float pe = exp2_approx(s[m][j][e] * (SCALE * LOG2E) - l);
-                    if (!KEYS && other >= T) pe = 0;   // a key past T (a query past T has an infinite lse)
+                    const float pe = exp2_approx(s[m][j][e] * (SCALE * LOG2E) - l);
                     s[m][j][e] = pe;
                     ds[m][j][e] = pe * (ds[m][j][e] - d);
                 }
@@ -1924,34 +2192,31 @@ __device__ __forceinline__ void backward_rows(float (&out)[MT][8][4], float (&ou
 }
 
 template <int MT, class Shared>
-__device__ __forceinline__ void query_rows(const AttentionGrads &out, float (&dw)[2], const Attention &a,
-                                           int b, int h, int t0, Shared &s, int lane) {
+__device__ __forceinline__ void query_rows(const AttentionGrads &out, const Attention &a, int b, int h,
+                                           int t0, Shared &s, int warp, int lane) {
     float dq[MT][8][4] = {}, none[1][8][4];
     backward_rows<MT, false>(dq, none, s.q, s.dout, s.k, s.v, s.lse, s.delta, t0, a.T, lane);
 #pragma unroll
-    for (int m = 0; m < MT; m++) norm_rope_backward<Q>(out.dqkv, dw, dq[m], a, b, h, t0 + m * 16, lane);
+    for (int m = 0; m < MT; m++)
+        norm_rope_backward<Q>(out.dqkv, s.dw[Q][warp], s.db[Q][warp], dq[m], a, b, h, t0 + m * 16, lane);
 }
 
-// The weights' gradients of a block, one row of parts: its warps' sums, added in order
-template <int NW, class Shared>
-__device__ __forceinline__ void weight_sums(float *parts, Shared &s, const float (&dwq)[2],
-                                            const float (&dwk)[2], float dl, int warp, int lane) {
-    *(float2 *)&s.dw[0][warp][lane * 2] = make_float2(dwq[0], dwq[1]);   // columns 8g + 2c = 2 lane
-    *(float2 *)&s.dw[1][warp][lane * 2] = make_float2(dwk[0], dwk[1]);
-    dl = sum_lanes<32>(dl);
-    if (lane == 0) s.dlambda[warp] = dl;
-    __syncthreads();
-    float *part = parts + (size_t)blockIdx.x * (2 * HD + 1);
-    for (int i = threadIdx.x; i <= 2 * HD; i += NW * 32) {
-        float x = 0;
-        for (int k = 0; k < NW; k++) x += i == 2 * HD ? s.dlambda[k] : s.dw[i / HD][k][i % HD];
-        part[i] = x;
+// Where warp w's share of the work begins: of `tiles` jobs of 16 keys, then as many of 16 queries, which cost
+// about 5 to 4. Each warp has neighbours; a job belongs to the warp in whose share its middle lies. At
+// T = 257 the longest share is 20 (dealt out in turn: 23), the mean 19.1.
+__device__ __forceinline__ int share_of(int w, int warps, int tiles) {
+    int job = 0;
+    for (int cost = 0; job < 2 * tiles; job++) {
+        const int own = job < tiles ? 5 : 4;
+        if ((2 * cost + own) * warps >= 2 * w * 9 * tiles) break;
+        cost += own;
     }
+    return job;
 }
 
-// o, dout [B,T,H,64], lse [B,H,T]. NW warps; a job is 16 keys or MQ * 16 queries. 146 KB of shared memory at
-// T = 257, one block an SM; at T <= 64 35 KB, 3 an SM. Reads 6 (+ 2) + 4, writes 6, adds 4 + 4 bytes an
-// element: 1.2 GB, 0.4 ms; memory and shared memory bound it about equally.
+// o, dout [B,T,H,64], lse [B,H,T]. NW warps; a job is 16 keys or 16 to MQ * 16 queries. 152 KB of shared
+// memory at T = 257, one block an SM; at T <= 64 38 KB, 3 an SM. Reads 6 (+ 2) + 4, writes 6, adds 4 + 4
+// bytes an element: 1.2 GB, 0.4 ms; memory and shared memory bound it about equally.
 template <int TMAX, int NW, int MQ, int CTAS>
 __global__ void __launch_bounds__(NW * 32, CTAS)
     tensor_attention_backward_kernel(const AttentionGrads out, const Attention a,
@@ -1962,43 +2227,84 @@ __global__ void __launch_bounds__(NW * 32, CTAS)
     Shared &s = *reinterpret_cast<Shared *>(raw);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, b = blockIdx.x / a.H, h = blockIdx.x % a.H;
     const int rows = (a.T + 15) / 16 * 16;
-#pragma unroll 2
+    // Raw rows of q, k, v and do are copied to their places, all at once; then each thread makes of its own
+    // chunks what is multiplied, with those of o and block 0's v, RL at a time.
     for (int t = warp * 4 + lane / 8; t < rows; t += NW * 4) {
-        uint4 y = load_plain(dout, a, b, h, t, lane), z = load_plain(o, a, b, h, t, lane);
-        uint4 q = load_row<Q>(a, b, h, t, lane), k = load_row<K>(a, b, h, t, lane),
-              v = load_row<V>(a, b, h, t, lane);
-        float d = 0, fy[8], fz[8];
-        unpack8(fy, y);
-        unpack8(fz, z);
-        for (int i = 0; i < 8; i++) d += fy[i] * fz[i];
-        d = sum_lanes<8>(d);
-        *(uint4 *)tile_at(s.q, t, lane % 8) = q;
-        *(uint4 *)tile_at(s.k, t, lane % 8) = k;
-        *(uint4 *)tile_at(s.v, t, lane % 8) = v;
-        *(uint4 *)tile_at(s.dout, t, lane % 8) = y;
-        if (lane % 8 == 0) {
-            s.lse[t] = t < a.T ? __ldg(lse + (size_t)blockIdx.x * a.T + t) * LOG2E : INFINITY;
-            s.delta[t] = d;
+        cp_async16(tile_at(s.q, t, lane % 8), row_at<Q>(a, b, h, t, lane), t < a.T);
+        cp_async16(tile_at(s.k, t, lane % 8), row_at<K>(a, b, h, t, lane), t < a.T);
+        cp_async16(tile_at(s.v, t, lane % 8), row_at<V>(a, b, h, t, lane), t < a.T);
+        cp_async16(tile_at(s.dout, t, lane % 8), plain_at(dout, a, b, h, t, lane), t < a.T);
+    }
+    cp_async_commit();
+    constexpr int RL = TMAX > 64 ? 3 : 2;
+    for (int t0 = warp * 4 + lane / 8; t0 < rows; t0 += RL * NW * 4) {
+        uint4 z[RL], first[RL];
+        int token[RL];
+#pragma unroll
+        for (int i = 0; i < RL; i++) {
+            token[i] = token_at(a, b, t0 + i * NW * 4);
+            z[i] = __ldg(plain_at(o, a, b, h, t0 + i * NW * 4, lane));
+            first[i] = a.v1 ? __ldg(first_at(a, b, h, token[i], lane)) : make_uint4(0, 0, 0, 0);
+        }
+        cp_async_wait<0>();
+#pragma unroll
+        for (int i = 0; i < RL; i++) {
+            const int t = t0 + i * NW * 4;
+            if (t >= rows) break;   // (the same for the whole warp)
+            uint4 *q = (uint4 *)tile_at(s.q, t, lane % 8), *k = (uint4 *)tile_at(s.k, t, lane % 8),
+                  *v = (uint4 *)tile_at(s.v, t, lane % 8), *y = (uint4 *)tile_at(s.dout, t, lane % 8);
+            float d = 0, fy[8], fz[8];
+            unpack8(fy, *y);
+            unpack8(fz, z[i]);
+            for (int j = 0; j < 8; j++) d += fy[j] * fz[j];
+            d = sum_lanes<8>(d);
+            *q = finish_row<Q>(a, t, token[i], lane, *q, *q);
+            *k = finish_row<K>(a, t, token[i], lane, *k, *k);
+            *v = finish_row<V>(a, t, token[i], lane, *v, first[i]);
+            if (lane % 8 == 0) {
+                s.lse[t] = t < a.T ? __ldg(lse + (size_t)blockIdx.x * a.T + t) * LOG2E : INFINITY;
+                s.delta[t] = d;
+            }
         }
     }
+    float dl = 0;
+    for (int i = 0; i < 2; i++) s.dw[i][warp][lane] = make_float2(0, 0);
+    for (int i = 0; i < 3; i++) s.db[i][warp][lane] = make_float2(0, 0);   // a lane's own: nobody waits
     __syncthreads();
 
-    const int key_jobs = (a.T + 15) / 16, query_jobs = (a.T + MQ * 16 - 1) / (MQ * 16);
-    float dwk[2] = {}, dwq[2] = {}, dl = 0;
-    int job = warp;
-    for (; job < key_jobs; job += NW) {
+    const int tiles = (a.T + 15) / 16;
+    constexpr bool one_each = TMAX <= NW * 16;   // job of keys and of queries for each warp
+    const int begin = one_each ? warp : share_of(warp, NW, tiles);
+    const int end = one_each ? warp + 1 : share_of(warp + 1, NW, tiles);
+    for (int key = begin; key < min(end, tiles); key++) {
         float dk[1][8][4] = {}, dv[1][8][4] = {};
-        backward_rows<1, true>(dk, dv, s.k, s.v, s.q, s.dout, s.lse, s.delta, job * 16, a.T, lane);
-        norm_rope_backward<K>(out.dqkv, dwk, dk[0], a, b, h, job * 16, lane);
-        mix_backward(out, dl, dv[0], a, b, h, job * 16, lane);
+        backward_rows<1, true>(dk, dv, s.k, s.v, s.q, s.dout, s.lse, s.delta, key * 16, a.T, lane);
+        mix_backward(out, dl, s.db[V][warp], dv[0], a, b, h, key * 16, lane);
+        norm_rope_backward<K>(out.dqkv, s.dw[K][warp], s.db[K][warp], dk[0], a, b, h, key * 16, lane);
     }
-    for (job -= key_jobs; job < query_jobs; job += NW) {
-        const int t = job * MQ * 16;
-        if (MQ == 1 || a.T - t <= 16) query_rows<1>(out, dwq, a, b, h, t, s, lane);
-        else query_rows<MQ>(out, dwq, a, b, h, t, s, lane);
+    const int query_end = one_each ? min(end, tiles) : end - tiles;
+    for (int query = one_each ? begin : max(begin - tiles, 0), count; query < query_end; query += count) {
+        count = min(MQ, query_end - query);
+        if (MQ == 1 || count == 1) query_rows<1>(out, a, b, h, query * 16, s, warp, lane);
+        else query_rows<MQ>(out, a, b, h, query * 16, s, warp, lane);
     }
 
-    weight_sums<NW>(out.parts, s, dwq, dwk, dl, warp, lane);
+    // the weights' gradients: the warps' sums, added in order
+    dl = sum_lanes<32>(dl);
+    if (lane == 0) s.dlambda[warp] = dl;
+    __syncthreads();
+    float *part = out.parts + (size_t)blockIdx.x * (2 * HD + 1),
+          *bias = out.bias + ((size_t)b * 3 * a.H + h) * HD;
+    for (int i = threadIdx.x; i <= 5 * HD; i += NW * 32) {
+        const int kind = i / HD, d = i % HD;
+        const float *sums =
+            kind == 5 ? s.dlambda : (const float *)(kind < 2 ? s.dw[kind] : s.db[kind - 2]) + d;
+        float x = 0;
+        for (int k = 0; k < NW; k++) x += sums[kind == 5 ? k : k * HD];
+        if (kind < 2) part[i] = x;
+        else if (kind == 5) part[2 * HD] = x;
+        else bias[(kind - 2) * a.H * HD + d] = x;
+    }
 }
 
 // The same where a card has less shared memory than that: sm_86, sm_89 and sm_120 have 99 KB a block, and
@@ -2008,8 +2314,29 @@ __global__ void __launch_bounds__(NW * 32, CTAS)
 template <int TMAX, int NW> struct HalvesShared {
     Row u[TMAX], w[TMAX], own[NW][2][16];
     float lse[TMAX], delta[TMAX];
-    float dw[2][NW][HD], dlambda[NW];
+    float2 sums[3][NW]
+               [HD / 2];   // each warp's: of wk, of the bias of k and of v; then of wq, of the bias of q
+    float dlambda[NW];
 };
+// to[64] = the sums of a block's warps, added in order
+template <int NW> __device__ __forceinline__ void add_warps(float *to, const float2 (&sums)[NW][HD / 2]) {
+    for (int i = threadIdx.x; i < HD; i += NW * 32) {
+        float x = 0;
+        for (int k = 0; k < NW; k++) x += ((const float *)sums[k])[i];
+        to[i] = x;
+    }
+}
+// One row of q, k or v as it is multiplied, and one of do or o
+template <Kind KIND>
+__device__ __forceinline__ uint4 whole_row(const Attention &a, int b, int h, int t, int lane) {
+    const int token = token_at(a, b, t);
+    const uint4 x = __ldg(row_at<KIND>(a, b, h, t, lane));
+    return finish_row<KIND>(a, t, token, lane, x,
+                            KIND == V && a.v1 ? __ldg(first_at(a, b, h, token, lane)) : x);
+}
+__device__ __forceinline__ uint4 plain_row(const bf16 *x, const Attention &a, int b, int h, int t, int lane) {
+    return t < a.T ? __ldg(plain_at(x, a, b, h, t, lane)) : make_uint4(0, 0, 0, 0);
+}
 template <int TMAX, int NW>
 __global__ void __launch_bounds__(NW * 32, 1)
     tensor_attention_halves_kernel(const AttentionGrads out, const Attention a, const bf16 *__restrict__ dout,
@@ -2020,12 +2347,14 @@ __global__ void __launch_bounds__(NW * 32, 1)
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, b = blockIdx.x / a.H, h = blockIdx.x % a.H;
     const int jobs = (a.T + 15) / 16;
     Row *x = s.own[warp][0], *y = s.own[warp][1];
-    float dwk[2] = {}, dwq[2] = {}, dl = 0;
+    float dl = 0, *part = out.parts + (size_t)blockIdx.x * (2 * HD + 1);
+    float *bias = out.bias + ((size_t)b * 3 * a.H + h) * HD;
+    for (int i = 0; i < 3; i++) s.sums[i][warp][lane] = make_float2(0, 0);   // a lane's own: nobody waits
     for (int t = warp * 4 + lane / 8; t < jobs * 16; t += NW * 4) {
-        uint4 q = load_row<Q>(a, b, h, t, lane), p = load_plain(dout, a, b, h, t, lane);
+        uint4 q = whole_row<Q>(a, b, h, t, lane), p = plain_row(dout, a, b, h, t, lane);
         float d = 0, f[8], fo[8];
         unpack8(f, p);
-        unpack8(fo, load_plain(o, a, b, h, t, lane));
+        unpack8(fo, plain_row(o, a, b, h, t, lane));
         for (int i = 0; i < 8; i++) d += f[i] * fo[i];
         d = sum_lanes<8>(d);
         *(uint4 *)tile_at(s.u, t, lane % 8) = q;
@@ -2038,37 +2367,51 @@ __global__ void __launch_bounds__(NW * 32, 1)
     __syncthreads();
     for (int job = warp; job < jobs; job += NW) {
         for (int i = lane / 8; i < 16; i += 4) {
-            uint4 k = load_row<K>(a, b, h, job * 16 + i, lane), v = load_row<V>(a, b, h, job * 16 + i, lane);
+            uint4 k = whole_row<K>(a, b, h, job * 16 + i, lane),
+                  v = whole_row<V>(a, b, h, job * 16 + i, lane);
             *(uint4 *)tile_at(x, i, lane % 8) = k;
             *(uint4 *)tile_at(y, i, lane % 8) = v;
         }
         __syncwarp();
         float dk[1][8][4] = {}, dv[1][8][4] = {};
         backward_rows<1, true>(dk, dv, x, y, s.u, s.w, s.lse, s.delta, 0, a.T, lane);
-        norm_rope_backward<K>(out.dqkv, dwk, dk[0], a, b, h, job * 16, lane);
-        mix_backward(out, dl, dv[0], a, b, h, job * 16, lane);
+        norm_rope_backward<K>(out.dqkv, s.sums[0][warp], s.sums[1][warp], dk[0], a, b, h, job * 16, lane);
+        mix_backward(out, dl, s.sums[2][warp], dv[0], a, b, h, job * 16, lane);
         __syncwarp();
     }
+    dl = sum_lanes<32>(dl);
+    if (lane == 0) s.dlambda[warp] = dl;
     __syncthreads();
+    add_warps<NW>(part + K * HD, s.sums[0]);
+    add_warps<NW>(bias + K * a.H * HD, s.sums[1]);
+    add_warps<NW>(bias + V * a.H * HD, s.sums[2]);
+    if (threadIdx.x == 0) {
+        float x = 0;
+        for (int k = 0; k < NW; k++) x += s.dlambda[k];
+        part[2 * HD] = x;
+    }
     for (int t = warp * 4 + lane / 8; t < jobs * 16; t += NW * 4) {
-        uint4 k = load_row<K>(a, b, h, t, lane), v = load_row<V>(a, b, h, t, lane);
+        uint4 k = whole_row<K>(a, b, h, t, lane), v = whole_row<V>(a, b, h, t, lane);
         *(uint4 *)tile_at(s.u, t, lane % 8) = k;
         *(uint4 *)tile_at(s.w, t, lane % 8) = v;
     }
     __syncthreads();
+    for (int i = 0; i < 2; i++) s.sums[i][warp][lane] = make_float2(0, 0);
     for (int job = warp; job < jobs; job += NW) {
         for (int i = lane / 8; i < 16; i += 4) {
-            uint4 q = load_row<Q>(a, b, h, job * 16 + i, lane);
+            uint4 q = whole_row<Q>(a, b, h, job * 16 + i, lane);
             *(uint4 *)tile_at(x, i, lane % 8) = q;
-            *(uint4 *)tile_at(y, i, lane % 8) = load_plain(dout, a, b, h, job * 16 + i, lane);
+            *(uint4 *)tile_at(y, i, lane % 8) = plain_row(dout, a, b, h, job * 16 + i, lane);
         }
         __syncwarp();
         float dq[1][8][4] = {}, none[1][8][4];
         backward_rows<1, false>(dq, none, x, y, s.u, s.w, s.lse + job * 16, s.delta + job * 16, 0, a.T, lane);
-        norm_rope_backward<Q>(out.dqkv, dwq, dq[0], a, b, h, job * 16, lane);
+        norm_rope_backward<Q>(out.dqkv, s.sums[0][warp], s.sums[1][warp], dq[0], a, b, h, job * 16, lane);
         __syncwarp();
     }
-    weight_sums<NW>(out.parts, s, dwq, dwk, dl, warp, lane);
+    __syncthreads();
+    add_warps<NW>(part + Q * HD, s.sums[0]);
+    add_warps<NW>(bias + Q * a.H * HD, s.sums[1]);
 }
 
 template <int TMAX, int MT> static void forward_launch(bf16 *o, float *lse, const Attention *a, int B) {
@@ -2140,6 +2483,7 @@ static Attention longest_attention(const Config *c) {
     Attention a;
     memset(&a, 0, sizeof(a));
     a.T = tokens_of(c);
+    a.H = c->num_heads;
     a.Dh = c->hidden_size / c->num_heads;
     a.wq = c->qk_norm ? &weight : NULL;
     return a;
@@ -2163,6 +2507,9 @@ static void attention_report(FILE *to, const Config *c) {
 enum { MIX_CHUNK = 16 };
 static int attention_parts(const Attention *a, int B) {   // rows of AttentionGrads.parts
     return backward_way(a) == PLAIN ? B * div_up(a->T, MIX_CHUNK) : B * a->H;
+}
+static int bias_parts(const Attention *a, int B) {   // rows of AttentionGrads.bias
+    return backward_way(a) == PLAIN ? B * div_up(a->T, MIX_CHUNK) : B;
 }
 
 #define BY_HEAD(KERNEL, ...)                                                                                 \
@@ -2459,12 +2806,14 @@ typedef struct {
     floatX *final_h;                            // [B,T,D], patches first
     float *out_patches, *cls_out;               // [B,P,X], [B,Z]
     // gradients, and scratch that all share
-    float *dx, *d_E, *d_v1, *d_g;                       // [B,T,D] three times, [B Tk + ..., D]
-    floatX *dy, *dh, *dG, *wide, *wide2;                // [B,T,D] twice, as g_out, [B,T,F|M|3D]
-    floatX *d_mod, *d_final_mod, *d_out, *d_cls_out;    // [L,B,6D], [B,2D], [B,P,X], [B,Z]
-    floatX *d_cond, *d_t0;                              // [B,D] twice
-    float *d_cond_parts, *bias_parts, *parts, *delta;   // [L+1,B,D], [B,D], sums of chunks, [B,H,T]
-    floatX *mix;                                        // [B,T,3D], where attention is plain
+    float *dx, *d_E, *d_v1, *d_g;                      // [B,T,D] three times, [B Tk + ..., D]
+    floatX *dy, *dh, *dG, *wide, *wide2;               // [B,T,D] twice, as g_out, [B,T,F|M|3D]
+    floatX *d_mod, *d_final_mod, *d_out, *d_cls_out;   // [L,B,6D], [B,2D], [B,P,X], [B,Z]
+    floatX *d_cond, *d_t0;                             // [B,D] twice
+    float *d_cond_parts, *parts, *mask_sum, *delta;    // [L+1,B,D], sums of chunks, [D], [B,H,T]
+    float *sums;                                       // what Sums hands out
+    size_t sums_room;
+    floatX *mix;   // [B,T,3D], where attention is plain
 } Acts;
 
 enum { LOSS_BLOCKS = 512, NORM_BLOCKS = 1024 };
@@ -2506,6 +2855,7 @@ typedef struct {
     DeviceLosses *losses;
     StepConstants *constants;
     float *loss_parts, *norm_parts;   // [4, ...], [NORM_BLOCKS]
+    Sums sums;                        // of this step's backward
     InputQueue queue;
     Input in;   // the one of this step
     Recording recordings[MAX_RECORDINGS];
@@ -2596,14 +2946,20 @@ static void acts_layout(Acts *a, DeviceArena *m, const Config *c, int B) {
     take(a->d_cond, m, b * D);
     take(a->d_t0, m, b * D);
     take(a->d_cond_parts, m, (L + 1) * b * D);
-    take(a->bias_parts, m, b * D);
-    // the largest of: norm backward's sums, bias sums, attention's sums
-    size_t Dh = D / H, columns = largest(largest(3 * D, F), largest(M, largest(Z, X)));
-    size_t of_norm = b * (size_t)norm_chunks((int)T) * 4 * D, of_bias = BIAS_CHUNKS * columns;
-    size_t of_attention = (b * H + b * (T / 16 + 1)) * (2 * Dh + 1);
-    take(a->parts, m, largest(of_norm, largest(of_bias, of_attention)));
+    take(a->mask_sum, m, D);
+    size_t Dh = D / H, of_norm = b * (size_t)norm_chunks(1, (int)T) * 4 * D;
+    take(a->parts, m, largest(of_norm, (N / GATHER_CHUNK + 1) * D));
     Attention longest = longest_attention(c);
     size_t plain = forward_way(&longest) == PLAIN || backward_way(&longest) == PLAIN;
+    // each block's two norms, fc1's bias, attention; the rest (p0, p2, p4, x, final, fusion, t, cls)
+    a->sums_room = BIAS_CHUNKS * (2 * M + 2 * Z + X + 6 * D) + 4 * b * D;
+    for (int i = 0; i < c->depth; i++) {
+        longest.T = (int)(is_sparse(c, i) ? Tk : T);
+        size_t rows = (size_t)attention_parts(&longest, (int)b),
+               bias_rows = (size_t)bias_parts(&longest, (int)b);
+        a->sums_room += 2 * b * D + BIAS_CHUNKS * F + rows * (2 * Dh + 1) + bias_rows * 3 * D + 5 * 64;
+    }
+    take(a->sums, m, a->sums_room);
     take(a->delta, m, plain * N * H);
     take(a->mix, m, plain * N * 3 * D);
 }
@@ -2626,6 +2982,8 @@ static size_t memory_layout(GpuModel *g, DeviceArena *m, int B) {
     take(g->loss_parts, m, 4 * loss_parts_of(c, B));
     take(g->norm_parts, m, NORM_BLOCKS);
     acts_layout(&g->a, m, c, B);
+    g->sums.parts = g->a.sums;
+    g->sums.room = g->a.sums_room;
     return parameters;
 }
 
@@ -2664,6 +3022,7 @@ static Attention attention_of(const GpuModel *g, const Params *all, const BlockP
     a.H = c->num_heads;
     a.Dh = c->hidden_size / a.H;
     a.G = grid_of(c);
+    a.G_inverse = div_up(65536, a.G);
     return a;
 }
 
@@ -2753,8 +3112,8 @@ static void norm_backward_behind(NormBackward *a, GpuModel *g, int i, floatX *ds
     size_t at = (size_t)i * B * 6 * D + 5 * D;
     a->y = g->a.block[i].fc2;
     a->gate = g->a.mod + at;
-    norm_modulate_backward(a, dshift, dscale, g->a.d_mod + at, g->dw.block[i].fc2_b, g->a.bias_parts,
-                           !g->fresh, B);
+    norm_modulate_backward(a, dshift, dscale, g->a.d_mod + at,
+                           sum_parts(&g->sums, g->dw.block[i].fc2_b, B, D), B);
 }
 
 // Block i: dx [B,n,D] comes in as the gradient of its output and leaves as that of its input; a->dy
@@ -2774,7 +3133,7 @@ static void block_backward(GpuModel *g, int i, float *dx, const floatX *v1, cons
     floatX *d_mod = a->d_mod + (size_t)i * B * 6 * D;
     // out = mid + gate2 fc2(gelu(fc1(h2)))
     linear_backward_weight(dw->fc2_w, a->dy, k->gelu, N, F, D, add);
-    linear_gelu_backward(a->wide, dw->fc1_b, a->parts, a->dy, low(g, w->fc2_w), k->fc1, N, D, F, add);
+    linear_gelu_backward(a->wide, dw->fc1_b, &g->sums, a->dy, low(g, w->fc2_w), k->fc1, N, D, F);
     linear_backward_weight(dw->fc1_w, a->wide, k->h2, N, D, F, add);
     linear_backward_input<floatX>(a->dh, a->wide, low(g, w->fc1_w), N, D, F, 0);
     NormBackward nb = norm_backward_of(g, dx, n);
@@ -2785,21 +3144,22 @@ static void block_backward(GpuModel *g, int i, float *dx, const floatX *v1, cons
     nb.stride = 6 * D;
     nb.y = k->proj;
     nb.gate = mod + 2 * D;
-    norm_modulate_backward(&nb, d_mod + 3 * D, d_mod + 4 * D, d_mod + 2 * D, dw->proj_b, a->bias_parts, add,
-                           B);
+    norm_modulate_backward(&nb, d_mod + 3 * D, d_mod + 4 * D, d_mod + 2 * D,
+                           sum_parts(&g->sums, dw->proj_b, B, D), B);
     // mid = in + gate1 proj(attention(qkv(h1)))
     linear_backward_weight(dw->proj_w, a->dy, k->a, N, D, D, add);
     linear_backward_input<floatX>(a->dh, a->dy, low(g, w->proj_w), N, D, D, 0);
     Attention attention = attention_of(g, &g->w, w, k, v1, ids, n);
-    AttentionGrads grads = {a->wide2, a->d_v1, i == 0 && c->value_residual, a->parts};
+    int parts = attention_parts(&attention, B), width = 2 * Dh + 1;
+    float *sums = sums_take(&g->sums, (size_t)parts * (size_t)width);
+    AttentionGrads grads = {a->wide2, a->d_v1, i == 0 && c->value_residual, sums,
+                            sum_parts(&g->sums, dw->qkv_b, bias_parts(&attention, B), 3 * D)};
     attention_backward(&grads, a->mix, a->delta, a->dh, k->a, k->lse, &attention, B);
-    int parts = attention_parts(&attention, B);
     if (c->qk_norm) {
-        column_sum<float, float>(dw->q_norm, a->parts, parts, Dh, 2 * Dh + 1, add);
-        column_sum<float, float>(dw->k_norm, a->parts + Dh, parts, Dh, 2 * Dh + 1, add);
+        sum_later(&g->sums, dw->q_norm, sums, parts, Dh, width);
+        sum_later(&g->sums, dw->k_norm, sums + Dh, parts, Dh, width);
     }
-    if (v1) column_sum<float, float>(dw->v1_lambda, a->parts + 2 * Dh, parts, 1, 2 * Dh + 1, add);
-    bias_backward(dw->qkv_b, a->parts, a->wide2, N, 3 * D, add);
+    if (v1) sum_later(&g->sums, dw->v1_lambda, sums + 2 * Dh, parts, 1, width);
     linear_backward_weight(dw->qkv_w, a->wide2, k->h1, N, D, 3 * D, add);
     linear_backward_input<floatX>(a->dh, a->wide2, low(g, w->qkv_w), N, D, 3 * D, 0);
     nb = norm_backward_of(g, dx, n);
@@ -2813,7 +3173,7 @@ static void block_backward(GpuModel *g, int i, float *dx, const floatX *v1, cons
         return;
     }
     nb.dy_cls = dy_cls;
-    norm_modulate_backward(&nb, d_mod, d_mod + D, NULL, db, a->bias_parts, add, B);
+    norm_modulate_backward(&nb, d_mod, d_mod + D, NULL, db ? sum_parts(&g->sums, db, B, D) : NULL, B);
 }
 
 // zs [B,T,Z] = p4(silu(p2(silu(p0(E))))): what is compared with the frozen encoder's features
@@ -2836,12 +3196,12 @@ static void projector_backward(GpuModel *g, int N) {
     const Params *w = &g->w, *dw = &g->dw;
     int D = c->hidden_size, M = c->projector_dim, Z = c->z_dim, add = !g->fresh;
     linear_backward_weight(dw->p4_w, a->wide2, a->p2_silu, N, M, Z, add);
-    bias_backward(dw->p4_b, a->parts, a->wide2, N, Z, add);
+    bias_backward(dw->p4_b, &g->sums, a->wide2, N, Z);
     linear_backward_input<floatX>(a->wide, a->wide2, low(g, w->p4_w), N, M, Z, 0);
-    activation_backward<SILU, floatX>(a->wide, dw->p2_b, a->parts, a->wide, a->p2, N, M, add);
+    activation_backward<SILU, floatX>(a->wide, dw->p2_b, &g->sums, a->wide, a->p2, N, M);
     linear_backward_weight(dw->p2_w, a->wide, a->p0_silu, N, M, M, add);
     linear_backward_input<floatX>(a->wide2, a->wide, low(g, w->p2_w), N, M, M, 0);
-    activation_backward<SILU, floatX>(a->wide2, dw->p0_b, a->parts, a->wide2, a->p0, N, M, add);
+    activation_backward<SILU, floatX>(a->wide2, dw->p0_b, &g->sums, a->wide2, a->p0, N, M);
     linear_backward_weight(dw->p0_w, a->wide2, a->E_low, N, D, M, add);
     linear_backward_input<float>(a->d_E, a->wide2, low(g, w->p0_w), N, D, M, 0);
 }
@@ -2873,9 +3233,9 @@ static void condition_backward(GpuModel *g, int B) {
     label_backward_kernel<<<(unsigned)B, 256, 0, stream>>>(dw->label, a->d_cond, g->in.y, B, D);
     LAUNCHED();
     linear_backward_weight(dw->t2_w, a->d_cond, a->t0_silu, B, D, D, add);
-    bias_backward(dw->t2_b, a->parts, a->d_cond, B, D, add);
+    bias_backward(dw->t2_b, &g->sums, a->d_cond, B, D);
     linear_backward_input<floatX>(a->d_t0, a->d_cond, low(g, w->t2_w), B, D, D, 0);
-    activation_backward<SILU, float>(a->d_t0, dw->t0_b, a->parts, a->d_t0, a->t0, B, D, add);
+    activation_backward<SILU, float>(a->d_t0, dw->t0_b, &g->sums, a->d_t0, a->t0, B, D);
     linear_backward_weight(dw->t0_w, a->d_t0, a->t_features, B, W, D, add);
 }
 
@@ -2907,19 +3267,19 @@ static void fusion_backward(GpuModel *g, int rows, int N) {
     Acts *a = &g->a;
     const Params *dw = &g->dw;
     int D = c->hidden_size, add = !g->fresh, padded = padded_rows(rows);
-    int chunk = imax(32, div_up(N, BIAS_CHUNKS));
-    unsigned chunks = (unsigned)div_up(N, chunk), pads = (unsigned)(padded - rows);
+    unsigned chunks = (unsigned)div_up(N, GATHER_CHUNK), pads = (unsigned)(padded - rows);
     const floatX *w1 = low(g, g->w.fusion_w), *w2 = w1 + D;
-    fusion_gather_kernel<<<chunks, 256, 0, stream>>>(a->dG, a->parts, a->dy, a->rows, rows, N, D, chunk);
+    fusion_gather_kernel<<<chunks, 256, 0, stream>>>(a->dG, a->parts, a->dy, a->rows, rows, N, D);
     LAUNCHED();
-    column_sum<float, float>(a->bias_parts, a->parts, (int)chunks, D, D, 0);
-    mask_rows_backward_kernel<<<pads, 256, 0, stream>>>(a->dG, a->bias_parts, rows, D);
+    column_sum<float, float>(a->mask_sum, a->parts, (int)chunks, D, D, 0);
+    mask_rows_backward_kernel<<<pads, 256, 0, stream>>>(a->dG, a->mask_sum, rows, D);
     LAUNCHED();
     linear_backward_weight(dw->fusion_w, a->dy, a->E_low, N, D, D, add, 2 * D);
     linear_backward_weight(dw->fusion_w + D, a->dG, a->g_out, padded, D, D, add, 2 * D);
     linear_backward_input<float>(a->d_E, a->dy, w1, N, D, D, c->align, 2 * D);
     linear_backward_input<float>(a->d_g, a->dG, w2, padded, D, D, 0, 2 * D);
-    column_sum<float, float>(dw->mask_token, a->d_g + (size_t)rows * D, 2, D, D, add);
+    sum_later(&g->sums, dw->mask_token, a->d_g + (size_t)rows * D, 2, D,
+              D);   // (nobody writes them any more)
 }
 
 // Velocity of the input at its times and labels into a->out_patches, a->cls_out. training: x_t is made from x
@@ -3021,15 +3381,16 @@ static void network_backward(GpuModel *g, int path_drop, int B) {
     const floatX *v1 = c->value_residual ? a->block[0].qkv : NULL;
     size_t patches = (size_t)B * P * D;   // CLS's rows lie behind those
     clear_gradients(g, path_drop, B);
+    sums_begin(&g->sums, add);
     if (c->align) projector_backward(g, N);
     // final layer: out = linear(final_h[patches]), cls_out = linear_cls(final_h[CLS])
     place(INPUT);
     linear_backward_weight(dw->final_w, a->d_out, a->final_h, B * P, D, X, add);
-    bias_backward(dw->final_b, a->parts, a->d_out, B * P, X, add);
+    bias_backward(dw->final_b, &g->sums, a->d_out, B * P, X);
     linear_backward_input<floatX>(a->dh, a->d_out, low(g, w->final_w), B * P, D, X, 0);
     if (c->cls) {
         linear_backward_weight(dw->final_cls_w, a->d_cls_out, a->final_h + patches, B, D, Z, add);
-        bias_backward(dw->final_cls_b, a->parts, a->d_cls_out, B, Z, add);
+        bias_backward(dw->final_cls_b, &g->sums, a->d_cls_out, B, Z);
         linear_backward_input<floatX>(a->dh + patches, a->d_cls_out, low(g, w->final_cls_w), B, D, Z, 0);
     }
     NormBackward nb = norm_backward_of(g, a->dx, T);
@@ -3042,10 +3403,10 @@ static void network_backward(GpuModel *g, int path_drop, int B) {
     nb.stride = 2 * D;
     if (c->num_h) norm_backward_behind(&nb, g, last, a->d_final_mod, a->d_final_mod + D, B);
     else
-        norm_modulate_backward(&nb, a->d_final_mod, a->d_final_mod + D, NULL, dw->fusion_b, a->bias_parts,
-                               add, B);
+        norm_modulate_backward(&nb, a->d_final_mod, a->d_final_mod + D, NULL,
+                               sum_parts(&g->sums, dw->fusion_b, B, D), B);
     linear_backward_weight(dw->final_adaln_w, a->d_final_mod, a->cond_silu, B, D, 2 * D, add);
-    bias_backward(dw->final_adaln_b, a->parts, a->d_final_mod, B, 2 * D, add);
+    bias_backward(dw->final_adaln_b, &g->sums, a->d_final_mod, B, 2 * D);
     linear_backward_input<float>(a->d_cond_parts + (size_t)c->depth * B * D, a->d_final_mod,
                                  low(g, w->final_adaln_w), B, D, 2 * D, 0);
     // decoder h
@@ -3066,21 +3427,21 @@ static void network_backward(GpuModel *g, int path_drop, int B) {
     nb.dx2_count = rows;
     norm_backward_behind(&nb, g, c->num_f - 1, NULL, NULL, B);
     for (int i = c->num_f - 1; i >= 0; i--)
-        block_backward(g, i, a->d_E, i ? v1 : NULL, NULL, B, T, i - 1, i ? -1 : c->cls, NULL);
+        block_backward(g, i, a->d_E, i ? v1 : NULL, NULL, B, T, i - 1, i ? -1 : c->cls, dw->x_b);
     // tokens: a->dy has the patches' gradients, then those of CLS
     place(INPUT);
     linear_backward_weight(dw->x_w, a->dy, a->patches, B * P, X, D, add);
-    bias_backward(dw->x_b, a->parts, a->dy, B * P, D, add);
     if (c->cls) {
         rmsnorm_backward_kernel<<<(unsigned)div_up(B, 8), 256, 0, stream>>>(
-            a->dh, a->bias_parts, a->dy + patches, a->cls_proj, a->cls_r, w->cls_norm, B, D);
+            a->dh, sum_parts(&g->sums, dw->cls_norm, B, D), a->dy + patches, a->cls_proj, a->cls_r,
+            w->cls_norm, B, D);
         LAUNCHED();
-        column_sum<float, float>(dw->cls_norm, a->bias_parts, B, D, D, add);
         linear_backward_weight(dw->cls_w, a->dh, a->cls_t, B, Z, D, add);
-        bias_backward(dw->cls_b, a->parts, a->dh, B, D, add);
+        bias_backward(dw->cls_b, &g->sums, a->dh, B, D);
     }
     adaln_backward(g, B);
     condition_backward(g, B);
+    sums_end(&g->sums);
 }
 
 // ----------------------------------------------------------------------------------------------------------

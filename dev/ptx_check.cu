@@ -21,7 +21,7 @@
 #define TRAIN_SRDIT_CU_NO_MAIN
 #include "../train_srdit.cu"
 using gpu::mma_bf16, gpu::ldmatrix, gpu::ldmatrix_trans, gpu::exp2_approx;
-#define NO_CP_ASYNC                 // the trainer has no use for it
+using gpu::cp_async16, gpu::cp_async_commit, gpu::cp_async_wait;
 #endif
 
 namespace ptx_check {
@@ -53,7 +53,6 @@ template <bool TRANS> __global__ void ldmatrix_kernel(unsigned *out, const uint4
     for (int i = 0; i < 4; i++) out[at * 4 + i] = r[i];
 }
 
-#ifndef NO_CP_ASYNC
 // 64 threads copy two groups of 64 pieces to shuffled places; out has what is there after each wait
 __global__ void cp_async_kernel(uint4 *out, const uint4 *in, const int *from, const int *to,
                                 const int *valid) {
@@ -71,7 +70,6 @@ __global__ void cp_async_kernel(uint4 *out, const uint4 *in, const int *from, co
     out[(blockIdx.x * 3 + 1) * 64 + t] = buffer[t];
     out[(blockIdx.x * 3 + 2) * 64 + t] = buffer[64 + t];
 }
-#endif
 
 __global__ void exp2_kernel(float *out, const float *in, int n) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -239,7 +237,6 @@ template <bool TRANS> static void check_ldmatrix(const char *name, int blocks) {
     report(name, bad, got, "");
 }
 
-#ifndef NO_CP_ASYNC
 static void check_cp_async(const char *name, int blocks) {
     const int n = blocks * 128;
     vector<uint4> in((size_t)n);
@@ -264,7 +261,6 @@ static void check_cp_async(const char *name, int blocks) {
     for (size_t i = 0; i < got.size(); i++) bad += memcmp(&got[i], &want[i], 16) != 0;
     report(name, bad, got, "");
 }
-#endif
 
 static void check_exp2(const char *name, int n) {
     vector<float> x((size_t)n);
@@ -301,9 +297,7 @@ static int run(bool only_failures) {
     check_mma("mma m16n8k16, exponents over 2^40", 64, 40);
     check_ldmatrix<false>("ldmatrix.x4", 32);
     check_ldmatrix<true>("ldmatrix.x4.trans", 32);
-#ifndef NO_CP_ASYNC
     check_cp_async("cp.async 16, wait_group", 16);
-#endif
     check_exp2("ex2.approx.ftz", 4096);
     return failures;
 }

@@ -688,6 +688,8 @@ void cuda_cpu::on_stream(cudaStream_t s, std::function<void()> f) {
     perform(f);
 }
 
+long cuda_cpu::launches, cuda_cpu::products;
+
 void cuda_cpu::launch(const Launch &l, std::shared_ptr<Call> call) {
     start();
     size_t n = (size_t)l.block.x * l.block.y * l.block.z, blocks = (size_t)l.grid.x * l.grid.y * l.grid.z;
@@ -699,6 +701,7 @@ void cuda_cpu::launch(const Launch &l, std::shared_ptr<Call> call) {
         if (d.kernel == l.kernel) limit = d.bytes;
     if (l.smem > limit) return (void)error(cudaErrorInvalidValue);
     if (capture_forbids(l.stream, false)) return;
+    launches++;
     on_stream(l.stream, [l, call] { run_grid(l, *call); });
 }
 

@@ -39,6 +39,7 @@ namespace cuda_cpu {
 // ----------------------------------------------------------------------------------------------------------
 // What cuda_cpu.cpp provides
 
+extern long launches, products;     // of kernels and of matrix products, since the program began
 struct Launch {
     dim3 grid, block;
     size_t smem;

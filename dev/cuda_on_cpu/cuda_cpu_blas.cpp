@@ -307,6 +307,7 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t product, co
     const void *pointers[] = {A, B, C, D, p.bias, p.aux, workspace};
     Launch here{{1}, {1}, 0, stream, "cublasLtMatmul", 0, nullptr};
     for (int i = 0; i < 7; i++) check_pointer(here, i, pointers[i]);
+    products++;
     on_stream(stream, [=] { matmul(p, al, A, la, B, lb, be, C, lc, D, ld); });
     return CUBLAS_STATUS_SUCCESS;
 }
