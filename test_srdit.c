@@ -732,8 +732,8 @@ static void test_batches(void) {
     free(x), batch_free(whole), batch_free(part), batch_free(one), data_close(d);
 }
 
-// What is read ahead by a thread is what is loaded when it is asked for, part after part; and samples as stored
-// are, converted, the samples
+// What is read ahead by a thread is what is loaded when it is asked for, part after part; and samples as
+// stored are, converted, the samples
 static void test_loader(void) {
     char *path[] = {(char *)"data/digits.safetensors"};
     Data *d = data_open(path, 1);
@@ -1683,8 +1683,8 @@ static void store_as(uint8_t *to, enum Dtype type, size_t i, int x) {
     else if (type == F16 || type == BF16) memcpy(to + 2 * i, &half, 2);
     else to[i] = (uint8_t)x;
 }
-// Samples that go to the device as they are stored leave the bits that the host's conversion leaves, for every
-// type that kernels convert, with and without CLS, in features of even and odd width
+// Samples that go to the device as they are stored leave the bits that the host's conversion leaves, for
+// every type that kernels convert, with and without CLS, in features of even and odd width
 static void test_stored(void) {
     static const enum Dtype pairs[][2] = {{U8, I8}, {I8, F16}, {F16, BF16}, {BF16, I8}, {F32, F32}};
     int differ = 0, taken = 0, count = (int)(sizeof(pairs) / sizeof(pairs[0]));
@@ -1786,8 +1786,9 @@ static void test_graph(void) {
     free(end[0]), free(end[1]);
 }
 
-// --profile changes no bits, and every launch is in its table: what was timed, and the operations of the products
-// that it saw, which are those of the formula with what the padded rows of the fusion and the backward add
+// --profile changes no bits, and every launch is in its table: what was timed, and the operations of the
+// products that it saw, which are those of the formula with what the padded rows of the fusion and the
+// backward add
 static void test_profile(void) {
     Config c = small_config();
     real *end[2];

@@ -811,7 +811,8 @@ typedef struct {
     real *feats;             // [B,T,Z]
     real *noise_before;      // [C,S,S] scratch
     uint64_t *keys;          // [B,T] scratch
-    // For a GPU that converts by itself: the samples as the data stores them, in place of x, v_before and feats
+    // For a GPU that converts by itself: the samples as the data stores them, in place of x, v_before and
+    // feats
     int stored;   // 1: so it is
     enum Dtype x_type, feats_type;
     double scale, offset;            // x = stored scale + offset
@@ -820,8 +821,8 @@ typedef struct {
 } Batch;
 
 // The total, and its parts before their coefficients, summed over the steps since they were last read; the
-// last step's gradient norm; the first step that was not finite (0: none), after which updates change nothing,
-// and what of it was not
+// last step's gradient norm; the first step that was not finite (0: none), after which updates change
+// nothing, and what of it was not
 enum LossPart { NO_PART, DENOISE, CLS, ALIGN, CFM, GRADIENT };
 typedef struct {
     double total, denoise, cls, align, cfm, grad_norm;
@@ -2294,8 +2295,8 @@ static int write_samples(const Training *t) {
     return 1;
 }
 
-// Additions and multiplications of a sample's forward in training: products and attention, nothing else. A step
-// counts as three forwards, the usual convention: of B/1 81.6e9 a sample.
+// Additions and multiplications of a sample's forward in training: products and attention, nothing else. A
+// step counts as three forwards, the usual convention: of B/1 81.6e9 a sample.
 static double forward_flops(const Config *c) {
     double T = tokens_of(c), P = patches_of(c), D = c->hidden_size, F = hidden_of(c), Z = c->z_dim;
     double M = c->projector_dim, X = patch_dim_of(c), W = TIME_FEATURES, sum = 0;
@@ -2476,8 +2477,8 @@ static void export_check(const Run *run, const Folder *folder) {
     file_probe(run->export_to);
 }
 
-// Where the batches of the run are loaded to: for a GPU its two input buffers, or, where it cannot convert what
-// the data stores, two batches that it copies from
+// Where the batches of the run are loaded to: for a GPU its two input buffers, or, where it cannot convert
+// what the data stores, two batches that it copies from
 static void loader_open(Training *t) {
     Loader *l = &t->loader;
     const Backend *backend = t->backend;

@@ -139,9 +139,9 @@ static void memory_free(char *base, const void *owner) {
 }
 
 // ----------------------------------------------------------------------------------------------------------
-// --profile: an event behind every launch. What passes between two counts for the launch between them: for the
-// part of the step that is being queued (`place`) and for the kind of work, told from the product's transposes
-// or from the name of the function. No step is recorded as a graph meanwhile.
+// --profile: an event behind every launch. What passes between two counts for the launch between them: for
+// the part of the step that is being queued (`place`) and for the kind of work, told from the product's
+// transposes or from the name of the function. No step is recorded as a graph meanwhile.
 
 enum Place { INPUT, CONDITION, DENSE, SPARSE, FUSION, PROJECTOR, OPTIMIZER, PLACES };
 enum Work { PRODUCT, PRODUCT_BACK, PRODUCT_WEIGHT, ATTENTION, ATTENTION_BACK, OTHER, OTHER_BACK, WORKS };
@@ -159,7 +159,8 @@ static struct {
     signed char of_place[MAX_MARKS], of_work[MAX_MARKS];   // -1: a beginning, before which nothing counts
     int marks, made;
 } profile;
-// What an H100's products and memory were found to reach of their peaks (798 of 989 TFLOP/s, 3.0 of 3.35 TB/s)
+// What an H100's products and memory were found to reach of their peaks (798 of 989 TFLOP/s, 3.0 of 3.35
+// TB/s)
 static const double REACHED_FLOPS = 0.807, REACHED_BYTES = 0.896;
 
 static void profile_reset(int on) {
@@ -2602,8 +2603,8 @@ static InputBytes input_layout(Input *in, DeviceArena *m, const Config *c, int B
     return bytes;
 }
 
-// x [B,C,S,S] and -v_before [C,S,S], the sample before, from their stored form. Reads 1 to 4, writes 4 bytes an
-// element: 13 MB from bf16 at batch 256 of B/1, some 4 us (arithmetic).
+// x [B,C,S,S] and -v_before [C,S,S], the sample before, from their stored form. Reads 1 to 4, writes 4 bytes
+// an element: 13 MB from bf16 at batch 256 of B/1, some 4 us (arithmetic).
 template <class S>
 __global__ void __launch_bounds__(256)
     latents_kernel(float *x, float *v_before, const S *stored, double scale, double offset, size_t latent,
@@ -3486,15 +3487,16 @@ __global__ void __launch_bounds__(256)
     sum = sum_block(sum, sums);
     if (threadIdx.x == 0) parts[blockIdx.x] = sum;
 }
-// Cosine loss of zs [rows,Z] against feats, as they are stored, and its gradient, a warp a row, V numbers at
-// once; the second reading comes from the cache. Reads 2 + 1 (feats in 8 bits), writes 2 bytes an element; bound
-// by memory: 0.25 GB in B/1.
+// V numbers at once: four where rows are so aligned, else one
 template <int V, class S> __device__ __forceinline__ void load_some(float (&x)[V], const S *p) {
     if constexpr (V == 4) {
         Vec4 v = load4(p);
         for (int j = 0; j < 4; j++) x[j] = v.x[j];
     } else x[0] = to_float(*p);
 }
+// Cosine loss of zs [rows,Z] against feats, as they are stored, and its gradient, a warp a row, V numbers at
+// once; the second reading comes from the cache. Reads 2 + 1 (feats in 8 bits), writes 2 bytes an element;
+// bound by memory: 0.25 GB in B/1.
 template <class S, int V>
 __global__ void __launch_bounds__(256) align_loss_kernel(floatX *dz, float *parts, const floatX *zs,
                                                          const S *feats, double scale, int rows, int Z) {
@@ -3597,9 +3599,9 @@ static void loss_and_gradients(GpuModel *g, const Batch *batch) {
 }
 
 // A step is some 450 launches, of which the host needs 2 to 3 us each (arithmetic: 1 ms) and the device a gap
-// between any two. Recorded as a CUDA graph they are one launch. The first time work of a kind is done as it is,
-// so that plans of matrix products are made and kernels loaded; the second time it is recorded, from then on
-// replayed. Everything that differs from step to step is read from device memory: Draw, StepConstants.
+// between any two. Recorded as a CUDA graph they are one launch. The first time work of a kind is done as it
+// is, so that plans of matrix products are made and kernels loaded; the second time it is recorded, from then
+// on replayed. Everything that differs from step to step is read from device memory: Draw, StepConstants.
 template <class Work> static void run_recorded(GpuModel *g, const StepKind &kind, Work work) {
     if (!use_graph || tuning || profile.on) {
         work();
@@ -4090,10 +4092,10 @@ static void begin(Model *m, int no_graph, int with_profile) {
     profile_reset(with_profile);
 }
 
-// The table of --profile, a line for each part of the step: launches, GFLOP and GB that it needs at least; ms of
-// that at the rates that can be reached (floor); what to expect: products at 0.75, attention at 0.66 and 0.48,
-// passes over memory at 0.86 of the floor's rates, and 1.5 us a launch (model); and measured, with its share of
-// the memory's peak.
+// The table of --profile, a line for each part of the step: launches, GFLOP and GB that it needs at least; ms
+// of that at the rates that can be reached (floor); what to expect: products at 0.75, attention at 0.66 and
+// 0.48, passes over memory at 0.86 of the floor's rates, and 1.5 us a launch (model); and measured, with its
+// share of the memory's peak.
 static void profile_line(const char *name, const Spent *s, double share, double memory, Spent *all) {
     double steps = profile.steps - 2, ms = s->ms / steps, floor_ms = s->floor * 1e3;
     double model = floor_ms / share + 1.5e-3 * (double)s->launches / steps;

@@ -5,8 +5,8 @@
 //   make bench_loader && ./bench_loader --data my.safetensors [--model B/1] [--batch 256] [--threads 2]
 //
 // Each line is of a pass over the data, the best of three: seconds by the clock, and of the processor, all
-// threads together. "From the disk" empties the system's cache of the file first (posix_fadvise), as far as it
-// follows that advice.
+// threads together. "From the disk" empties the system's cache of the file first (posix_fadvise), as far as
+// it follows that advice.
 #define TRAIN_SRDIT_NO_MAIN
 #pragma GCC diagnostic ignored "-Wunused-function"   // a program takes what it needs
 #include "../train_srdit.c"

@@ -781,7 +781,8 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t e, unsigned) {
     return cudaSuccess;
 }
 cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to) {
-    if (from->capture || to->capture || !from->recorded || !to->recorded) return error(cudaErrorInvalidResourceHandle);
+    if (from->capture || to->capture || !from->recorded || !to->recorded)
+        return error(cudaErrorInvalidResourceHandle);
     if (from->done < from->recorded || to->done < to->recorded) return error(cudaErrorNotReady);
     *ms = (float)(to->time - from->time);
     return cudaSuccess;
@@ -789,11 +790,11 @@ cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to) {
 } // extern "C"
 
 // ----------------------------------------------------------------------------------------------------------
-// Graphs. While a stream is captured, what is queued in it is kept instead of done, in the order of the calls;
-// a launch queues all of it as one piece of work. Another stream that waits for an event recorded in the
-// capture belongs to it too, until the first one has waited for it. What the card refuses meanwhile is refused
-// here, and spoils the capture. One capture at a time; the modes global and thread-local are the same here,
-// and graphs are made by capture alone.
+// Graphs. While a stream is captured, what is queued in it is kept instead of done, in the order of the
+// calls; a launch queues all of it as one piece of work. Another stream that waits for an event recorded in
+// the capture belongs to it too, until the first one has waited for it. What the card refuses meanwhile is
+// refused here, and spoils the capture. One capture at a time; the modes global and thread-local are the same
+// here, and graphs are made by capture alone.
 
 struct CUgraph_st { std::vector<std::function<void()>> work; };
 struct CUgraphExec_st { std::shared_ptr<const CUgraph_st> graph; };
@@ -837,7 +838,7 @@ static bool capture_waits(cudaStream_t s, cudaEvent_t e, cudaError_t *result) {
     bool inside = captured_graph && !is_null(s) && s->captured;
     *result = cudaSuccess;
     if (!inside && !e->capture) return false;
-    if (!captured_graph || is_null(s)) *result = error(cudaErrorCapturedEvent);     // of a capture that is over
+    if (!captured_graph || is_null(s)) *result = error(cudaErrorCapturedEvent);   // a capture that is over
     else if (e->capture != captures) *result = capture_spoils(cudaErrorStreamCaptureIsolation);
     else {
         s->captured = true;

@@ -647,8 +647,8 @@ static void test_host() {
 }
 
 // ----------------------------------------------------------------------------------------------------------
-// Graphs: captured work is not done, but again at every launch, with the arguments of the capture; what may not
-// be captured is refused and spoils the capture
+// Graphs: captured work is not done, but again at every launch, with the arguments of the capture; what may
+// not be captured is refused and spoils the capture
 
 __global__ void set_to(float *p, float x) { p[threadIdx.x] = x; }
 __global__ void add_from(float *p, const float *x) { p[threadIdx.x] += x[threadIdx.x]; }
