@@ -2309,7 +2309,7 @@ __global__ void __launch_bounds__(NW * 32, CTAS)
 }
 
 // The same where a card has less shared memory than that: sm_86, sm_89 and sm_120 have 99 KB a block, and
-// this takes 97. The two kinds of jobs are two halves, one after the other, and only what all jobs of a half
+// this takes 99. The two kinds of jobs are two halves, one after the other, and only what all jobs of a half
 // read lies whole in shared memory, q and do or k and v; 16 rows of the other two come through a warp's own.
 // Reads each input row twice.
 template <int TMAX, int NW> struct HalvesShared {
