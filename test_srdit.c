@@ -993,7 +993,8 @@ static void test_mistakes(void) {
     free(before), free(after);
 }
 
-// A checkpoint's data are its own shards in their order; a link stays a link; --steps 0 leaves nothing behind.
+// A checkpoint's data are its own shards in their order; a link stays a link; --steps 0 leaves nothing
+// behind.
 static void test_shards_and_links(void) {
     char *order[2] = {in_folder("one.safetensors"), in_folder("two.safetensors")}, *at = in_folder("s");
     size_t n;

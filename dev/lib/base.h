@@ -53,8 +53,8 @@ typedef float real;
 #define HOST_DEVICE
 #endif
 
-// One sentence on stderr and the end: for mistakes of the user's, and for a machine that cannot go on. What it
-// quotes may come from a hostile file, so control characters do not reach the terminal.
+// One sentence on stderr and the end: for mistakes of the user's, and for a machine that cannot go on. What
+// it quotes may come from a hostile file, so control characters do not reach the terminal.
 __attribute__((noreturn, format(printf, 1, 2))) static void die(const char *format, ...) {
     char text[3 * PATH_MAX];
     va_list args;
@@ -96,7 +96,7 @@ static double text_number(const char *text, const char *where, const char *what)
 }
 
 // ----------------------------------------------------------------------------------------------------------
-// Files that appear under their name only when they are whole: written beside it, flushed to disk and renamed.
+// Files that appear under their name only when they are whole: written beside it, flushed to disk, renamed.
 // Where the name is a link, the file that it points to is replaced and the link stays.
 
 #define PART ".srdit.part"   // what is added to the name meanwhile; nobody else's files end so

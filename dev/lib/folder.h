@@ -35,8 +35,8 @@ static void make_folder(const char *path) {   // and those above it
     if (stat(path, &st) || !S_ISDIR(st.st_mode)) die("%s: is not a folder", path);
 }
 
-// A descriptor that holds the folder's lock, or -1: another program has it. Where a file system knows no locks
-// there is none.
+// A descriptor that holds the folder's lock, or -1: another program has it. Where a file system knows no
+// locks there is none.
 static int folder_lock(const char *path) {
     int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (fd < 0) die("%s: the folder cannot be opened: %s", path, strerror(errno));

@@ -1,13 +1,13 @@
 // One .npz file, written as a stream: pictures of bytes as the ADM evaluator reads them (guided-diffusion,
 // evaluations/), in any number, without holding them in memory; an interrupted file can go on.
 //
-//   npz_open     PATH.srdit.part, new or with the pictures that an interrupted run with the same settings left
+//   npz_open     PATH.srdit.part, new or with the pictures that an interrupted run of these settings left
 //   npz_put      more pictures; each whole one survives whatever happens next
 //   npz_close    the archive's directory, and the name PATH
 //
 // A zip archive with one stored member, arr_0.npy, uint8 [N,H,W,3]. Its header holds the member's size, which
-// is known in advance, and, in an extra field with the id "SR", the settings as text. So a part tells by itself
-// whether a run may go on in it, and where. The checksum goes back into the header at the end.
+// is known in advance, and, in an extra field with the id "SR", the settings as text. So a part tells by
+// itself whether a run may go on in it, and where. The checksum goes back into the header at the end.
 #ifndef SRDIT_NPZ_H
 #define SRDIT_NPZ_H
 #include "picture.h"   // for crc32_of
@@ -151,8 +151,8 @@ static void npz_resume(Npz *z, uint64_t size, const char *settings) {
     free(there);
 }
 
-// Opens PATH.srdit.part for n pictures H x W and returns how many of them it has already. settings: lines "key:
-// value", at most 30000 characters; a part that was begun with others is refused.
+// Opens PATH.srdit.part for n pictures H x W and returns how many of them it has already. settings: lines
+// "key: value", at most 30000 characters; a part that was begun with others is refused.
 static uint64_t npz_open(Npz *z, const char *path, uint64_t n, int H, int W, const char *settings) {
     memset(z, 0, sizeof(*z));
     z->images = n;

@@ -288,8 +288,8 @@ static size_t safe_elements(const SafeTensor *t) {
     return n;
 }
 
-// Pages of a mapped file that is cut short afterwards are gone: the signal that reading one gives ends the program
-// with the file's name. Only what is safe in a signal handler is called.
+// Pages of a mapped file that is cut short afterwards are gone: the signal that reading one gives ends the
+// program with the file's name. Only what is safe in a signal handler is called.
 static SafeFile *safe_files;   // all that are open
 static void say(const char *text) {
     if (write(STDERR_FILENO, text, strlen(text)) < 0) _exit(1);

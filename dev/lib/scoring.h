@@ -163,8 +163,8 @@ static Scores scores_of_training(const Scoring *s, size_t n) {
     return r;
 }
 
-// The scores of n pictures drawn from a Gaussian: mean + sum_i g_i (x_i - mean) / sqrt(m - 1), g_i normal, has
-// mean and covariance of the m training pictures x_i.
+// The scores of n pictures drawn from a Gaussian: mean + sum_i g_i (x_i - mean) / sqrt(m - 1), g_i normal,
+// has mean and covariance of the m training pictures x_i.
 static Scores scores_of_gaussian(const Scoring *s, size_t n) {
     size_t m = size_min(GAUSS_ROWS, s->train), d = s->size;
     int *y = (int *)score_memory(n, sizeof(int));

@@ -1,4 +1,4 @@
-// SHA-256 (FIPS 180-4), for evidence: which files a run used, what it was built from, and that its log is whole.
+// SHA-256 (FIPS 180-4), for evidence: which files a run used, what it was built from, that its log is whole.
 //
 //   sha256_begin, sha256_add, sha256_end     of pieces, one after the other
 //   sha256_of_file                           of a file, as it lies on the disk
