@@ -1357,7 +1357,7 @@ static void test_damaged(void) {
 // the measure is what rounding alone does: the CPU computes once more with the operands of its products
 // rounded to bf16, and the GPU may be off by twice as much as that run is.
 
-enum { MOST_ITEMS = 4096, MOST_LAUNCHES = 338, MOST_LAUNCHES_PLAIN = 386 };
+enum { MOST_ITEMS = 4096, MOST_LAUNCHES = 338, MOST_LAUNCHES_PLAIN = 400 };
 typedef struct {
     char name[96];
     size_t n;
@@ -2094,7 +2094,8 @@ static void test_launches(void) {
         gpu_backend.zero_gradients(m), gpu_backend.forward_backward(m, b), gpu_backend.update(m, step);
     }
     long launches = cuda_cpu::launches, products = cuda_cpu::products;
-    long most = sizeof(gpu::floatX) == 2 ? MOST_LAUNCHES : MOST_LAUNCHES_PLAIN;   // float: plain attention
+    long most = sizeof(gpu::floatX) == 2 ? MOST_LAUNCHES
+                                         : MOST_LAUNCHES_PLAIN;   // float: plain attention, GELU apart
     result(launches + products <= most, "launches a step", "%ld kernels, %ld products", launches, products);
     batch_free(b), gpu_backend.destroy(m);
 }

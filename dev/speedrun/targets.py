@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""Fixes a track's target: runs the unchanged trainer, or reads runs of it, and writes target and sigma to tracks.h.
+"""Fixes a track's target: runs the unchanged trainer, or reads runs of it; writes tracks.h.
 
-  targets.py --run DIR -- ./train_srdit --track NAME [--steps N]      makes the runs that DIR does not hold yet
-  targets.py LOG...                                                   reads them; --write changes tracks.h
+  targets.py --run DIR -- ./train_srdit --track NAME      makes the runs that DIR does not hold yet
+  targets.py LOG...                                       reads them; --write changes tracks.h
 
-The target is the lowest value that the baseline's own runs pass at p < 0.01, rounded up to three digits; sigma the
-deviation between seeds. From at least 10 runs of unchanged sources, and only where none is fixed: a target that has
-been raced for does not move.
+The target is the lowest value that the baseline's own runs pass at p < 0.01, rounded up to three digits;
+sigma the deviation between seeds. From at least 10 runs of unchanged sources, and only where none is fixed:
+a target that has been raced for does not move.
 """
+
 import math, os, re, sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
@@ -21,12 +22,12 @@ def target_of(scores):
     """(target, sigma) of the baseline's scores"""
     n, m, sd = len(scores), verify.mean_of(scores), verify.deviation_of(scores)
     need(m > 0, "the baseline", "its mean score, %g, is not above 0: no target is made of that" % m)
-    low, high = m, m + 100 * sd + 1e-9 * m       # where the t-test's p falls to the significance
+    low, high = m, m + 100 * sd + 1e-9 * m  # where the t-test's p falls to the significance
     for _ in range(200):
         middle = (low + high) / 2
         passes = verify.below(scores, middle)[0] < verify.SIGNIFICANCE
         low, high = (low, middle) if passes else (middle, high)
-    unit = 10.0 ** (math.floor(math.log10(high)) - 2)
+    unit = 10.0**(math.floor(math.log10(high)) - 2)
     target = float("%.3g" % (math.ceil(high / unit) * unit))
     return target, float("%.3g" % sd)
 
@@ -69,16 +70,21 @@ def main(argv):
         track = words[at + 1]
         del words[at:at + 2]
         command = [os.path.abspath(program[0])] + program[1:]
-        seeds = verify.seeds_of(track, verify.program_sources(command[0]), " ".join(words), int(rules["runs"]))
+        seeds = verify.seeds_of(track, verify.program_sources(command[0]), " ".join(words),
+                                int(rules["runs"]))
         paths = verify.make_runs(folder, ["target"], [seeds], [command])[0]
     need(paths, "targets.py", "which logs?")
     logs = [verify.Log(p) for p in paths]
     for log in logs:
         changed = verify.check_log(log, base)
-        need(not changed, log.path, "its sources differ from %s in %s, and a target is measured on unchanged ones" %
-             (base or "this folder", ", ".join(changed)))
+        need(
+            not changed, log.path,
+            "its sources differ from %s in %s, and a target is measured on unchanged ones" %
+            (base or "this folder", ", ".join(changed)))
     rules = verify.check_entry(logs)
-    need(len(logs) >= LEAST, logs[0].path, "%d runs are too few for a target; it takes at least %d" % (len(logs), LEAST))
+    need(
+        len(logs) >= LEAST, logs[0].path,
+        "%d runs are too few for a target; it takes at least %d" % (len(logs), LEAST))
     scores = [log.number(log.scores, rules["metric"]) for log in logs]
     target, sigma = target_of(scores)
     print("%s: %s %.5g, deviation %.3g in %d runs of %s steps: target %g, sigma %g" %

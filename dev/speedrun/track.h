@@ -1,6 +1,6 @@
 // A run of a track: fixed by the track's rules, timed, scored, and told in one text, track.log, that appears
-// whole and ends in its own SHA-256. README.md beside this file has the rules; verify.py reads the logs. It is
-// included by train_srdit.c, of whose types it is made, before train_main.
+// whole and ends in its own SHA-256. README.md beside this file has the rules; verify.py reads the logs. This
+// is included by train_srdit.c, of whose types it is made, before train_main.
 //
 //   track_begin      --track NAME: refuses what the track fixes, checks its inputs, sets what it fixes
 //   track_settle     after the command line: steps, seed, threads
@@ -100,7 +100,7 @@ static Track *track_begin(Run *run, const OptionTable *tables, int argc, char **
     if (!strcmp(k->name, "sources")) {
         fwrite(srdit_sources, 1, (size_t)(srdit_sources_end - srdit_sources), stdout);
         check_output_taken();
-        exit(0);
+        _exit(0);   // not exit, as in die
     }
     if (!strcmp(k->name, "*") || !track_rule(k->name, "rank")) {
         char all[256] = "";
@@ -244,7 +244,9 @@ static void track_line_of(char text[256], const char *path, const char *key) {
     while (f && fgets(line, sizeof(line), f)) {
         const char *from = strchr(line, ':');
         if (strncmp(line, key, strlen(key))) continue;
-        snprintf(text, 256, "%.*s", (int)strcspn(from ? from + 2 : line, "\n"), from ? from + 2 : line);
+        from = from ? from + 1 : line;
+        from += strspn(from, " \t");
+        snprintf(text, 256, "%.*s", (int)strcspn(from, "\n"), from);
         break;
     }
     if (f) fclose(f);
@@ -255,6 +257,9 @@ static void track_say_run(FILE *f, const Track *k, const Training *t) {
     struct rusage used;
     memset(&used, 0, sizeof(used));
     getrusage(RUSAGE_SELF, &used);
+    glob_t gpus;
+    memset(&gpus, 0, sizeof(gpus));
+    glob("/proc/driver/nvidia/gpus/*/information", 0, NULL, &gpus);
     for (int i = 0; i < t->run.word_count; i++) {   // a space within a word would make two of it
         size_t n = strlen(text);
         snprintf(text + n, sizeof(text) - n, "%s%s", i ? " " : "", t->run.words[i]);
@@ -271,6 +276,9 @@ static void track_say_run(FILE *f, const Track *k, const Training *t) {
     track_say(f, "processor", "%s", text);
     track_say(f, "processors", "%d", omp_get_num_procs());
     track_say(f, "device", "%s", t->backend->name);
+    track_line_of(text, gpus.gl_pathc ? gpus.gl_pathv[0] : "", "Model");
+    track_say(f, "accelerator", "%s", t->backend == &cpu_backend ? "none" : text);
+    globfree(&gpus);
     track_say(f, "threads", "%d", omp_get_max_threads());
     track_say(f, "load", "%.2f", k->load);
     track_say(f, "compiler", "%s", TRACK_COMPILER);

@@ -22,7 +22,7 @@ static const struct {
     {"*", "sizes", "depth hidden_size num_heads patch_size projector_dim num_f num_h mlp_ratio"},
     {"*", "always", "track seed out"},
 
-    // A few seconds, for trying the tools; it has no board.
+    // A few seconds, for trying the tools; these two have no board.
     {"practice", "rank", "none"},
     {"practice", "runs", "3"},
     {"practice", "model", "nano"},
@@ -40,8 +40,26 @@ static const struct {
     {"practice", "parameters", "600000"},
     {"practice", "memory_mb", "2000"},
 
-    // Hello: runs anywhere in about a minute. The digits' judge is also the teacher of their features, so that
-    // a score here says that the program works and little about pictures.
+    {"practice-ratio", "rank", "ratio"},
+    {"practice-ratio", "runs", "2"},
+    {"practice-ratio", "model", "nano"},
+    {"practice-ratio", "may_set", "recipe sizes batch accum"},
+    {"practice-ratio", "threads", "2"},
+    {"practice-ratio", "data", "data/digits.safetensors"},
+    {"practice-ratio", "data_sha256", "9d61d74b0d623d3bce3a15b7c5e45ba013f9cabd8f0c7e645a70157ca4f8cb73"},
+    {"practice-ratio", "judge", "data/digits_encoder.safetensors"},
+    {"practice-ratio", "judge_sha256", "5ef8452daf34e332ab2454376ca27c30c1da5f962f7a1522551b50574cd52f10"},
+    {"practice-ratio", "steps", "12"},
+    {"practice-ratio", "pictures", "40"},
+    {"practice-ratio", "sample_steps", "4"},
+    {"practice-ratio", "metric", "frechet"},
+    {"practice-ratio", "target", "not fixed yet"},
+    {"practice-ratio", "sigma", "not measured yet"},
+    {"practice-ratio", "parameters", "600000"},
+    {"practice-ratio", "memory_mb", "2000"},
+
+    // Hello: runs anywhere in about a minute. The digits' judge is also the teacher of their features, so
+    // that a score here says that the program works, and little about pictures.
     {"digits", "rank", "none"},
     {"digits", "runs", "10"},
     {"digits", "model", "nano"},
@@ -59,40 +77,39 @@ static const struct {
     {"digits", "parameters", "600000"},
     {"digits", "memory_mb", "2000"},
 
-    // STAND-IN: until the Fashion-MNIST shard, its judge and --model fashion are here, these two tracks run on
-    // the digits with their teacher as the judge, so that the machinery can be tried. No entry counts before.
+    // Teacher and judge are two networks that share nothing but the training pictures (data/README.md).
     {"fashion-steps", "rank", "samples"},
     {"fashion-steps", "runs", "10"},
-    {"fashion-steps", "model", "nano"},
+    {"fashion-steps", "model", "fashion"},
     {"fashion-steps", "may_set", "recipe batch steps threads accum"},
-    {"fashion-steps", "data", "data/digits.safetensors"},
-    {"fashion-steps", "data_sha256", "9d61d74b0d623d3bce3a15b7c5e45ba013f9cabd8f0c7e645a70157ca4f8cb73"},
-    {"fashion-steps", "judge", "data/digits_encoder.safetensors"},
-    {"fashion-steps", "judge_sha256", "5ef8452daf34e332ab2454376ca27c30c1da5f962f7a1522551b50574cd52f10"},
-    {"fashion-steps", "pictures", "1000"},
+    {"fashion-steps", "data", "data/fashion_mnist.safetensors"},
+    {"fashion-steps", "data_sha256", "2c416317282a8acb7f8d1db2da486e5ef95b3af0c44906ead853f6903a167084"},
+    {"fashion-steps", "judge", "data/fashion_mnist_judge.safetensors"},
+    {"fashion-steps", "judge_sha256", "5100003522574ec619a005d3ea070d7b12fb51f2da47169759e2aa180057891b"},
+    {"fashion-steps", "pictures", "10000"},
     {"fashion-steps", "sample_steps", "50"},
     {"fashion-steps", "metric", "frechet"},
     {"fashion-steps", "target", "not fixed yet"},
     {"fashion-steps", "sigma", "not measured yet"},
-    {"fashion-steps", "parameters", "600000"},
+    {"fashion-steps", "parameters", "2000000"},
     {"fashion-steps", "memory_mb", "16000"},
 
     {"fashion-cpu", "rank", "ratio"},
     {"fashion-cpu", "runs", "10"},
-    {"fashion-cpu", "model", "nano"},
+    {"fashion-cpu", "model", "fashion"},
     {"fashion-cpu", "may_set", "recipe sizes batch steps accum"},
     {"fashion-cpu", "threads", "2"},
-    {"fashion-cpu", "data", "data/digits.safetensors"},
-    {"fashion-cpu", "data_sha256", "9d61d74b0d623d3bce3a15b7c5e45ba013f9cabd8f0c7e645a70157ca4f8cb73"},
-    {"fashion-cpu", "judge", "data/digits_encoder.safetensors"},
-    {"fashion-cpu", "judge_sha256", "5ef8452daf34e332ab2454376ca27c30c1da5f962f7a1522551b50574cd52f10"},
-    {"fashion-cpu", "pictures", "1000"},
+    {"fashion-cpu", "data", "data/fashion_mnist.safetensors"},
+    {"fashion-cpu", "data_sha256", "2c416317282a8acb7f8d1db2da486e5ef95b3af0c44906ead853f6903a167084"},
+    {"fashion-cpu", "judge", "data/fashion_mnist_judge.safetensors"},
+    {"fashion-cpu", "judge_sha256", "5100003522574ec619a005d3ea070d7b12fb51f2da47169759e2aa180057891b"},
+    {"fashion-cpu", "pictures", "10000"},
     {"fashion-cpu", "sample_steps", "50"},
     {"fashion-cpu", "metric", "frechet"},
     {"fashion-cpu", "target", "not fixed yet"},
     {"fashion-cpu", "sigma", "not measured yet"},
     {"fashion-cpu", "parameters", "2000000"},
-    {"fashion-cpu", "memory_mb", "4000"},
+    {"fashion-cpu", "memory_mb", "16000"},
 
     {"imagenet-256", "closed",
      "its FID is measured by the ADM evaluator, outside of this program, and nobody has "
