@@ -1928,6 +1928,8 @@ static const Option run_options[] = {
     OPTION("accum", accum, WHOLE, 0, 0, 1e6, "parts that a batch is computed in, to save memory; 0: chosen"),
     OPTION("seed", seed, SEED, 1, 0, 9e15, "of everything random"),
     OPTION("resume", resume, TEXT, 0, 0, 0, "go on from this checkpoint, bit for bit"),
+    OPTION("track", track, TEXT, 0, 0, 0,
+           "a run of the race, timed and scored by its rules (dev/speedrun/README.md)"),
     OPTION("export", export_to, TEXT, 0, 0, 0,
            "at the end write the EMA under the reference implementation's names"),
     OPTION("log_every", log_every, WHOLE, 50, 1, 1e9,
@@ -1939,8 +1941,6 @@ static const Option run_options[] = {
     OPTION("no_graph", no_graph, SWITCH, 0, 0, 1,
            "GPU: launch every kernel, instead of replaying a recorded step"),
     OPTION("profile", profile, SWITCH, 0, 0, 1, "GPU: at the end, where the time of the steps went"),
-    OPTION("track", track, TEXT, 0, 0, 0,
-           "a run of the race, timed and scored by its rules (dev/speedrun/README.md)"),
 };
 enum { RUN_OPTIONS = sizeof(run_options) / sizeof(run_options[0]) };
 

@@ -176,6 +176,7 @@ static void track_warm_up(Track *k, Training *t) {
     char before[SHA_HEX];
     track_state(before, t, room);
     Batch *dummy = batch_create(&t->c, t->run.batch / t->run.accum);
+    dummy->on_device = on != &cpu_backend;
     track_dummy(dummy, &t->c, t->run.batch);
     on->zero_gradients(t->model);
     on->forward_backward(t->model, dummy);
