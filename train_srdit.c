@@ -2404,8 +2404,8 @@ static void train(Training *t) {
     const Run *run = &t->run;
     Log *log = &t->log;
     t->loader.c = &t->c;
-    loader_start(&t->loader, (long)t->step * run->accum, (long)run->steps * run->accum);
     log->begin = log->since = now_seconds();
+    loader_start(&t->loader, (long)t->step * run->accum, (long)run->steps * run->accum);
     while (t->step < run->steps && !interrupted) {
         forward_backward_step(t);
         t->backend->update(t->model, ++t->step);

@@ -166,9 +166,10 @@ static void options_print(const OptionTable *t, int techniques, int width) {
 
 // The words of the command line with each --flag=value made two; good to the program's end.
 static char **split_words(int *argc, char **argv) {
-    static char **words;   // one that stays reachable, for leak checkers
+    static char **volatile kept;   // reachable to the end, for leak checkers
+    char **words = (char **)alloc_zero(2 * (size_t)*argc + 1, sizeof(char *));
     int n = 0;
-    words = (char **)alloc_zero(2 * (size_t)*argc + 1, sizeof(char *));
+    kept = words;
     for (int i = 0; i < *argc; i++) {
         char *value = i && !strncmp(argv[i], "--", 2) ? strchr(argv[i], '=') : NULL;
         words[n++] = value ? strndup(argv[i], (size_t)(value - argv[i])) : argv[i];

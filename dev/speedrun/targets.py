@@ -81,6 +81,8 @@ def main(argv):
             not changed, log.path,
             "its sources differ from %s in %s, and a target is measured on unchanged ones" %
             (base or "this folder", ", ".join(changed)))
+    need(not logs[0].words(), logs[0].path, "its command has %s, and a target is measured with the trainer's "
+         "own settings" % logs[0].words())
     rules = verify.check_entry(logs)
     need(
         len(logs) >= LEAST, logs[0].path,

@@ -359,6 +359,12 @@ def test_ratio(work):
         os.path.join(folder, d, "track.log") for d in os.listdir(folder) if d.startswith(k))
                       for k in ("entry", "baseline"))
     test_ratio_logs(logs, baseline, work)
+    refused_target("two runs are too few for a target", baseline, "at least 10")
+    least, targets.LEAST, out = targets.LEAST, 2, io.StringIO()
+    with contextlib.redirect_stdout(out):
+        targets.main(BASE + baseline)
+    targets.LEAST = least
+    check("a target of two runs, were that enough", "target" in out.getvalue() and "sigma" in out.getvalue())
     refused("a ratio without a baseline", BASE + logs, "--baseline")
     refused("a baseline with settings of its own", BASE + baseline + ["--baseline"] + logs, "of its own")
     refused("a program without a baseline",
@@ -470,12 +476,16 @@ def test_targets(logs, work):
         check("a target is not moved", False, "it was")
     except verify.Refusal as refusal:
         check("a target is not moved", "fixed already" in str(refusal), refusal)
+    refused_target("a target from settings of its own", logs, "own settings")
+
+
+def refused_target(what, logs, say):
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             targets.main(BASE + logs)
-        check("three runs are too few for a target", False, "accepted")
+        check(what, False, "accepted")
     except verify.Refusal as refusal:
-        check("three runs are too few for a target", "at least 10" in str(refusal), refusal)
+        check(what, say in str(refusal), refusal)
 
 
 def test_ablations(work):
