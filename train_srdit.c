@@ -2565,7 +2565,11 @@ static int train_main(int argc, char **argv, const Backend *backend) {
     SafeFile *resume = run.resume ? start_resumed(&c, &run, &step) : NULL;
     if (!resume) start_new(&c, &run);
     if (help) {
-        if (!access(default_data[0], R_OK)) take_sizes(&config, data_open(default_data, 1));
+        if (!access(default_data[0], R_OK)) {
+            Data *bundled = data_open(default_data, 1);
+            take_sizes(&config, bundled);
+            data_close(bundled);
+        }
         print_help(argv[0], &run_table, &config);
         check_output_taken();
         return 0;

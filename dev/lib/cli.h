@@ -170,6 +170,7 @@ static char **split_words(int *argc, char **argv) {
     char **words = (char **)alloc_zero(2 * (size_t)*argc + 1, sizeof(char *));
     int n = 0;
     kept = words;
+    (void)kept;
     for (int i = 0; i < *argc; i++) {
         char *value = i && !strncmp(argv[i], "--", 2) ? strchr(argv[i], '=') : NULL;
         words[n++] = value ? strndup(argv[i], (size_t)(value - argv[i])) : argv[i];

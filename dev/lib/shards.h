@@ -139,6 +139,11 @@ static Data *data_open(char **paths, int count) {
         d->count += s->count;
     }
     if (d->count > INT_MAX) die("%s: more than %d samples", paths[0], INT_MAX);
+    // Where the shards do not fit into memory, what the system reads ahead of a sample only drives others out
+    double bytes = 0, memory = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
+    for (int i = 0; i < count; i++) bytes += (double)d->shards[i].file->size;
+    for (int i = 0; i < count && bytes > memory / 2; i++)
+        madvise((void *)(uintptr_t)d->shards[i].file->map, d->shards[i].file->size, MADV_RANDOM);
     return d;
 }
 static void data_close(Data *d) {
