@@ -657,6 +657,9 @@ static void sample_flags(SampleRun *r, int argc, char **argv) {
         r->checkpoint = r->newest;
         printf("%s is the newest run's checkpoint\n", r->checkpoint);
     }
+    int drawn = r->out || r->separate || r->show || r->show_steps || !(r->npz || r->latents || r->score);
+    if (!drawn && (given[option_find(&table, "scale")] || given[option_find(&table, "columns")]))
+        die("--scale and --columns are for PNGs and the terminal; nothing of these is asked for");
     if (r->judge && !r->score) die("--judge is for --score SHARD");
     if (r->out || r->separate || r->npz || r->latents || r->score) return;
     const char *slash = strrchr(r->checkpoint, '/');
@@ -1060,6 +1063,9 @@ static void outputs_check(const SampleRun *r, const Source *s, const Layout *l, 
         refuse_input("--npz", r->npz, inputs[i]);
         refuse_input("--latents", r->latents, inputs[i]);
     }
+    refuse_foreign("--out", r->out, "\x89PNG");
+    refuse_foreign("--npz", r->npz, npz_member);
+    refuse_foreign("--latents", r->latents, "SR-DiT in C");
     if (r->separate) make_folder(r->separate);
     if (r->separate && access(r->separate, W_OK))
         die("--separate %s: the folder cannot be written to: %s", r->separate, strerror(errno));

@@ -1064,6 +1064,21 @@ static void test_folders(void) {
            "latents");
     expect("an export over a checkpoint",
            run_self(0, NANO "--steps 1 --out %s --export %s", in_folder("free/e"), other), "--export");
+    expect(
+        "an export over its run's log",
+        run_self(0, "--as-trainer --resume %s --steps 5 --export %s", other, in_folder("free/out-2/log.csv")),
+        "a file of this run");
+    const char *letters[] = {in_folder("letter"), in_folder("race/track.log")};
+    if (mkdir(in_folder("race"), 0777)) die("cannot make a folder");
+    for (int i = 0; i < 2; i++) {
+        FILE *letter = fopen(letters[i], "w");
+        if (!letter || fputs("dear diary", letter) < 0 || fclose(letter)) die("cannot write");
+    }
+    expect("an export over a letter",
+           run_self(0, NANO "--steps 1 --out %s --export %s", in_folder("free/e"), letters[0]),
+           "of another kind");
+    expect("beside a run of the race", run_self(0, NANO "--steps 1 --out %s", in_folder("race")),
+           "a run of the race");
     expect("an export over its run", run_self(0, "--as-trainer --resume %s --export %s", other, other),
            "--export");
     status = run_self(0, NANO "--steps 0 --overwrite --out %s", out);

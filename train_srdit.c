@@ -2466,15 +2466,15 @@ static int report_end(Training *t) {
 
 // Ends the program where --export would replace what the run reads or writes, or another checkpoint.
 static void export_check(const Run *run, const Folder *folder) {
-    refuse_input("--export", run->export_to, run->resume);
-    for (int i = 0; i < run->data.count; i++) refuse_input("--export", run->export_to, run->data.items[i]);
-    if (!strcmp(run->export_to, folder->checkpoint) || same_file(run->export_to, folder->checkpoint))
-        die("--export %s is this run's checkpoint; give it another name", run->export_to);
-    const char *name = strrchr(run->export_to, '/');
-    if (!strcmp(name ? name + 1 : run->export_to, "checkpoint.safetensors") && !access(run->export_to, F_OK))
-        die("--export %s is a checkpoint, which the export would replace; give it another name",
-            run->export_to);
-    file_probe(run->export_to);
+    const char *to = run->export_to;
+    const char *const own[] = {folder->checkpoint, folder->picture, folder->curve, folder->log,
+                               folder->track};
+    refuse_input("--export", to, run->resume);
+    for (int i = 0; i < run->data.count; i++) refuse_input("--export", to, run->data.items[i]);
+    for (int i = 0; i < 5; i++)
+        if (same_output(to, own[i])) die("--export %s is a file of this run; give it another name", to);
+    refuse_foreign("--export", to, "srdit-export-1");
+    file_probe(to);
 }
 
 // Where the batches of the run are loaded to: for a GPU its two input buffers, or, where it cannot convert

@@ -27,8 +27,9 @@ import time
 try:
     import numpy as np
 except ImportError:
-    sys.exit("digits.py: %s has no numpy; on Debian: apt-get install python3-sklearn, then "
-             "/usr/bin/python3 %s" % (sys.executable, sys.argv[0]))
+    sys.exit("%s: %s has no numpy; on Debian: apt-get install python3-numpy (digits.py without --check also "
+             "python3-sklearn), then /usr/bin/python3 %s" %
+             (os.path.basename(sys.argv[0]), sys.executable, sys.argv[0]))
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SHARD = os.path.join(HERE, "digits.safetensors")

@@ -53,11 +53,11 @@ Network = namedtuple("Network", "role vector patches convs z seed epochs")
 NETWORKS = (
     Network("teacher", "cls", True, ((4, 2, 1, 32), (4, 2, 1, 80), (3, 1, 1, 80)), 24, 2017, 8),
     Network("judge", "features", False, ((5, 2, 2, 32), (3, 2, 1, 64), (3, 1, 1, 64), (3, 2, 1, 64)), 64, 28,
-            14),
+            22),
 )
 FASHION = DataSet("fashion_mnist", 28, 1, 4, 14, 60000, 2, NETWORKS, {
     "fashion_mnist_teacher.safetensors": "609a89a92a752c0f52b12e8a067e9c4175181ef14bd80a8c4cbe27e36f1ae4d2",
-    "fashion_mnist_judge.safetensors": "5100003522574ec619a005d3ea070d7b12fb51f2da47169759e2aa180057891b",
+    "fashion_mnist_judge.safetensors": "cce3542feb3f955cf21842f670f36669532ebcfe5f53b6242905d4e1afa55e1b",
     "fashion_mnist.safetensors": "2c416317282a8acb7f8d1db2da486e5ef95b3af0c44906ead853f6903a167084"})
 
 IDX_FILES = (               # name, size, sha256 of the unpacked file

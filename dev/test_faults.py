@@ -309,10 +309,10 @@ def trained(*words):
 def single_faults():
     run6, other = trained(), trained("--seed", "2")
     exported = fresh(run6)
-    write_bytes(os.path.join(exported, "e.safetensors"), b"an older export")
+    write_bytes(os.path.join(exported, "e.safetensors"), b"an older srdit-export-1")
     drawn = fresh(run6)
     for name in ("x.png", "x.safetensors", "x.npz"):
-        write_bytes(os.path.join(drawn, name), b"older pictures")
+        write_bytes(os.path.join(drawn, name), b"older \x89PNG arr_0.npy SR-DiT in C")
     partly = fresh(run6)      # an .npz that was killed in its second batch
     run(partly, DRAW + ["--npz", "x.npz"], faulty())
     writes = [i + 1 for i, (c, p) in enumerate(calls_of(partly)) if c == "write" and p.startswith("x.npz")]
@@ -543,7 +543,7 @@ def links(run6):
             if name == CK:
                 os.rename(link, target)
             elif kind != "dangling":
-                write_bytes(target, b"older")
+                write_bytes(target, b"older \x89PNG arr_0.npy SR-DiT in C srdit-export-1")
             old = read_bytes(target) if os.path.exists(target) else None
             os.symlink(target if kind == "absolute" else os.path.relpath(target, os.path.dirname(link)), link)
             r = run(folder, words)

@@ -356,6 +356,7 @@ def test_bad_input(C):
             ([C, "--num"], "needs a value"), ([C, "--cfg", "nan"], "--cfg"), ([C, "--cfg", "-1"], "--cfg"),
             ([C, "--seed", "-1"], "--seed"),
             ([C, "--cfg", "2", "--guidance-low", "0.9", "--guidance-high", "0.1"], "above"),
+            ([C, "--num", "1", "--npz", "w", "--scale", "3"], "for PNGs and the terminal"),
             ([C, "--cfg", "0.5"], "--cfg is 0.5"), ([C, "--cls-cfg", "3"], "without guidance"),
             ([C, "--guidance-low", "0.1"], "without guidance"),
             ([C, "--no-path-drop"], "without guidance"), ([C, "--steps", "0x4"], "not a number"),
@@ -377,6 +378,12 @@ def test_bad_input(C):
             ([C, "--num", "9999999", "--out", "x.png"], "too many")):
         bad("bad input: %s" % " ".join(["./sample"] + ["CKPT" if w == C else w for w in words]), pattern,
             *words)
+    for flag in ("--out", "--npz", "--latents"):
+        with open("letter.png", "w") as f:
+            f.write("dear diary")
+        bad("a file of another kind: %s" % flag, "of another kind", C, "--num", 1, flag, "letter.png")
+        check("is untouched", read_bytes("letter.png") == b"dear diary")
+    os.remove("letter.png")
     if os.geteuid():
         os.mkdir("locked", 0o500)
         bad("a folder that is not ours", "cannot be written", C, "--out", "locked/x.png")

@@ -122,6 +122,7 @@ static void part_open(NewFile *n, const char *path) {
     part_name(n, path);
     for (int same = 0; !same;) {   // until it is the file of that name: another may have renamed it meanwhile
         int fd = open(n->temporary, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+        if (fd < 0 && errno == ENOENT) die("%s: cannot be written: there is no such folder", path);
         if (fd < 0) die("%s: cannot be written: %s", n->temporary, strerror(errno));
         if (flock(fd, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK)
             die("%s: another output or another program is writing it; give this one another name", path);
@@ -183,6 +184,18 @@ static void file_probe(const char *path) {
 static int same_file(const char *a, const char *b) {
     struct stat s, t;
     return a && b && !stat(a, &s) && !stat(b, &t) && s.st_dev == t.st_dev && s.st_ino == t.st_ino;
+}
+// Ends the program where an output would replace a file that is not of its kind: one that does not have
+// `mark` among its first bytes
+static void refuse_foreign(const char *flag, const char *path, const char *mark) {
+    char head[8192];
+    FILE *f = path ? fopen(path, "rb") : NULL;
+    if (!f) return;
+    size_t n = fread(head, 1, sizeof(head), f);
+    fclose(f);
+    if (n && !memmem(head, n, mark, strlen(mark)))
+        die("%s %s: there is a file of that name, and of another kind; give this one another name", flag,
+            path);
 }
 // Would two outputs, of which there may be neither yet, be one file?
 static int same_output(const char *a, const char *b) {

@@ -254,15 +254,15 @@ static void use_threads(int threads) {
 
 // OpenMP's threads wait for each other by spinning for long, which on a machine that has anything else to do
 // costs a multiple of what it saves; falling asleep at once makes a step half as long again (measured in
-// dev/README.md). gcc's library can spin for some microseconds first. clang's counts in milliseconds, so it
-// spins where the machine has been idle, and else sleeps. Both read their setting before main, so the program
-// starts anew.
+// dev/README.md). gcc's library can spin for some microseconds first. clang's counts in milliseconds: it may spin
+// for one, unless the machine has been crowded. Both read their setting before main, so the program starts
+// anew.
 static void wait_calmly(char **argv) {
 #ifdef _OPENMP
 #ifdef __clang__
     double load;   // the mean number of programs that ran in the last minute
-    int idle = getloadavg(&load, 1) == 1 && load < 0.5 * omp_get_num_procs();
-    if (getenv("OMP_WAIT_POLICY") || getenv("KMP_BLOCKTIME") || setenv("KMP_BLOCKTIME", idle ? "1" : "0", 1))
+    int room = getloadavg(&load, 1) == 1 && load < 1.5 * omp_get_num_procs();
+    if (getenv("OMP_WAIT_POLICY") || getenv("KMP_BLOCKTIME") || setenv("KMP_BLOCKTIME", room ? "1" : "0", 1))
         return;
 #else
     if (getenv("OMP_WAIT_POLICY") || setenv("OMP_WAIT_POLICY", "passive", 1)) return;

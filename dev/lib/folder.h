@@ -63,7 +63,7 @@ static int folder_take(Folder *f, const char *path) {
 static int folder_holds_run(const Folder *f) {   // a link to nothing counts: something will come back there
     struct stat st;
     return !lstat(f->checkpoint, &st) || !lstat(f->picture, &st) || !lstat(f->log, &st) ||
-           !lstat(f->track, &st);
+           !lstat(f->curve, &st) || !lstat(f->track, &st);
 }
 // Is the picture missing, or older than the checkpoint?
 static int folder_lacks_picture(const Folder *f) {
@@ -100,6 +100,12 @@ static Folder folder_open(const char *out, const char *resume, int overwrite) {
     }
     if (!folder_take(&f, out)) die("%s: another run is writing there; give this one another --out", out);
     f.replaces = folder_holds_run(&f) && !(resume && same_file(resume, f.checkpoint));
+    struct stat st;
+    int race = !lstat(f.track, &st);   // its evidence would no longer be of what lies beside it
+    if (race && (resume || !overwrite))
+        die("%s holds a run of the race, which is not gone on with; put this one elsewhere by another "
+            "--out%s",
+            out, resume ? "" : ", or replace it by --overwrite");
     if (f.replaces && !overwrite)
         die("%s holds %s run; go on with it by --resume %s, put this one elsewhere by another --out, or "
             "replace it by --overwrite",
@@ -108,7 +114,7 @@ static Folder folder_open(const char *out, const char *resume, int overwrite) {
 }
 
 // The run that the folder holds goes: its pictures and its logs first, so that they never stand beside
-// another's checkpoint.
+// another's checkpoint. (What ./sample made of it is the user's, and stays.)
 static void folder_clear(Folder *f) {
     const char *const gone[] = {f->picture, f->curve, f->track, f->log};
     for (int i = 0; i < 4 && f->replaces; i++)
