@@ -385,7 +385,7 @@ def read_idx(folder, name, size, sha256):
     try:
         with (gzip.open if packed else open)(path, "rb") as f:
             content = f.read(size + 1)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError("%s: neither %s nor %s.gz is there; on Debian: apt-get install "
                          "dataset-fashion-mnist; elsewhere --source DIR" % (folder, name, name))
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:

@@ -98,7 +98,7 @@ def main():
         figure.savefig(options.out, dpi=100)
     except (OSError, ValueError) as error:
         fail("%s: cannot be written: %s" % (options.out, error))
-    print("%s: %d runs" % (options.out, len(runs)))
+    print("%s: %d run%s" % (options.out, len(runs), "s" if len(runs) > 1 else ""))
 
 
 if __name__ == "__main__":

@@ -847,6 +847,8 @@ def main(argv):
         return write_boards(options.check_boards)
     if options.check_records:
         return check_records()
+    need(not (options.one and options.record), "--record",
+         "an entry is all of its runs; --one looks at single logs")
     if options.one:
         for path in options.logs:
             log = Log(path)
@@ -879,3 +881,5 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except Refusal as refusal:
         sys.exit("error: %s" % refusal)
+    except OSError as error:    # a program that is not there, a folder that cannot be written to
+        sys.exit("error: %s: %s" % (error.filename, error.strerror))
