@@ -860,6 +860,7 @@ __attribute__((format(printf, 2, 3))) static int run_self(int interrupt_after_ms
     if (pid < 0) die("cannot fork: %s", strerror(errno));
     if (!pid) {
         if (!freopen(out, "w", stdout) || !freopen(err, "w", stderr)) _exit(99);
+        signal(SIGINT, SIG_DFL);   // a shell's background job ignores it, and the trainer leaves that so
         execv(self, argv);
         _exit(98);
     }
