@@ -254,9 +254,9 @@ static void use_threads(int threads) {
 
 // OpenMP's threads wait for each other by spinning for long, which on a machine that has anything else to do
 // costs a multiple of what it saves; falling asleep at once makes a step half as long again (measured in
-// dev/README.md). gcc's library can spin for some microseconds first. clang's counts in milliseconds: it may spin
-// for one, unless the machine has been crowded. Both read their setting before main, so the program starts
-// anew.
+// dev/README.md). gcc's library can spin for some microseconds first. clang's counts in milliseconds: it may
+// spin for one, unless the machine has been crowded. Both read their setting before main, so the program
+// starts anew.
 static void wait_calmly(char **argv) {
 #ifdef _OPENMP
 #ifdef __clang__
