@@ -1374,8 +1374,8 @@ __global__ void __launch_bounds__(256) fusion_gather_kernel(floatX *dG, float *p
             }
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                if (n + i >= n1) break;
                 Vec4 x = unpack4(v[i]);
+                if (n + i >= n1) continue;
                 if (row[i] < mask) store4(dG + (size_t)row[i] * D + d, x);
                 else
                     for (int j = 0; j < 4; j++) sum.x[j] += x.x[j];
