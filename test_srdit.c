@@ -105,6 +105,33 @@ static void compare_named(Report *r, const SafeFile *f, const char *name, const 
     free(want);
 }
 
+// Compares a tensor after k steps. A gradient that is off by `noise` of its largest element moves its parameter
+// by as much of lr as it is of the gradient itself, which AdamW divides by: an element that noise alone makes
+// (keys' bias without QK-norm, say, whose gradient is 0 by softmax's invariance) goes either way.
+static void compare_stepped(Report *r, const SafeFile *f, const char *name, const char *tensor,
+                            const real *got, size_t n, const Config *c, int k, double tolerance,
+                            double noise) {
+    char full[96];
+    snprintf(full, sizeof(full), "grad.%s", tensor);
+    double *want = want_read(f, name, n), *grad = want_read(f, full, n), most = 0, steepest = 0;
+    double worst_error = 0, worst_allowed = 1;
+    if (!want || !grad || r->override_tolerance > 0) {
+        if (want) compare(r, name, got, want, n, tolerance, 0);
+        free(want), free(grad);
+        return;
+    }
+    for (size_t i = 0; i < n; i++) worsens(&most, fabs(want[i])), worsens(&steepest, fabs(grad[i]));
+    for (size_t i = 0; i < n; i++) {
+        double error = fabs((double)got[i] - want[i]);
+        double turned = fmin(2, 2 * noise * steepest / (fabs(grad[i]) + c->eps));
+        double allowed = tolerance * most + k * c->lr * turned + 1e-300;
+        if (!(error / allowed <= worst_error / worst_allowed)) worst_error = error, worst_allowed = allowed;
+        if (isnan(error)) break;
+    }
+    report_add(r, name, worst_error, worst_allowed);
+    free(want), free(grad);
+}
+
 static void need(real *out, const SafeFile *f, const char *name, size_t n) {
     double *x = want_read(f, name, n);
     if (!x) die("%s: tensor %s is missing", f->path, name);
@@ -136,9 +163,8 @@ static int named_in(const char *list, const char *name) {
 
 // Tolerances. Double: the format's 1e-9. Float: errors grow with the length of the sums and the depth; over
 // the cases of dev/ref and random ones of `dev/reference.py random`, 1000 epsilons (1.2e-4) of the largest
-// element hold everywhere. A parameter after a step may be off by a part of the learning rate there, since
-// Adam divides small gradients by their own size: a gradient that is off by the tolerance moves its parameter
-// by up to lr.
+// element hold everywhere. A scalar has no larger element beside it, and its terms may cancel: in float the
+// gradients of the blocks' lambdas are measured as one tensor. Parameters after a step: compare_stepped.
 static double tolerance_of(void) { return sizeof(real) == 8 ? 1e-9 : 1000 * REAL_EPS; }
 
 static void replay_training(Report *r, const SafeFile *f, Model *m) {
@@ -193,11 +219,20 @@ static void replay_training(Report *r, const SafeFile *f, Model *m) {
 
     real *host = (real *)alloc_zero(m->table.total, sizeof(real));
     backend->get_block(host, m, GRADS);
+    double lambdas = 0;   // the largest of their gradients
+    for (int i = 0; i < m->table.count; i++) {
+        char name[96];
+        snprintf(name, sizeof(name), "grad.%s", m->table.tensors[i].name);
+        double *one = m->table.tensors[i].ndim ? NULL : want_read(f, name, 1);
+        if (one) worsens(&lambdas, fabs(*one));
+        free(one);
+    }
     for (int i = 0; i < m->table.count; i++) {
         const Tensor *p = &m->table.tensors[i];
         char name[96];
         snprintf(name, sizeof(name), "grad.%s", p->name);
-        if (p->trained) compare_named(r, f, name, host + p->offset, p->size, tol, 0);
+        double lambda = sizeof(real) == 4 && p->ndim == 0 ? tol * lambdas : 0;
+        if (p->trained) compare_named(r, f, name, host + p->offset, p->size, tol, lambda);
     }
     for (int k = 1; k <= steps; k++) {
         if (k > 1) backend->zero_gradients(m), backend->forward_backward(m, batch);
@@ -210,9 +245,9 @@ static void replay_training(Report *r, const SafeFile *f, Model *m) {
                 const Tensor *p = &m->table.tensors[i];
                 char name[96];
                 snprintf(name, sizeof(name), "%s%d.%s", e ? "ema" : "after", k, p->name);
-                double extra = sizeof(real) == 8 ? 0 : 0.2 * k * c->lr;
                 if (!named_in(skip, p->name))
-                    compare_named(r, f, name, host + p->offset, p->size, tol, extra);
+                    compare_stepped(r, f, name, p->name, host + p->offset, p->size, c, k, tol,
+                                    sizeof(real) == 8 ? 1e-12 : tol);
             }
         }
     }
