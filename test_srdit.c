@@ -105,9 +105,9 @@ static void compare_named(Report *r, const SafeFile *f, const char *name, const 
     free(want);
 }
 
-// Compares a tensor after k steps. A gradient that is off by `noise` of its largest element moves its parameter
-// by as much of lr as it is of the gradient itself, which AdamW divides by: an element that noise alone makes
-// (keys' bias without QK-norm, say, whose gradient is 0 by softmax's invariance) goes either way.
+// Compares a tensor after k steps. A gradient that is off by `noise` of its largest element moves its
+// parameter by as much of lr as it is of the gradient itself, which AdamW divides by: an element that noise
+// alone makes (keys' bias without QK-norm, say, whose gradient is 0 by softmax's invariance) goes either way.
 static void compare_stepped(Report *r, const SafeFile *f, const char *name, const char *tensor,
                             const real *got, size_t n, const Config *c, int k, double tolerance,
                             double noise) {
@@ -162,10 +162,10 @@ static int named_in(const char *list, const char *name) {
 }
 
 // Tolerances. Double: the format's 1e-9. Float: errors grow with the length of the sums and the depth; over
-// the cases of dev/ref and random ones of `dev/reference.py random`, 1000 epsilons (1.2e-4) of the largest
-// element hold everywhere. A scalar has no larger element beside it, and its terms may cancel: in float the
+// the cases of dev/ref and random ones of `dev/reference.py random`, 2000 epsilons (2.4e-4) of the largest
+// element hold everywhere (of 2600 random files one needs more than 1000: both sides compute in float). A scalar has no larger element beside it, and its terms may cancel: in float the
 // gradients of the blocks' lambdas are measured as one tensor. Parameters after a step: compare_stepped.
-static double tolerance_of(void) { return sizeof(real) == 8 ? 1e-9 : 1000 * REAL_EPS; }
+static double tolerance_of(void) { return sizeof(real) == 8 ? 1e-9 : 2000 * REAL_EPS; }
 
 static void replay_training(Report *r, const SafeFile *f, Model *m) {
     const Config *c = &m->c;
