@@ -163,8 +163,9 @@ static int named_in(const char *list, const char *name) {
 
 // Tolerances. Double: the format's 1e-9. Float: errors grow with the length of the sums and the depth; over
 // the cases of dev/ref and random ones of `dev/reference.py random`, 2000 epsilons (2.4e-4) of the largest
-// element hold everywhere (of 2600 random files one needs more than 1000: both sides compute in float). A scalar has no larger element beside it, and its terms may cancel: in float the
-// gradients of the blocks' lambdas are measured as one tensor. Parameters after a step: compare_stepped.
+// element hold everywhere (of 2600 random files one needs more than 1000: both sides compute in float). A
+// scalar has no larger element beside it, and its terms may cancel: in float the gradients of the blocks'
+// lambdas are measured as one tensor. Parameters after a step: compare_stepped.
 static double tolerance_of(void) { return sizeof(real) == 8 ? 1e-9 : 2000 * REAL_EPS; }
 
 static void replay_training(Report *r, const SafeFile *f, Model *m) {

@@ -199,7 +199,8 @@ def main():
         os.symlink(os.path.join(ROOT, "data"), os.path.join(folder, "data"))
         os.mkdir(os.path.join(folder, "dev"))
         os.symlink(os.path.join(ROOT, "dev", "ref"), os.path.join(folder, "dev", "ref"))
-        shutil.copytree(os.path.join(ROOT, "dev", "lib"), os.path.join(folder, "dev", "lib"))
+        for name in ("lib", "speedrun"):
+            shutil.copytree(os.path.join(ROOT, "dev", name), os.path.join(folder, "dev", name))
         for name, function, text, replacement in [("(nothing changed)", None, "", None)] + chosen:
             path, mutant, error = "train_srdit.c", sources["train_srdit.c"], ""
             if replacement is not None:
@@ -221,8 +222,9 @@ def main():
                 caught = how is not None and not error
                 how = how or "SURVIVED"
             if replacement is None:             # the tests must pass without a mutant
-                bad += caught
-                how = how if caught else "passes, as it must"
+                if caught or error:
+                    sys.exit("without a mutant: %s" % how)
+                how = "passes, as it must"
             else:
                 bad += not caught
             rows.append((name, how))
