@@ -1882,6 +1882,38 @@ static int sample_euler_maruyama(double *x, double *cls, const Backend *backend,
     return !stopped;
 }
 
+// The same marginals follow from an ordinary equation, dx/dt = v(x, t): no noise on the way, so few steps are
+// enough for a rough picture, and a solver of second order needs fewer still. x and cls are as above. N =
+// s->steps intervals, t = 1 - i/N, shifted. Euler: x += v(x, t) dt. Heun: x' = x + v(x, t) dt, then x +=
+// (v(x, t) + v(x', t + dt)) / 2 dt; its last interval is Euler's, as in the reference, so N steps are 2N - 1
+// evaluations (the error still falls with the square of the step, since one interval's error does).
+static int sample_ode(double *x, double *cls, const Backend *backend, Model *model, const Sampling *s,
+                      int heun, const int *y, int n, Progress *progress, void *user) {
+    const Config *c = &model->c;
+    size_t latent = (size_t)n * (size_t)latent_of(c), Z = c->cls ? (size_t)n * (size_t)c->z_dim : 0;
+    SamplerWork w = sampler_work(c, n);
+    double *first = (double *)alloc_zero(latent, sizeof(double)),
+           *x2 = (double *)alloc_zero(latent, sizeof(double));
+    double *first_cls = (double *)alloc_zero(Z, sizeof(double)),
+           *cls2 = (double *)alloc_zero(Z, sizeof(double));
+    int stopped = 0;
+    for (int i = 0; i < s->steps && !stopped; i++) {
+        double t = shift_time(c, 1 - (double)i / s->steps),
+               next = shift_time(c, 1 - (double)(i + 1) / s->steps), dt = next - t;
+        int twice = heun && i < s->steps - 1;
+        guided_velocity(&w, backend, model, s, x, cls, y, t, n);
+        for (size_t k = 0; k < latent; k++) first[k] = w.v[0][k], x2[k] = x[k] + dt * first[k];
+        for (size_t k = 0; k < Z; k++) first_cls[k] = w.v_cls[0][k], cls2[k] = cls[k] + dt * first_cls[k];
+        if (twice) guided_velocity(&w, backend, model, s, x2, cls2, y, next, n);
+        for (size_t k = 0; k < latent; k++) x[k] = twice ? x[k] + dt * (first[k] + w.v[0][k]) / 2 : x2[k];
+        for (size_t k = 0; k < Z; k++)
+            cls[k] = twice ? cls[k] + dt * (first_cls[k] + w.v_cls[0][k]) / 2 : cls2[k];
+        if (progress) stopped = progress(i + 1, s->steps, x, user);
+    }
+    free(first), free(x2), free(first_cls), free(cls2), sampler_work_free(&w);
+    return !stopped;
+}
+
 // ----------------------------------------------------------------------------------------------------------
 // A run: its data, its options, what it works on
 
@@ -2577,7 +2609,7 @@ static int train_main(int argc, char **argv, const Backend *backend) {
     for (int i = 0; i < config.count; i++) before[i] = option_get(&config, i);
     const char *model_name = run.model;
     options_parse(both, 2, NULL, argc, argv);
-    if (track) track_settle(track, &run, argc, argv);
+    if (track) track_settle(track, &run, both, argc, argv);
     if (resume && strcmp(model_name, run.model))
         die("--model %s: the checkpoint's model is %s", run.model, model_name);
     if (run.steps < step && !run.export_to)   // exporting needs no step

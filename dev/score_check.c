@@ -107,7 +107,7 @@ static void pictures(const char *judge_path, char *shard_path, const char *sampl
     int *y = (int *)score_memory(n, sizeof(int));
     safe_read(x, f, made);
     for (size_t i = 0; i < n; i++) y[i] = (int)element(safe_data(f, wanted), wanted->type, i);
-    scores_table(s, scores_of(s, "the samples", x, y, n), n);
+    scores_table(s, scores_of(s, "the samples", x, y, n, 0), n);
     free(y);
     safe_close(f);
     scoring_close(s);

@@ -135,8 +135,10 @@ static void scoring_close(Scoring *s) {
     free(s);
 }
 
-// x[n][C,S,S] in the model's units, which the scores take over and free; y: the classes that were asked for
-static Scores scores_of(const Scoring *s, const char *name, real *x, const int *y, size_t n) {
+// x[n][C,S,S] in the model's units, which the scores take over and free; y: the classes that were asked for.
+// are_training: each is its own nearest training picture, which need not be looked for.
+static Scores scores_of(const Scoring *s, const char *name, real *x, const int *y, size_t n,
+                        int are_training) {
     Scores r;
     if (n <= NEIGHBOURS) die("%s: %zu pictures are too few to be scored", name, n);
     Judged j = judged_open(s, name, x, n);
@@ -146,7 +148,7 @@ static Scores scores_of(const Scoring *s, const char *name, real *x, const int *
     r.sliced = sliced_wasserstein(a, b, DIRECTIONS, 1);
     precision_recall(&r.precision, &r.recall, a, b, NEIGHBOURS);
     r.right = label_accuracy(j.logits, y, n, s->judge->classes);
-    double *best = nearest_training(s, j.pixels);
+    double *best = are_training ? (double *)score_memory(n, sizeof(double)) : nearest_training(s, j.pixels);
     memorisation(&r.newness, &r.copies, best, n, s->held_nearest, s->held);
     free(best);
     judged_close(&j);
@@ -158,7 +160,7 @@ static Scores scores_of_training(const Scoring *s, size_t n) {
     n = size_min(n, s->train);
     int *y = (int *)score_memory(n, sizeof(int));
     real *x = shard_pictures(s, 0, n, y);
-    Scores r = scores_of(s, "the training pictures", x, y, n);
+    Scores r = scores_of(s, "the training pictures", x, y, n, 1);
     free(y);
     return r;
 }
@@ -183,7 +185,7 @@ static Scores scores_of_gaussian(const Scoring *s, size_t n) {
     }
     matmul(x, g, from, mean, n, d, m, 0, 0, 0);
     free(from), free(g), free(mean);
-    Scores r = scores_of(s, "the Gaussian", x, y, n);
+    Scores r = scores_of(s, "the Gaussian", x, y, n, 0);
     free(y);
     return r;
 }

@@ -225,6 +225,7 @@ def test_entry(logs, work):
     edit("a flag with =", "command", line(a, "command") + b" --data=x", "--data")
     edit("more steps", "steps", b"steps 13", "its steps is 13")
     edit("fewer pictures", "pictures", b"pictures 20", "pictures")
+    edit("another sampler", "sampler", b"sampler heun", "sampler")
     edit("another sampler length", "sample_steps", b"sample_steps 50", "sample_steps")
     edit("another model", "model", b"model B/1", "model")
 
@@ -254,6 +255,7 @@ def test_entry(logs, work):
     edit("too much memory", "peak_bytes", b"peak_bytes 2000000001", "memory")
     edit("a score that is nan", "frechet", b"frechet nan", "not a finite")
     edit("a score that is inf", "kernel", b"kernel inf", "not a finite")
+    edit("copied pictures", "copies", b"copies 0.021", "nearly copies")
     edit("a start that is no time", "started", b"started yesterday", "not a time")
     broken("a score left out", edited(a, b"\n" + line(a, "recall"), b""), "[scores]")
 

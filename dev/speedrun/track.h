@@ -122,8 +122,23 @@ static Track *track_begin(Run *run, const OptionTable *tables, int argc, char **
     return k;
 }
 
+// "name=value ...": what the baseline has where it differs from the preset, and an entry that does not
+// say otherwise
+static void track_baseline(const char *words, const OptionTable *tables, int argc, char **argv) {
+    char name[64], flag[FLAG_BYTES];
+    double value;
+    for (int used; sscanf(words, " %63[a-z_0-9]=%lf%n", name, &value, &used) == 2; words += used)
+        for (int i = 0; i < 2; i++) {
+            int at = option_find(&tables[i], name);
+            if (at >= 0) flag_of(flag, &tables[i].options[at]);
+            if (at >= 0 && !text_after(flag, argc, argv))
+                option_set(&tables[i], at, value, "dev/speedrun/tracks.h", name);
+        }
+}
+
 // After the command line was read. Without --seed the operating system draws one.
-static void track_settle(const Track *k, Run *run, int argc, char **argv) {
+static void track_settle(const Track *k, Run *run, const OptionTable *tables, int argc, char **argv) {
+    if (track_rule(k->name, "baseline")) track_baseline(track_rule(k->name, "baseline"), tables, argc, argv);
     if (track_rule(k->name, "steps")) run->steps = track_number(k->name, "steps");
     if (track_rule(k->name, "threads")) run->threads = track_number(k->name, "threads");
     if (run->steps < 1) die("--steps %d: a track is run for at least one step", run->steps);
@@ -197,23 +212,24 @@ static void track_warm_up(Track *k, Training *t) {
 }
 
 // n samples [n,C,S,S], a class after the other, from the moving average; NULL where Ctrl-C came before
-static real *track_samples(const Training *t, int *y, int n, int sample_steps) {
+static real *track_samples(const Track *k, const Training *t, int *y, int n) {
     enum { TRACK_PART = 100 };
     size_t latent = (size_t)latent_of(&t->c), Z = (size_t)t->c.z_dim;
     real *out = (real *)alloc_zero((size_t)n * latent, sizeof(real));
     double *x = (double *)alloc_zero(TRACK_PART * latent, sizeof(double));
     double *cls = (double *)alloc_zero(TRACK_PART * Z, sizeof(double));
     Sampling s = sampling_default();
-    int whole = 1;
-    s.steps = sample_steps;
+    int whole = 1, heun = !strcmp(track_rule(k->name, "sampler"), "heun");
+    s.steps = track_number(k->name, "sample_steps");
     s.seed = t->run.seed;
     for (int i = 0; i < n; i++) y[i] = i % t->data->K;
     for (int i = 0; i < n && whole; i += TRACK_PART) {
         int part = imin(TRACK_PART, n - i);
         s.first = i;
         sampler_noise(x, cls, &t->c, &s, 0, part);
-        whole =
-            sample_euler_maruyama(x, cls, t->backend, t->model, &s, y + i, part, stop_if_interrupted, NULL);
+        whole = heun ? sample_ode(x, cls, t->backend, t->model, &s, 1, y + i, part, stop_if_interrupted, NULL)
+                     : sample_euler_maruyama(x, cls, t->backend, t->model, &s, y + i, part,
+                                             stop_if_interrupted, NULL);
         for (size_t j = 0; j < (size_t)part * latent; j++) out[(size_t)i * latent + j] = (real)x[j];
     }
     free(x), free(cls);
@@ -296,14 +312,14 @@ static void track_say_run(FILE *f, const Track *k, const Training *t) {
     track_say(f, "peak_bytes", "%.0f", 1024.0 * (double)used.ru_maxrss);
 }
 
-static void track_say_settings(FILE *f, const Training *t, int pictures, int sample_steps) {
+static void track_say_settings(FILE *f, const Track *k, const Training *t) {
     OptionTable config = config_table((Config *)&t->c);
     track_say(f, "model", "%s", t->run.model);
     track_say(f, "steps", "%d", t->run.steps);
     track_say(f, "batch", "%d", t->run.batch);
     track_say(f, "accum", "%d", t->run.accum);
-    track_say(f, "pictures", "%d", pictures);
-    track_say(f, "sample_steps", "%d", sample_steps);
+    const char *fixed[] = {"pictures", "sampler", "sample_steps"};
+    for (int i = 0; i < 3; i++) track_say(f, fixed[i], "%s", track_rule(k->name, fixed[i]));
     for (int i = 0; i < config.count; i++)
         track_say(f, config.options[i].name, "%.17g", option_get(&config, i));
 }
@@ -318,7 +334,7 @@ static void track_copy_lines(FILE *to, const char *path) {
     fclose(f);
 }
 
-static void track_write(const Track *k, Training *t, const Scores *scores, int pictures, int sample_steps) {
+static void track_write(const Track *k, Training *t, const Scores *scores) {
     char *text = NULL, sha[SHA_HEX];
     size_t size = 0, source_bytes = (size_t)(srdit_sources_end - srdit_sources);
     FILE *f = open_memstream(&text, &size);
@@ -329,7 +345,7 @@ static void track_write(const Track *k, Training *t, const Scores *scores, int p
     track_say(f, "data", "%s %.0f %s", k->data[0], (double)k->data_bytes, k->data_sha);
     track_say(f, "judge", "%s %.0f %s", track_rule(k->name, "judge"), (double)k->judge_bytes, k->judge_sha);
     fprintf(f, "\n[settings]\n");
-    track_say_settings(f, t, pictures, sample_steps);
+    track_say_settings(f, k, t);
     fprintf(f, "\n[steps]\n");
     track_copy_lines(f, t->folder.log);
     fprintf(f, "\n[scores]\n");
@@ -350,9 +366,9 @@ static void track_write(const Track *k, Training *t, const Scores *scores, int p
 
 // status: how the training ended; returns the program's exit status
 static int track_end(const Track *k, Training *t, int status) {
-    int n = track_number(k->name, "pictures"), sample_steps = track_number(k->name, "sample_steps");
+    int n = track_number(k->name, "pictures");
     int *y = (int *)alloc_zero((size_t)n, sizeof(int));
-    real *x = status || interrupted ? NULL : track_samples(t, y, n, sample_steps);
+    real *x = status || interrupted ? NULL : track_samples(k, t, y, n);
     if (!x) {
         fflush(stdout);
         fprintf(stderr,
@@ -363,10 +379,10 @@ static int track_end(const Track *k, Training *t, int status) {
         return status ? status : 130;
     }
     Scoring *scoring = scoring_open(k->data[0], track_rule(k->name, "judge"));
-    Scores scores = scores_of(scoring, "the samples", x, y, (size_t)n);
+    Scores scores = scores_of(scoring, "the samples", x, y, (size_t)n, 0);
     scoring_close(scoring);
     free(y);
-    track_write(k, t, &scores, n, sample_steps);
+    track_write(k, t, &scores);
     const char *metric = track_rule(k->name, "metric");
     for (int i = 0; i < SCORES; i++)
         if (!strcmp(score_rows[i].name, metric))

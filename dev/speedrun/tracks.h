@@ -4,9 +4,13 @@
 //   rank        what is raced for: none, samples (fewest seen), ratio (time, of the baseline's on the same
 //               machine in the same sitting), H100-hours; all, to a mean metric below the target
 //   runs        runs of an entry, with the seeds that verify.py draws; each counts
+//   steps       of a run, where the track fixes them
+//   baseline    the settings of a run that says nothing else, where they are not the preset's
 //   may_set     settings that the command line may give, by their flags' names; all others are fixed
 //   target      "not fixed yet" until targets.py has measured the baseline; sigma, the deviation between
 //               seeds, likewise
+//   copies      at most this share of the pictures may lie nearer to a training picture than 99 % of the
+//               held-out ones do; of held-out pictures it is 0.01
 //   closed      why the trainer does not run this track; absent where it does
 #ifndef SRDIT_TRACKS_H
 #define SRDIT_TRACKS_H
@@ -33,10 +37,12 @@ static const struct {
     {"practice", "judge_sha256", "5ef8452daf34e332ab2454376ca27c30c1da5f962f7a1522551b50574cd52f10"},
     {"practice", "steps", "12"},
     {"practice", "pictures", "40"},
+    {"practice", "sampler", "em"},
     {"practice", "sample_steps", "4"},
     {"practice", "metric", "frechet"},
     {"practice", "target", "not fixed yet"},
     {"practice", "sigma", "not measured yet"},
+    {"practice", "copies", "0.02"},
     {"practice", "parameters", "600000"},
     {"practice", "memory_mb", "2000"},
 
@@ -51,10 +57,12 @@ static const struct {
     {"practice-ratio", "judge_sha256", "5ef8452daf34e332ab2454376ca27c30c1da5f962f7a1522551b50574cd52f10"},
     {"practice-ratio", "steps", "12"},
     {"practice-ratio", "pictures", "40"},
+    {"practice-ratio", "sampler", "em"},
     {"practice-ratio", "sample_steps", "4"},
     {"practice-ratio", "metric", "frechet"},
     {"practice-ratio", "target", "not fixed yet"},
     {"practice-ratio", "sigma", "not measured yet"},
+    {"practice-ratio", "copies", "0.02"},
     {"practice-ratio", "parameters", "600000"},
     {"practice-ratio", "memory_mb", "2000"},
 
@@ -70,10 +78,12 @@ static const struct {
     {"digits", "judge_sha256", "5ef8452daf34e332ab2454376ca27c30c1da5f962f7a1522551b50574cd52f10"},
     {"digits", "steps", "300"},
     {"digits", "pictures", "500"},
+    {"digits", "sampler", "em"},
     {"digits", "sample_steps", "20"},
     {"digits", "metric", "frechet"},
     {"digits", "target", "not fixed yet"},
     {"digits", "sigma", "not measured yet"},
+    {"digits", "copies", "0.02"},
     {"digits", "parameters", "600000"},
     {"digits", "memory_mb", "2000"},
 
@@ -86,11 +96,14 @@ static const struct {
     {"fashion-steps", "data_sha256", "2c416317282a8acb7f8d1db2da486e5ef95b3af0c44906ead853f6903a167084"},
     {"fashion-steps", "judge", "data/fashion_mnist_judge.safetensors"},
     {"fashion-steps", "judge_sha256", "cce3542feb3f955cf21842f670f36669532ebcfe5f53b6242905d4e1afa55e1b"},
-    {"fashion-steps", "pictures", "10000"},
-    {"fashion-steps", "sample_steps", "50"},
+    {"fashion-steps", "baseline", "steps=500 lr=0.002"},
+    {"fashion-steps", "pictures", "5000"},
+    {"fashion-steps", "sampler", "heun"},
+    {"fashion-steps", "sample_steps", "6"},
     {"fashion-steps", "metric", "frechet"},
     {"fashion-steps", "target", "not fixed yet"},
     {"fashion-steps", "sigma", "not measured yet"},
+    {"fashion-steps", "copies", "0.02"},
     {"fashion-steps", "parameters", "2000000"},
     {"fashion-steps", "memory_mb", "16000"},
 
@@ -103,11 +116,14 @@ static const struct {
     {"fashion-cpu", "data_sha256", "2c416317282a8acb7f8d1db2da486e5ef95b3af0c44906ead853f6903a167084"},
     {"fashion-cpu", "judge", "data/fashion_mnist_judge.safetensors"},
     {"fashion-cpu", "judge_sha256", "cce3542feb3f955cf21842f670f36669532ebcfe5f53b6242905d4e1afa55e1b"},
-    {"fashion-cpu", "pictures", "10000"},
-    {"fashion-cpu", "sample_steps", "50"},
+    {"fashion-cpu", "baseline", "steps=500 lr=0.002"},
+    {"fashion-cpu", "pictures", "5000"},
+    {"fashion-cpu", "sampler", "heun"},
+    {"fashion-cpu", "sample_steps", "6"},
     {"fashion-cpu", "metric", "frechet"},
     {"fashion-cpu", "target", "not fixed yet"},
     {"fashion-cpu", "sigma", "not measured yet"},
+    {"fashion-cpu", "copies", "0.02"},
     {"fashion-cpu", "parameters", "2000000"},
     {"fashion-cpu", "memory_mb", "16000"},
 

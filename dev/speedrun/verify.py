@@ -346,7 +346,7 @@ def check_log(log, base):
                 number(said, path, flag) == log.number(log.settings, key) or (key, said) == ("accum", "0"),
                 path, "its %s is %s, and its command says %s %s" % (key, log.settings[key], flag, value))
     need(log.seed.isdigit(), path, 'its seed is "%s", which is not a whole number' % log.seed)
-    for key in ("model", "steps", "pictures", "sample_steps"):
+    for key in ("model", "steps", "pictures", "sampler", "sample_steps"):
         need(key not in rules or log.settings.get(key) == rules[key], path,
              "its %s is %s, and the track's is %s" % (key, log.settings.get(key), rules.get(key)))
     steps, batch = int(log.number(log.settings, "steps")), int(log.number(log.settings, "batch"))
@@ -371,6 +371,10 @@ def check_log(log, base):
         (log.run["peak_bytes"], rules["memory_mb"]))
     for key in SCORE_KEYS:
         log.number(log.scores, key)
+    need(
+        log.number(log.scores, "copies") <= float(rules["copies"]), path,
+        "%s of its pictures are nearly copies of training pictures, and the track allows %s" %
+        (log.scores["copies"], rules["copies"]))
     log.began()
     return changed
 
@@ -705,8 +709,8 @@ def rescore(log, sample=None):
     need(os.path.exists(sample), sample, "it is not there; make builds it")
     need(os.path.exists(checkpoint), checkpoint, "it is not there, so that nothing can be scored anew")
     done = subprocess.run([
-        sample, checkpoint, "--num", rules["pictures"], "--steps", rules["sample_steps"], "--seed", log.seed,
-        "--score", rules["data"], "--judge", rules["judge"]
+        sample, checkpoint, "--num", rules["pictures"], "--sampler", rules["sampler"], "--steps",
+        rules["sample_steps"], "--seed", log.seed, "--score", rules["data"], "--judge", rules["judge"]
     ], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     need(done.returncode == 0, checkpoint,
          "it cannot be scored anew: %s" % done.stderr.decode("utf-8", "replace").strip()[-300:])
