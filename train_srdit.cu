@@ -773,12 +773,19 @@ static void linear_backward_input(E *din, const floatX *dout, const floatX *w, i
     matmul<E>(k, din, dout, w, NULL);
 }
 
-// dw[O,I] (+)= dout[N,O]^T in[N,I], in float
+// dw[O,I] (+)= dout[N,O]^T in[N,I], in float; `count` such products, dout and in one behind the other, dw
+// `step` apart
 static void linear_backward_weight(float *dw, const floatX *dout, const floatX *in, int N, int I, int O,
-                                   int add, int ldw = 0) {
+                                   int add, int ldw = 0, int count = 1, int64_t step = 0) {
     GemmKey k = gemm_key(O, I, N, 1, 0);
     if (ldw) k.ldc = ldw;
     k.add = add;
+    if (count > 1) {
+        k.batch = count;
+        k.stepa = (int64_t)N * O;
+        k.stepb = (int64_t)N * I;
+        k.stepc = step;
+    }
     matmul<float>(k, dw, dout, in, NULL);
 }
 
@@ -918,16 +925,32 @@ typedef struct {
     const floatX *y;     // NULL: nothing was added
     const float *gate;   // NULL: 1
     int gate_stride;
-    floatX *dy;     // NULL: not wanted
-    int dy_cls;     // >= 0: dy is stored patches first
-    float *parts;   // [B, chunks, 4, D]: sums over a chunk of tokens of dh, dh n, dx y, dx
+    floatX *dy;   // NULL: not wanted
+    int dy_cls;   // >= 0: dy is stored patches first
+    // sums over a sample's tokens, each NULL where it is not wanted: [B, stride], [B, gate_stride], [B,D]
+    floatX *dshift, *dscale, *dgate;
+    float *bias;      // what the sample adds to the gradient of y's bias
+    float *parts;     // [B, chunks, 4, D]: sums over a chunk of tokens of dh, dh n, dx y, dx
+    unsigned *done;   // [B, slabs]: chunks that are there; 0 between launches
     int T, D, chunk, slab;
 } NormBackward;
+
+// Stores sum k of sample b, columns d to d + 3
+__device__ __forceinline__ void norm_sum_store(const NormBackward &a, int k, int b, int d, Vec4 sum) {
+    if (k < 3) {
+        floatX *to = k == 0 ? a.dshift : k == 1 ? a.dscale : a.dgate;
+        if (to) store4(to + (size_t)b * (k < 2 ? a.stride : a.gate_stride) + d, sum);
+    } else if (a.bias) {
+        for (int j = 0; j < 4 && a.gate; j++) sum.x[j] *= a.gate[(size_t)b * a.gate_stride + d + j];
+        store4(a.bias + (size_t)b * a.D + d, sum);
+    }
+}
 
 // One pass: a block takes `chunk` tokens of one sample, a warp every NORM_WARPS-th of them. A row's four
 // inputs are asked for at once and stay in registers until mean(dx^ x^) is known; a lane has the same columns
 // of every row, so the column sums stay in registers too, until those of the warps are added through shared
-// memory [NORM_WARPS, slab]. Where D is more than NORM_SLAB, blocks z share the columns, each `slab` of them,
+// memory [NORM_WARPS, slab]. Those of several chunks are added, in order, by the block of the sample that is
+// the last to leave its own. Where D is more than NORM_SLAB, blocks z share the columns, each `slab` of them,
 // and read the others of dh and x for the mean only. Reads 2 + 4 + 4 + 2, writes 4 + 2 bytes an element:
 // 0.9 GB, 0.3 ms; bound by memory. The price is 32 V registers a lane: few warps, each with 3 KB x V / 2 of
 // loads under way.
@@ -993,6 +1016,7 @@ __global__ void __launch_bounds__(NORM_WARPS * 32, V > 3 ? 2 : 4)
         }
     }
     float *parts = a.parts + ((size_t)b * gridDim.x + blockIdx.x) * 4 * D;
+#pragma unroll
     for (int k = 0; k < 4; k++) {
         if (k) __syncthreads();   // until all have read the ones before
         for (int i = 0; i < V; i++)
@@ -1005,48 +1029,54 @@ __global__ void __launch_bounds__(NORM_WARPS * 32, V > 3 ? 2 : 4)
                 Vec4 more = load4(warp_sums + w * a.slab + d);
                 for (int j = 0; j < 4; j++) sum.x[j] += more.x[j];
             }
-            store4(parts + (size_t)k * D + first + d, sum);
+            if (gridDim.x == 1) norm_sum_store(a, k, b, first + d, sum);
+            else store4(parts + (size_t)k * D + first + d, sum);
         }
     }
+    if (gridDim.x == 1) return;
+    __shared__ int is_last;
+    __threadfence();   // this block's parts are there before it is counted
+    __syncthreads();
+    if (threadIdx.x == 0)   // (which goes on to 0 from the last one)
+        is_last = atomicInc(&a.done[b * gridDim.z + blockIdx.z], gridDim.x - 1) == gridDim.x - 1;
+    __syncthreads();
+    if (!is_last) return;
+    __threadfence();   // from here on the others' are read
+#pragma unroll 1
+    for (int d = first + threadIdx.x * 4; d < d1; d += NORM_WARPS * 128)
+#pragma unroll 1
+        for (int k = 0; k < 4; k++) {
+            Vec4 sum = {};
+            const float *from = a.parts + ((size_t)b * gridDim.x * 4 + k) * D + d;
+#pragma unroll 4
+            for (unsigned c = 0; c < gridDim.x; c++) {
+                Vec4 v = load4(from + (size_t)c * 4 * D);
+                for (int j = 0; j < 4; j++) sum.x[j] += v.x[j];
+            }
+            norm_sum_store(a, k, b, d, sum);
+        }
 }
 
-// Adds up the chunks: dshift, dscale, dgate [B, stride] floatX, and bias [B,D] = gate sum dx (each NULL: not
-// wanted). 4 numbers a chunk and column; they come from the second-level cache.
-__global__ void __launch_bounds__(256)
-    norm_parts_sum_kernel(floatX *dshift, floatX *dscale, int stride, floatX *dgate, int gate_stride,
-                          float *bias, const float *gate, const float *parts, int chunks, int D) {
-    int b = blockIdx.y, d = blockIdx.x * 256 + threadIdx.x;
-    if (d >= D) return;
-    float sums[4] = {};
-    for (int c = 0; c < chunks; c++)
-        for (int k = 0; k < 4; k++) sums[k] += parts[(((size_t)b * chunks + c) * 4 + k) * D + d];
-    if (dshift) {
-        store(&dshift[(size_t)b * stride + d], sums[0]);
-        store(&dscale[(size_t)b * stride + d], sums[1]);
+// Chunks of a sample's rows, of 32 rows at least: as many as let the card's multiprocessors, each with two
+// blocks at a time, finish first. What a block needs besides its rows is counted as four of them.
+static int norm_most_chunks(int T) { return div_up(T, 32); }
+static int norm_chunks(int blocks, int T) {
+    int best = 1, at_once = 2 * card.multiProcessorCount, least = INT_MAX;
+    for (int chunks = 1; chunks <= norm_most_chunks(T); chunks++) {
+        int time = div_up(blocks * chunks, at_once) * (div_up(T, chunks) + 4);
+        if (time < least) least = time, best = chunks;
     }
-    if (dgate) store(&dgate[(size_t)b * gate_stride + d], sums[2]);
-    if (bias) bias[(size_t)b * D + d] = sums[3] * (gate ? gate[(size_t)b * gate_stride + d] : 1);
+    return best;
 }
-
-// Chunks of a sample's rows: of 64 at most, or of 32 where a GPU would else be left with few blocks. Each
-// costs 32 bytes a column, written and read.
-static int norm_chunks(int B, int T) { return div_up(T, B * div_up(T, 64) >= 256 ? 64 : 32); }
-// dshift .. dgate may be NULL; bias [B,D] (NULL: not wanted) is what each sample adds to the gradient of y's
-// bias
-static void norm_modulate_backward(NormBackward *a, floatX *dshift, floatX *dscale, floatX *dgate,
-                                   float *bias, int B) {
-    int chunks = norm_chunks(B, a->T), slabs = div_up(a->D, NORM_SLAB);
+static void norm_modulate_backward(NormBackward *a, int B) {
+    int slabs = div_up(a->D, NORM_SLAB), chunks = norm_chunks(B * slabs, a->T);
     a->chunk = div_up(a->T, chunks);
     a->slab = div_up(a->D / 4, slabs) * 4;
-    dim3 grid((unsigned)chunks, (unsigned)B, (unsigned)slabs),
-        sum_grid((unsigned)div_up(a->D, 256), (unsigned)B);
+    dim3 grid((unsigned)chunks, (unsigned)B, (unsigned)slabs);
     size_t shared = (size_t)(NORM_WARPS * a->slab) * sizeof(float);
     if (a->slab <= 128) norm_modulate_backward_kernel<1><<<grid, NORM_WARPS * 32, shared, stream>>>(*a);
     else if (a->slab <= 384) norm_modulate_backward_kernel<3><<<grid, NORM_WARPS * 32, shared, stream>>>(*a);
     else norm_modulate_backward_kernel<6><<<grid, NORM_WARPS * 32, shared, stream>>>(*a);
-    LAUNCHED();
-    norm_parts_sum_kernel<<<sum_grid, 256, 0, stream>>>(dshift, dscale, a->stride, dgate, a->gate_stride,
-                                                        bias, a->gate, a->parts, chunks, a->D);
     LAUNCHED();
 }
 
@@ -1095,8 +1125,8 @@ static void gelu_forward(floatX *out, const floatX *in, size_t n) {
 }
 
 // din = dout act'(in) on [rows,cols], and the column sums of din over chunks of rows, parts [chunks,cols]:
-// the gradient of the bias below. NONE: only the sums. A block is 8 rows at a time x 32 lanes of W columns.
-// din may be dout. In bf16 reads 2 + 2, writes 2 bytes an element (NONE: reads 2); bound by memory.
+// the gradient of the bias below. NONE: only the sums. z counts independent ones, one behind the other. A
+// block is 8 rows at a time x 32 lanes of W columns. din may be dout. In bf16 reads 2 + 2, writes 2 bytes an element (NONE: reads 2); bound by memory.
 template <Activation A, int W, class S>
 __global__ void __launch_bounds__(256)
     activation_backward_kernel(floatX *din, float *parts, const floatX *dout, const S *in, int rows, int cols,
@@ -1104,13 +1134,14 @@ __global__ void __launch_bounds__(256)
     __shared__ float sums[8][32][W];
     int lane = threadIdx.x % 32, y = threadIdx.x / 32, c = (blockIdx.x * 32 + lane) * W;
     int r0 = blockIdx.y * chunk, r1 = min(r0 + chunk, rows);
+    size_t matrix = (size_t)blockIdx.z * rows * cols;
     float sum[W] = {};
     for (int r = r0 + y; W == 4 && r < r1 && c < cols; r += 32) {   // four rows' loads first
         Raw4 d[4] = {};
         decltype(raw4(in)) x[4] = {};
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            size_t at = (size_t)(r + i * 8) * cols + c;
+            size_t at = matrix + (size_t)(r + i * 8) * cols + c;
             if (r + i * 8 >= r1) continue;
             d[i] = raw4(dout + at);
             if (A != NONE) x[i] = raw4(in + at);
@@ -1119,12 +1150,12 @@ __global__ void __launch_bounds__(256)
         for (int i = 0; i < 4; i++) {
             Vec4 v = unpack4(d[i]), xs = unpack4(x[i]);
             for (int j = 0; j < 4 && A != NONE; j++) v.x[j] *= slope<A>(xs.x[j]);
-            if (A != NONE && r + i * 8 < r1) store4(din + (size_t)(r + i * 8) * cols + c, v);
+            if (A != NONE && r + i * 8 < r1) store4(din + matrix + (size_t)(r + i * 8) * cols + c, v);
             for (int j = 0; j < W; j++) sum[j] += v.x[j];
         }
     }
     for (int r = r0 + y; W == 1 && r < r1 && c < cols; r += 8) {
-        size_t at = (size_t)r * cols + c;
+        size_t at = matrix + (size_t)r * cols + c;
         float d = to_float(dout[at]);
         if (A != NONE) {
             d *= slope<A>(to_float(in[at]));
@@ -1138,17 +1169,18 @@ __global__ void __launch_bounds__(256)
     for (int j = 0; j < W; j++) {
         float total = 0;
         for (int i = 0; i < 8; i++) total += sums[i][lane][j];
-        parts[(size_t)blockIdx.y * cols + c + j] = total;
+        parts[((size_t)blockIdx.z * gridDim.y + blockIdx.y) * cols + c + j] = total;
     }
 }
 enum { BIAS_CHUNKS = 128 };   // at most; of at least 32 rows
-// db[cols] (+)= the column sums of din, later
+// db[cols] (+)= the column sums of din, later; `count` matrices one behind the other, whose db are `step`
+// apart
 template <Activation A, class S>
 static void activation_backward(floatX *din, float *db, Sums *sums, const floatX *dout, const S *in, int rows,
-                                int cols) {
+                                int cols, int count = 1, size_t step = 0) {
     int chunk = imax(32, div_up(rows, BIAS_CHUNKS)), chunks = div_up(rows, chunk), W = cols % 4 ? 1 : 4;
-    float *parts = sum_parts(sums, db, chunks, cols);
-    dim3 grid((unsigned)div_up(cols, 32 * W), (unsigned)chunks);
+    float *parts = sums_take(sums, (size_t)count * (size_t)chunks * (size_t)cols);
+    dim3 grid((unsigned)div_up(cols, 32 * W), (unsigned)chunks, (unsigned)count);
     if (W == 4)
         activation_backward_kernel<A, 4, S>
             <<<grid, 256, 0, stream>>>(din, parts, dout, in, rows, cols, chunk);
@@ -1156,10 +1188,13 @@ static void activation_backward(floatX *din, float *db, Sums *sums, const floatX
         activation_backward_kernel<A, 1, S>
             <<<grid, 256, 0, stream>>>(din, parts, dout, in, rows, cols, chunk);
     LAUNCHED();
+    for (int i = 0; i < count; i++)
+        sum_later(sums, db + i * step, parts + (size_t)i * chunks * cols, chunks, cols, cols);
 }
 // db[O] (+)= column sums of dout[N,O], later
-static void bias_backward(float *db, Sums *sums, const floatX *dout, int N, int O) {
-    activation_backward<NONE, floatX>(NULL, db, sums, dout, NULL, N, O);
+static void bias_backward(float *db, Sums *sums, const floatX *dout, int N, int O, int count = 1,
+                          size_t step = 0) {
+    activation_backward<NONE, floatX>(NULL, db, sums, dout, NULL, N, O, count, step);
 }
 
 // In float GELU is never an epilogue, whose tanh is too coarse for it; aux wants rows of a multiple of 8
@@ -1179,19 +1214,22 @@ static void linear_gelu_forward(floatX *gelu, floatX *fc1, const floatX *in, con
     gelu_way(
         p, [&] { return matmul_lt(p, gelu, in, w, b, fc1); }, apart);
 }
-// d_fc1[N,F] = dout[N,D] w[D,F] GELU'(fc1), with w of fc2;  db[F] (+)= its column sums. (The epilogue that
-// takes these sums too, DGELU_BGRAD, would leave them in bf16, and has no fast kernel.)
-static void linear_gelu_backward(floatX *d_fc1, float *db, Sums *sums, const floatX *dout, const floatX *w,
-                                 floatX *fc1, int N, int D, int F) {
+// d_fc1[N,F] = dout[N,D] w[D,F] GELU'(fc1), with w of fc2. Returns 1 if db[F] (+)= its column sums are left to
+// the caller: where the slope was taken in the product's epilogue. (The epilogue that takes these sums too,
+// DGELU_BGRAD, would leave them in bf16, and has no fast kernel.)
+static int linear_gelu_backward(floatX *d_fc1, float *db, Sums *sums, const floatX *dout, const floatX *w,
+                                floatX *fc1, int N, int D, int F) {
     const size_t used = sums->used;
     const int count = sums->jobs.count;   // each attempt, when both ways are timed, asks for its sums anew
     auto anew = [&] { sums->used = used, sums->jobs.count = count; };
+    int left = 0;
     auto apart = [&] {
         anew();
         linear_backward_input<floatX>(d_fc1, dout, w, N, F, D, 0);
         activation_backward<GELU, floatX>(d_fc1, db, sums, d_fc1, fc1, N, F);
+        left = 0;
     };
-    if (!gelu_may_be_inside(F)) return apart();
+    if (!gelu_may_be_inside(F)) return apart(), 0;
     GemmKey k = gemm_key(N, F, D, 0, 0);
     k.epilogue = CUBLASLT_EPILOGUE_DGELU;
     k.aux_ld = F;
@@ -1199,10 +1237,12 @@ static void linear_gelu_backward(floatX *d_fc1, float *db, Sums *sums, const flo
     auto inside = [&] {
         anew();
         if (!matmul_lt(p, d_fc1, dout, w, NULL, fc1)) return 0;
-        bias_backward(db, sums, d_fc1, N, F);
+        if (tuning) bias_backward(db, sums, d_fc1, N, F), anew();   // so that the times can be compared
+        left = 1;
         return 1;
     };
     gelu_way(p, inside, apart);
+    return left;
 }
 
 // RMSNorm with a weight, x r w (eps 1e-6), of the CLS token, put into the residual stream with
@@ -2793,6 +2833,9 @@ typedef struct {                      // of one block, with n tokens a sample; w
     floatX *h1, *qkv, *a, *proj;      // [B,n,D], [B,n,3D], [B,n,D], [B,n,D]
     floatX *h2, *fc1, *gelu, *fc2;    // [B,n,D], [B,n,F], [B,n,F], [B,n,D]
 } BlockActs;
+typedef struct {                      // gradients of a block's products, which their weights' wait for
+    floatX *fc2, *fc1, *proj, *qkv;   // [B,n,D], [B,n,F], [B,n,D], [B,n,3D]
+} BlockGrads;
 typedef struct {
     floatX *patches, *patch_tokens, *cls_t;     // [B,P,X], [B,P,D], [B,Z]
     float *cls_proj, *cls_r;                    // [B,D], [B]
@@ -2808,10 +2851,12 @@ typedef struct {
     float *out_patches, *cls_out;               // [B,P,X], [B,Z]
     // gradients, and scratch that all share
     float *dx, *d_E, *d_v1, *d_g;                      // [B,T,D] three times, [B Tk + ..., D]
-    floatX *dy, *dh, *dG, *wide, *wide2;               // [B,T,D] twice, as g_out, [B,T,F|M|3D]
+    floatX *dy, *dh, *dG, *wide, *wide2;               // [B,T,D] twice, as g_out, [B,T,D|M|Z]
+    BlockGrads d_run;                                  // of the blocks of a run, one behind the other
     floatX *d_mod, *d_final_mod, *d_out, *d_cls_out;   // [L,B,6D], [B,2D], [B,P,X], [B,Z]
     floatX *d_cond, *d_t0;                             // [B,D] twice
     float *d_cond_parts, *parts, *mask_sum, *delta;    // [L+1,B,D], sums of chunks, [D], [B,H,T]
+    unsigned *done;                                    // [B, ...] of the norms' backward
     float *sums;                                       // what Sums hands out
     size_t sums_room;
     floatX *mix;   // [B,T,3D], where attention is plain
@@ -2857,6 +2902,7 @@ typedef struct {
     StepConstants *constants;
     float *loss_parts, *norm_parts;   // [4, ...], [NORM_BLOCKS]
     Sums sums;                        // of this step's backward
+    int bias_due[MAX_DEPTH];          // 1: so far fc1's bias has no gradient of it
     InputQueue queue;
     Input in;   // the one of this step
     Recording recordings[MAX_RECORDINGS];
@@ -2872,6 +2918,23 @@ static size_t loss_parts_of(const Config *c, int B) {
 }
 // Rows of g_out: g's, the mask token twice, zeros
 static int padded_rows(int rows) { return (rows + 2 + 63) / 64 * 64; }
+
+// Neighbouring blocks whose weights' gradients are made together, one batch of products for each layer: the
+// shorter a block's sequence, the worse would its products fill the card alone. A run's gradients of outputs
+// are kept until its first block is reached; so it has at most the rows of two blocks of all tokens.
+typedef struct {
+    int first, count;
+} BlockRun;
+static BlockRun run_of(const Config *c, int i) {
+    int first_h = c->depth - c->num_h;
+    int begin = i < c->num_f ? 0 : i < first_h ? c->num_f : first_h;
+    int end = i < c->num_f ? c->num_f : i < first_h ? first_h : c->depth + (c->num_h == 0);
+    int most = 2 * tokens_of(c) / (is_sparse(c, i) ? kept_of(c) : tokens_of(c));
+    BlockRun run;
+    run.first = begin + (i - begin) / most * most;
+    run.count = imin(most, end - run.first);
+    return run;
+}
 
 static void acts_layout(Acts *a, DeviceArena *m, const Config *c, int B) {
     size_t b = (size_t)B, T = (size_t)tokens_of(c), Tk = (size_t)kept_of(c), P = (size_t)patches_of(c),
@@ -2893,6 +2956,7 @@ static void acts_layout(Acts *a, DeviceArena *m, const Config *c, int B) {
     take(a->mod, m, L * b * 6 * D);
     take(a->final_mod, m, b * 2 * D);
     take(a->fused, m, N * D);
+    size_t most_rows = 0;
     for (int i = 0; i < c->depth + (c->num_h == 0); i++) {
         BlockActs *k = &a->block[i];
         size_t n = b * (is_sparse(c, i) ? Tk : T);
@@ -2902,14 +2966,22 @@ static void acts_layout(Acts *a, DeviceArena *m, const Config *c, int B) {
         take(k->r1, m, n);
         take(k->r2, m, n);
         take(k->lse, m, n * H);
-        take(k->h1, m, n * D);
         take(k->qkv, m, n * 3 * D);
-        take(k->a, m, n * D);
         take(k->proj, m, n * D);
-        take(k->h2, m, n * D);
         take(k->fc1, m, n * F);
-        take(k->gelu, m, n * F);
         take(k->fc2, m, n * D);
+        BlockRun run = run_of(c, i);   // what the weights' gradients read lies one behind the other in a run
+        if (i > run.first) {
+            const BlockActs *before = k - 1;
+            k->h1 = before->h1 + n * D, k->a = before->a + n * D, k->h2 = before->h2 + n * D;
+            k->gelu = before->gelu + n * F;
+            continue;
+        }
+        most_rows = largest(most_rows, run.count * n);
+        take(k->h1, m, run.count * n * D);
+        take(k->a, m, run.count * n * D);
+        take(k->h2, m, run.count * n * D);
+        take(k->gelu, m, run.count * n * F);
     }
     take(a->E, m, N * D);
     take(a->E_low, m, N * D);
@@ -2930,11 +3002,11 @@ static void acts_layout(Acts *a, DeviceArena *m, const Config *c, int B) {
     take(a->d_E, m, N * D);
     take(a->d_v1, m, N * D);
     take(a->d_g, m, pad * D);
-    size_t wide = largest(F, D), wide2 = 3 * D;
-    if (c->align) {
-        wide = largest(wide, M);
-        wide2 = largest(wide2, largest(M, Z));
-    }
+    size_t wide = largest(D, c->align ? M : 0), wide2 = largest(wide, c->align ? Z : 0);
+    take(a->d_run.fc2, m, most_rows * D);
+    take(a->d_run.fc1, m, most_rows * F);
+    take(a->d_run.proj, m, most_rows * D);
+    take(a->d_run.qkv, m, most_rows * 3 * D);
     take(a->dy, m, N * D);
     take(a->dh, m, N * D);
     take(a->dG, m, pad * D);
@@ -2948,8 +3020,9 @@ static void acts_layout(Acts *a, DeviceArena *m, const Config *c, int B) {
     take(a->d_t0, m, b * D);
     take(a->d_cond_parts, m, (L + 1) * b * D);
     take(a->mask_sum, m, D);
-    size_t Dh = D / H, of_norm = b * (size_t)norm_chunks(1, (int)T) * 4 * D;
+    size_t Dh = D / H, of_norm = b * (size_t)norm_most_chunks((int)T) * 4 * D;
     take(a->parts, m, largest(of_norm, (N / GATHER_CHUNK + 1) * D));
+    take(a->done, m, b * (size_t)div_up(c->hidden_size, NORM_SLAB));
     Attention longest = longest_attention(c);
     size_t plain = forward_way(&longest) == PLAIN || backward_way(&longest) == PLAIN;
     // each block's two norms, fc1's bias, attention; the rest (p0, p2, p4, x, final, fusion, t, cls)
@@ -3093,6 +3166,18 @@ static Residual block_forward(GpuModel *g, int i, BlockActs *k, const Residual &
     return residual_of(k->mid, gate2, 6 * D, k->fc2);
 }
 
+// Where the gradients of block i's products lie
+static BlockGrads block_grads(const GpuModel *g, int i, int B) {
+    const Config *c = &g->base.c;
+    size_t D = (size_t)c->hidden_size, rows = (size_t)(B * (is_sparse(c, i) ? kept_of(c) : tokens_of(c)));
+    size_t at = (size_t)(i - run_of(c, i).first) * rows;
+    BlockGrads d = g->a.d_run;
+    d.fc2 += at * D;
+    d.fc1 += at * (size_t)hidden_of(c);
+    d.proj += at * D;
+    d.qkv += at * 3 * D;
+    return d;
+}
 // The backward of a norm that reads n tokens a sample, before its caller says what it read
 static NormBackward norm_backward_of(GpuModel *g, float *dx, int n) {
     NormBackward a;
@@ -3102,25 +3187,48 @@ static NormBackward norm_backward_of(GpuModel *g, float *dx, int n) {
     a.T = n;
     a.D = g->base.c.hidden_size;
     a.parts = g->a.parts;
+    a.done = g->a.done;
     a.dy = g->a.dy;
     a.gate_stride = 6 * a.D;
     return a;
 }
-// The same where the residual was x + gate fc2 of block i: a->dy becomes the gradient of fc2, and the
-// gradients of gate2 and of fc2's bias are taken. dshift, dscale: of the norm, NULL where there was none.
-static void norm_backward_behind(NormBackward *a, GpuModel *g, int i, floatX *dshift, floatX *dscale, int B) {
+// The same where the residual was x + gate fc2 of block i: the gradients of fc2, of gate2 and of fc2's bias
+// are taken
+static void norm_backward_behind(NormBackward *a, GpuModel *g, int i, int B) {
     int D = a->D;
     size_t at = (size_t)i * B * 6 * D + 5 * D;
     a->y = g->a.block[i].fc2;
+    a->dy = block_grads(g, i, B).fc2;
     a->gate = g->a.mod + at;
-    norm_modulate_backward(a, dshift, dscale, g->a.d_mod + at,
-                           sum_parts(&g->sums, g->dw.block[i].fc2_b, B, D), B);
+    a->dgate = g->a.d_mod + at;
+    a->bias = sum_parts(&g->sums, g->dw.block[i].fc2_b, B, D);
+    norm_modulate_backward(a, B);
 }
 
-// Block i: dx [B,n,D] comes in as the gradient of its output and leaves as that of its input; a->dy
-// comes in as that of fc2's output. before: the block whose fc2 this one's input added, and a->dy then
-// leaves as the gradient of that; -1: none, and a->dy leaves as dx rounded, patches first if
-// dy_cls >= 0, with db (NULL: none) its sum.
+// The gradients of the weights of block i's run, and of those fc1's biases that are still due, from what the
+// backward of its blocks left in a->d_run
+static void run_weights_backward(GpuModel *g, int i, int B, int n) {
+    const Config *c = &g->base.c;
+    const BlockGrads *d = &g->a.d_run;
+    BlockRun run = run_of(c, i);
+    const BlockActs *k = &g->a.block[run.first];
+    BlockParams *dw = &g->dw.block[run.first], *next = dw + (run.count > 1);
+    int D = c->hidden_size, F = hidden_of(c), N = B * n, add = !g->fresh;
+    linear_backward_weight(dw->fc2_w, d->fc2, k->gelu, N, F, D, add, 0, run.count, next->fc2_w - dw->fc2_w);
+    linear_backward_weight(dw->fc1_w, d->fc1, k->h2, N, D, F, add, 0, run.count, next->fc1_w - dw->fc1_w);
+    linear_backward_weight(dw->proj_w, d->proj, k->a, N, D, D, add, 0, run.count, next->proj_w - dw->proj_w);
+    linear_backward_weight(dw->qkv_w, d->qkv, k->h1, N, D, 3 * D, add, 0, run.count, next->qkv_w - dw->qkv_w);
+    for (int j = 0, end; j < run.count; j = imax(end, j + 1)) {   // all in one launch, if they are all due
+        for (end = j; end < run.count && g->bias_due[run.first + end]; end++) continue;
+        if (end == j) continue;
+        bias_backward(dw[j].fc1_b, &g->sums, d->fc1 + (size_t)j * N * F, N, F, end - j,
+                      (size_t)(next->fc1_b - dw->fc1_b));
+    }
+}
+
+// Block i: dx [B,n,D] comes in as the gradient of its output and leaves as that of its input; that of fc2's
+// output lies in block_grads. before: the block whose fc2 this one's input added: the gradient of that is
+// made; -1: none, and a->dy leaves as dx rounded, patches first if dy_cls >= 0, with db (NULL: none) its sum.
 static void block_backward(GpuModel *g, int i, float *dx, const floatX *v1, const int *ids, int B, int n,
                            int before, int dy_cls, float *db) {
     place(is_sparse(&g->base.c, i) ? SPARSE : DENSE);
@@ -3129,14 +3237,14 @@ static void block_backward(GpuModel *g, int i, float *dx, const floatX *v1, cons
     const BlockActs *k = &a->block[i];
     const BlockParams *w = &g->w.block[i];
     BlockParams *dw = &g->dw.block[i];
-    int D = c->hidden_size, F = hidden_of(c), N = B * n, add = !g->fresh, Dh = D / c->num_heads;
+    BlockGrads d = block_grads(g, i, B);
+    int D = c->hidden_size, F = hidden_of(c), N = B * n, Dh = D / c->num_heads;
     const float *mod = a->mod + (size_t)i * B * 6 * D;
     floatX *d_mod = a->d_mod + (size_t)i * B * 6 * D;
     // out = mid + gate2 fc2(gelu(fc1(h2)))
-    linear_backward_weight(dw->fc2_w, a->dy, k->gelu, N, F, D, add);
-    linear_gelu_backward(a->wide, dw->fc1_b, &g->sums, a->dy, low(g, w->fc2_w), k->fc1, N, D, F);
-    linear_backward_weight(dw->fc1_w, a->wide, k->h2, N, D, F, add);
-    linear_backward_input<floatX>(a->dh, a->wide, low(g, w->fc1_w), N, D, F, 0);
+    g->bias_due[i] =
+        linear_gelu_backward(d.fc1, dw->fc1_b, &g->sums, d.fc2, low(g, w->fc2_w), k->fc1, N, D, F);
+    linear_backward_input<floatX>(a->dh, d.fc1, low(g, w->fc1_w), N, D, F, 0);
     NormBackward nb = norm_backward_of(g, dx, n);
     nb.dh = a->dh;
     nb.x = k->mid;
@@ -3144,16 +3252,19 @@ static void block_backward(GpuModel *g, int i, float *dx, const floatX *v1, cons
     nb.scale = mod + 4 * D;
     nb.stride = 6 * D;
     nb.y = k->proj;
+    nb.dy = d.proj;
     nb.gate = mod + 2 * D;
-    norm_modulate_backward(&nb, d_mod + 3 * D, d_mod + 4 * D, d_mod + 2 * D,
-                           sum_parts(&g->sums, dw->proj_b, B, D), B);
+    nb.dshift = d_mod + 3 * D;
+    nb.dscale = d_mod + 4 * D;
+    nb.dgate = d_mod + 2 * D;
+    nb.bias = sum_parts(&g->sums, dw->proj_b, B, D);
+    norm_modulate_backward(&nb, B);
     // mid = in + gate1 proj(attention(qkv(h1)))
-    linear_backward_weight(dw->proj_w, a->dy, k->a, N, D, D, add);
-    linear_backward_input<floatX>(a->dh, a->dy, low(g, w->proj_w), N, D, D, 0);
+    linear_backward_input<floatX>(a->dh, d.proj, low(g, w->proj_w), N, D, D, 0);
     Attention attention = attention_of(g, &g->w, w, k, v1, ids, n);
     int parts = attention_parts(&attention, B), width = 2 * Dh + 1;
     float *sums = sums_take(&g->sums, (size_t)parts * (size_t)width);
-    AttentionGrads grads = {a->wide2, a->d_v1, i == 0 && c->value_residual, sums,
+    AttentionGrads grads = {d.qkv, a->d_v1, i == 0 && c->value_residual, sums,
                             sum_parts(&g->sums, dw->qkv_b, bias_parts(&attention, B), 3 * D)};
     attention_backward(&grads, a->mix, a->delta, a->dh, k->a, k->lse, &attention, B);
     if (c->qk_norm) {
@@ -3161,20 +3272,23 @@ static void block_backward(GpuModel *g, int i, float *dx, const floatX *v1, cons
         sum_later(&g->sums, dw->k_norm, sums + Dh, parts, Dh, width);
     }
     if (v1) sum_later(&g->sums, dw->v1_lambda, sums + 2 * Dh, parts, 1, width);
-    linear_backward_weight(dw->qkv_w, a->wide2, k->h1, N, D, 3 * D, add);
-    linear_backward_input<floatX>(a->dh, a->wide2, low(g, w->qkv_w), N, D, 3 * D, 0);
+    linear_backward_input<floatX>(a->dh, d.qkv, low(g, w->qkv_w), N, D, 3 * D, 0);
+    if (i == run_of(c, i).first) run_weights_backward(g, i, B, n);   // before the next run's take their place
     nb = norm_backward_of(g, dx, n);
     nb.dh = a->dh;
     nb.x = k->x;
     nb.r = k->r1;
     nb.scale = mod + D;
     nb.stride = 6 * D;
+    nb.dshift = d_mod;
+    nb.dscale = d_mod + D;
     if (before >= 0) {
-        norm_backward_behind(&nb, g, before, d_mod, d_mod + D, B);
+        norm_backward_behind(&nb, g, before, B);
         return;
     }
     nb.dy_cls = dy_cls;
-    norm_modulate_backward(&nb, d_mod, d_mod + D, NULL, db ? sum_parts(&g->sums, db, B, D) : NULL, B);
+    if (db) nb.bias = sum_parts(&g->sums, db, B, D);
+    norm_modulate_backward(&nb, B);
 }
 
 // zs [B,T,Z] = p4(silu(p2(silu(p0(E))))): what is compared with the frozen encoder's features
@@ -3402,10 +3516,13 @@ static void network_backward(GpuModel *g, int path_drop, int B) {
     nb.r = a->final_r;
     nb.scale = a->final_mod + D;
     nb.stride = 2 * D;
-    if (c->num_h) norm_backward_behind(&nb, g, last, a->d_final_mod, a->d_final_mod + D, B);
-    else
-        norm_modulate_backward(&nb, a->d_final_mod, a->d_final_mod + D, NULL,
-                               sum_parts(&g->sums, dw->fusion_b, B, D), B);
+    nb.dshift = a->d_final_mod;
+    nb.dscale = a->d_final_mod + D;
+    if (c->num_h) norm_backward_behind(&nb, g, last, B);
+    else {
+        nb.bias = sum_parts(&g->sums, dw->fusion_b, B, D);
+        norm_modulate_backward(&nb, B);
+    }
     linear_backward_weight(dw->final_adaln_w, a->d_final_mod, a->cond_silu, B, D, 2 * D, add);
     bias_backward(dw->final_adaln_b, &g->sums, a->d_final_mod, B, 2 * D);
     linear_backward_input<float>(a->d_cond_parts + (size_t)c->depth * B * D, a->d_final_mod,
@@ -3417,7 +3534,7 @@ static void network_backward(GpuModel *g, int path_drop, int B) {
     // sparse middle g, on a path-drop step without gradient
     if (!path_drop && first_h > c->num_f) {
         nb = norm_backward_of(g, a->d_g, n);
-        norm_backward_behind(&nb, g, first_h - 1, NULL, NULL, B);
+        norm_backward_behind(&nb, g, first_h - 1, B);
         for (int i = first_h - 1; i >= c->num_f; i--)
             block_backward(g, i, a->d_g, v1, in->ids, B, n, i > c->num_f ? i - 1 : -1, -1, NULL);
     }
@@ -3426,7 +3543,7 @@ static void network_backward(GpuModel *g, int path_drop, int B) {
     nb.dx2 = a->d_g;
     nb.dx2_rows = a->rows;
     nb.dx2_count = rows;
-    norm_backward_behind(&nb, g, c->num_f - 1, NULL, NULL, B);
+    norm_backward_behind(&nb, g, c->num_f - 1, B);
     for (int i = c->num_f - 1; i >= 0; i--)
         block_backward(g, i, a->d_E, i ? v1 : NULL, NULL, B, T, i - 1, i ? -1 : c->cls, dw->x_b);
     // tokens: a->dy has the patches' gradients, then those of CLS
