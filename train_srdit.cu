@@ -308,40 +308,15 @@ template <class S> __device__ __forceinline__ float sum_rows(const S *src, int y
     return sum;
 }
 
-// dst[c] (+)= sum over rows of src[rows, cols], whose rows are ld apart, in a fixed order; z counts
-// independent problems, each `src_step` and `dst_step` further. Blocks of 8 columns x 32 rows.
-// Moves a few MB: latency bounds it.
-template <class S, class E>
-__global__ void __launch_bounds__(256) column_sum_kernel(E *dst, const S *src, int rows, int cols, int ld,
-                                                         size_t src_step, size_t dst_step, int add) {
-    __shared__ float sums[32][9];
-    int c = blockIdx.x * 8 + threadIdx.x % 8, y = threadIdx.x / 8;
-    src += blockIdx.z * src_step;
-    dst += blockIdx.z * dst_step;
-    float sum = c < cols ? sum_rows(src + c, y, rows, (size_t)ld) : 0;
-    sums[y][threadIdx.x % 8] = sum;
-    __syncthreads();
-    if (y || c >= cols) return;
-    sum = add ? to_float(dst[c]) : 0;
-    for (int i = 0; i < 32; i++) sum += sums[i][threadIdx.x];
-    store(&dst[c], sum);
-}
-template <class S, class E>
-static void column_sum(E *dst, const S *src, int rows, int cols, int ld, int add, int count = 1,
-                       size_t src_step = 0, size_t dst_step = 0) {
-    dim3 grid((unsigned)div_up(cols, 8), 1, (unsigned)count);
-    column_sum_kernel<S, E><<<grid, 256, 0, stream>>>(dst, src, rows, cols, ld, src_step, dst_step, add);
-    LAUNCHED();
-}
-
 // The gradients of biases and of other small weights are column sums of what kernels leave in `parts`, a
 // backward's one behind the other. The adding up waits until its end, and then is one launch for all of them.
 typedef struct {
-    float *dst;                // [cols] (+)= sum over rows
-    const float *src;          // [rows, cols], rows `ld` apart
-    int rows, cols, ld, end;   // end: where the grid's blocks of the next job begin
+    float *dst;        // [cols] (+)= sum over rows
+    const void *src;   // [rows, cols], rows `ld` apart, in float; `low`: in floatX
+    unsigned ld : 31, low : 1;
+    int rows, cols, end;   // end: where the grid's blocks of the next job begin
 } SumJob;
-enum { MAX_SUMS = 100 };
+enum { MAX_SUMS = 126 };
 typedef struct {
     int count, add;
     SumJob of[MAX_SUMS];   // with the above less than the 4 KB that a kernel's arguments may be
@@ -352,16 +327,20 @@ typedef struct {
     SumJobs jobs;
 } Sums;
 
-// As column_sum_kernel. Reads 4 bytes a number of all parts: 0.1 GB, 0.04 ms in B/1.
+// Blocks of 8 columns x 32 rows, each sum in a fixed order. Reads 4 bytes a number of all parts: 0.1 GB, 0.04
+// ms in B/1.
 __global__ void __launch_bounds__(256) sums_kernel(const SumJobs jobs) {
     __shared__ float sums[32][9];
     int i = 0, block = blockIdx.x;
     while (block >= jobs.of[i].end) i++;
     if (i) block -= jobs.of[i - 1].end;
-    const float *src = jobs.of[i].src;
     int rows = jobs.of[i].rows, cols = jobs.of[i].cols;
     int c = block * 8 + threadIdx.x % 8, y = threadIdx.x / 8;
-    float sum = c < cols ? sum_rows(src + c, y, rows, (size_t)jobs.of[i].ld) : 0;
+    size_t ld = jobs.of[i].ld;
+    float sum = 0;
+    if (c < cols)
+        sum = jobs.of[i].low ? sum_rows((const floatX *)jobs.of[i].src + c, y, rows, ld)
+                             : sum_rows((const float *)jobs.of[i].src + c, y, rows, ld);
     sums[y][threadIdx.x % 8] = sum;
     __syncthreads();
     if (y || c >= cols) return;
@@ -382,11 +361,11 @@ static void sums_end(Sums *s) {
     j->count = 0;
 }
 // dst[cols] (+)= the sum over the rows of src[rows, cols], when sums_end comes
-static void sum_later(Sums *s, float *dst, const float *src, int rows, int cols, int ld) {
+template <class S> static void sum_later(Sums *s, float *dst, const S *src, int rows, int cols, int ld) {
     SumJobs *j = &s->jobs;
     if (j->count == MAX_SUMS) sums_end(s);
     int before = j->count ? j->of[j->count - 1].end : 0;
-    SumJob one = {dst, src, rows, cols, ld, before + div_up(cols, 8)};
+    SumJob one = {dst, src, (unsigned)ld, sizeof(S) != 4, rows, cols, before + div_up(cols, 8)};
     j->of[j->count++] = one;
 }
 static float *sums_take(Sums *s, size_t count) {   // room for parts
@@ -1126,7 +1105,8 @@ static void gelu_forward(floatX *out, const floatX *in, size_t n) {
 
 // din = dout act'(in) on [rows,cols], and the column sums of din over chunks of rows, parts [chunks,cols]:
 // the gradient of the bias below. NONE: only the sums. z counts independent ones, one behind the other. A
-// block is 8 rows at a time x 32 lanes of W columns. din may be dout. In bf16 reads 2 + 2, writes 2 bytes an element (NONE: reads 2); bound by memory.
+// block is 8 rows at a time x 32 lanes of W columns. din may be dout. In bf16 reads 2 + 2, writes 2 bytes an
+// element (NONE: reads 2); bound by memory.
 template <Activation A, int W, class S>
 __global__ void __launch_bounds__(256)
     activation_backward_kernel(floatX *din, float *parts, const floatX *dout, const S *in, int rows, int cols,
@@ -1367,31 +1347,39 @@ __global__ void __launch_bounds__(256)
 }
 
 // rows[B T]: the row of G that each token reads: its own if g kept it, else the mask token's, which is row
-// `mask`. ids [B,n] (NULL: all tokens, in order); path_drop: none. A block a sample.
-__global__ void __launch_bounds__(256)
-    rows_kernel(int *rows, const int *ids, int n, int T, int mask, int path_drop) {
+// `mask`. ids [B,n] (NULL: all tokens, in order); path_drop: none. A block a sample; those that follow write
+// what stands behind the `mask` rows of g's output [padded,D]: the mask token, once more, and zeros up to a
+// multiple of 64 rows.
+__global__ void __launch_bounds__(256) rows_kernel(int *rows, floatX *g, const float *token, const int *ids,
+                                                   int n, int T, int mask, int path_drop, int B, int D) {
     int b = blockIdx.x;
+    if (b >= B) {
+        for (int d = threadIdx.x; d < D; d += 256)
+            store(&g[(size_t)(mask + b - B) * D + d], b - B < 2 ? token[d] : 0);
+        return;
+    }
     for (int t = threadIdx.x; t < T; t += 256) rows[(size_t)b * T + t] = ids || path_drop ? mask : b * T + t;
     __syncthreads();
     for (int i = threadIdx.x; i < n && ids && !path_drop; i += 256)
         rows[(size_t)b * T + ids[(size_t)b * n + i]] = b * n + i;
 }
 
-// After the `rows` rows of g's output [padded,D]: the mask token, once more, and zeros up to
-// a multiple of 64 rows.
-__global__ void __launch_bounds__(256) mask_rows_kernel(floatX *g, const float *mask, int rows, int D) {
-    for (int d = threadIdx.x; d < D; d += 256)
-        store(&g[(size_t)(rows + blockIdx.x) * D + d], blockIdx.x < 2 ? mask[d] : 0);
-}
-// The gradient of those rows: the sum of many tokens' is too much for one rounded number, so that it is kept
-// as two, sum = row 0 + row 1 (which is why the mask token stands there twice).
+// The gradient of those rows [pads,D], from the sums over chunks of tokens that fusion_gather left: the sum of
+// many tokens' is too much for one rounded number, so that it is kept as two, sum = row 0 + row 1 (which is
+// why the mask token stands there twice). Blocks of 8 columns x 32 rows; 6 MB in B/1, bound by latency.
 __global__ void __launch_bounds__(256)
-    mask_rows_backward_kernel(floatX *dG, const float *sum, int rows, int D) {
-    for (int d = threadIdx.x; d < D; d += 256) {
-        floatX *to = dG + (size_t)(rows + blockIdx.x) * D + d, high;
-        store(&high, sum[d]);
-        store(to, blockIdx.x == 0 ? sum[d] : blockIdx.x == 1 ? sum[d] - to_float(high) : 0);
-    }
+    mask_rows_backward_kernel(floatX *dG, const float *parts, int chunks, int pads, int D) {
+    __shared__ float sums[32][9];
+    int x = threadIdx.x % 8, y = threadIdx.x / 8, d = blockIdx.x * 8 + x;
+    sums[y][x] = d < D ? sum_rows(parts + d, y, chunks, (size_t)D) : 0;
+    __syncthreads();
+    if (d >= D) return;
+    float sum = 0;
+    for (int i = 0; i < 32; i++) sum += sums[i][x];
+    floatX high;
+    store(&high, sum);
+    for (int row = y; row < pads; row += 32)
+        store(&dG[(size_t)row * D + d], row == 0 ? sum : row == 1 ? sum - to_float(high) : 0);
 }
 
 // dG[rows[n]] = dY[n] for the kept tokens; the sum of dY over the others, which all read the mask
@@ -2679,19 +2667,21 @@ static void latents_convert(const Input *in, const Batch *batch, size_t latent) 
     }
 }
 
-// out[samples, n] (add: +=) standard normals of samples first + shift + y, as fill_normal; a thread draws
-// four. 4 bytes written an element; bound by the arithmetic of Philox and Box-Muller.
-__global__ void __launch_bounds__(256)
-    noise_kernel(float *out, int n, const Draw *draw, uint32_t which, int shift, int add) {
+// Standard normals of samples first + y, as fill_normal: noise [B,latent], noise_cls [B,Z]; and v_before
+// [latent] += those of sample first - 1. y counts the samples, then that one, then the samples once more for
+// CLS; a thread draws four. 4 bytes written an element; bound by the arithmetic of Philox and Box-Muller.
+__global__ void __launch_bounds__(256) noise_kernel(float *noise, float *v_before, float *noise_cls,
+                                                    const Draw *draw, int B, int latent, int Z) {
+    int y = blockIdx.y, cls = y > B, b = cls ? y - B - 1 : y, before = y == B, n = cls ? Z : latent;
     uint32_t i = blockIdx.x * 256 + threadIdx.x,
-             sample = (draw->first + blockIdx.y + draw->whole + (uint32_t)shift) % draw->whole;
+             sample = (draw->first + (before ? draw->whole - 1 : (uint32_t)b)) % draw->whole;
     if (i * 4 >= (uint32_t)n) return;
-    Philox r = draw4(draw->seed, which, draw->step, sample, i);
-    float z[4];
+    Philox r = draw4(draw->seed, cls ? STREAM_NOISE_CLS : STREAM_NOISE, draw->step, sample, i);
+    float z[4], *out = before ? v_before : (cls ? noise_cls : noise) + (size_t)b * n;
     normal2(z, r.v[0], r.v[1]), normal2(z + 2, r.v[2], r.v[3]);
     for (int j = 0; j < 4 && (int)i * 4 + j < n; j++) {
-        float *to = out + (size_t)blockIdx.y * n + i * 4 + j;
-        *to = add ? *to + z[j] : z[j];
+        float *to = out + i * 4 + j;
+        *to = before ? *to + z[j] : z[j];
     }
 }
 
@@ -2809,17 +2799,10 @@ static void batch_done(InputQueue *q) { CHECK(cudaEventRecord(q->done[!q->turn],
 
 // The draws that the CPU makes in batch_load, from the same addresses
 static void draw_on_device(const Input *in, const Config *c, int B) {
-    int latent = latent_of(c), T = tokens_of(c);
-    dim3 grid((unsigned)div_up(div_up(latent, 4), 256), (unsigned)B), one(grid.x, 1);
-    noise_kernel<<<grid, 256, 0, stream>>>(in->noise, latent, in->draw, STREAM_NOISE, 0, 0);
+    int latent = latent_of(c), T = tokens_of(c), Z = c->cls ? c->z_dim : 0;
+    dim3 grid((unsigned)div_up(imax(latent, Z), 1024), (unsigned)(B + 1 + (Z ? B : 0)));
+    noise_kernel<<<grid, 256, 0, stream>>>(in->noise, in->v_before, in->noise_cls, in->draw, B, latent, Z);
     LAUNCHED();
-    noise_kernel<<<one, 256, 0, stream>>>(in->v_before, latent, in->draw, STREAM_NOISE, -1, 1);   // held -x
-    LAUNCHED();
-    if (c->cls) {
-        dim3 cls_grid((unsigned)div_up(div_up(c->z_dim, 4), 256), (unsigned)B);
-        noise_kernel<<<cls_grid, 256, 0, stream>>>(in->noise_cls, c->z_dim, in->draw, STREAM_NOISE_CLS, 0, 0);
-        LAUNCHED();
-    }
     size_t keys = 2 * (size_t)T * sizeof(uint32_t);
     route_kernel<<<(unsigned)B, 256, keys, stream>>>(in->ids, in->draw, kept_of(c), T);
     LAUNCHED();
@@ -2855,7 +2838,7 @@ typedef struct {
     BlockGrads d_run;                                  // of the blocks of a run, one behind the other
     floatX *d_mod, *d_final_mod, *d_out, *d_cls_out;   // [L,B,6D], [B,2D], [B,P,X], [B,Z]
     floatX *d_cond, *d_t0;                             // [B,D] twice
-    float *d_cond_parts, *parts, *mask_sum, *delta;    // [L+1,B,D], sums of chunks, [D], [B,H,T]
+    float *d_cond_parts, *parts, *delta;               // [L+1,B,D], sums of chunks, [B,H,T]
     unsigned *done;                                    // [B, ...] of the norms' backward
     float *sums;                                       // what Sums hands out
     size_t sums_room;
@@ -3019,7 +3002,6 @@ static void acts_layout(Acts *a, DeviceArena *m, const Config *c, int B) {
     take(a->d_cond, m, b * D);
     take(a->d_t0, m, b * D);
     take(a->d_cond_parts, m, (L + 1) * b * D);
-    take(a->mask_sum, m, D);
     size_t Dh = D / H, of_norm = b * (size_t)norm_most_chunks((int)T) * 4 * D;
     take(a->parts, m, largest(of_norm, (N / GATHER_CHUNK + 1) * D));
     take(a->done, m, b * (size_t)div_up(c->hidden_size, NORM_SLAB));
@@ -3133,7 +3115,8 @@ static void adaln_backward(GpuModel *g, int B) {
     k.stepa = (int64_t)mod_step;
     k.stepc = (int64_t)step;
     matmul<float>(k, dw->adaln_w, a->d_mod, a->cond_silu, NULL);
-    column_sum<floatX, float>(dw->adaln_b, a->d_mod, B, 6 * D, 6 * D, add, L, mod_step, step);
+    for (int i = 0; i < L; i++)
+        sum_later(&g->sums, g->dw.block[i].adaln_b, a->d_mod + i * mod_step, B, 6 * D, 6 * D);
     k = gemm_key(B, D, 6 * D, 0, 0);
     k.batch = L;
     k.stepa = (int64_t)mod_step;
@@ -3348,7 +3331,7 @@ static void condition_backward(GpuModel *g, int B) {
     label_backward_kernel<<<(unsigned)B, 256, 0, stream>>>(dw->label, a->d_cond, g->in.y, B, D);
     LAUNCHED();
     linear_backward_weight(dw->t2_w, a->d_cond, a->t0_silu, B, D, D, add);
-    bias_backward(dw->t2_b, &g->sums, a->d_cond, B, D);
+    sum_later(&g->sums, dw->t2_b, a->d_cond, B, D, D);
     linear_backward_input<floatX>(a->d_t0, a->d_cond, low(g, w->t2_w), B, D, D, 0);
     activation_backward<SILU, float>(a->d_t0, dw->t0_b, &g->sums, a->d_t0, a->t0, B, D);
     linear_backward_weight(dw->t0_w, a->d_t0, a->t_features, B, W, D, add);
@@ -3363,9 +3346,8 @@ static Residual fusion_forward(GpuModel *g, const Params *w, floatX *g_out, cons
     Acts *a = &g->a;
     int T = tokens_of(&g->base.c), D = g->base.c.hidden_size, N = B * T, padded = padded_rows(rows);
     floatX *product = a->wide;
-    rows_kernel<<<(unsigned)B, 256, 0, stream>>>(a->rows, ids, n, T, rows, path_drop);
-    LAUNCHED();
-    mask_rows_kernel<<<(unsigned)(padded - rows), 256, 0, stream>>>(g_out, w->mask_token, rows, D);
+    rows_kernel<<<(unsigned)(B + padded - rows), 256, 0, stream>>>(a->rows, g_out, w->mask_token, ids, n, T,
+                                                                   rows, path_drop, B, D);
     LAUNCHED();
     const floatX *w1 = low(g, w->fusion_w), *w2 = w1 + D;
     linear_forward<float>(a->fused, a->E_low, w1, NULL, N, D, D, 2 * D);
@@ -3382,12 +3364,12 @@ static void fusion_backward(GpuModel *g, int rows, int N) {
     Acts *a = &g->a;
     const Params *dw = &g->dw;
     int D = c->hidden_size, add = !g->fresh, padded = padded_rows(rows);
-    unsigned chunks = (unsigned)div_up(N, GATHER_CHUNK), pads = (unsigned)(padded - rows);
+    int chunks = div_up(N, GATHER_CHUNK);
     const floatX *w1 = low(g, g->w.fusion_w), *w2 = w1 + D;
-    fusion_gather_kernel<<<chunks, 256, 0, stream>>>(a->dG, a->parts, a->dy, a->rows, rows, N, D);
+    fusion_gather_kernel<<<(unsigned)chunks, 256, 0, stream>>>(a->dG, a->parts, a->dy, a->rows, rows, N, D);
     LAUNCHED();
-    column_sum<float, float>(a->mask_sum, a->parts, (int)chunks, D, D, 0);
-    mask_rows_backward_kernel<<<pads, 256, 0, stream>>>(a->dG, a->mask_sum, rows, D);
+    mask_rows_backward_kernel<<<(unsigned)div_up(D, 8), 256, 0, stream>>>(a->dG + (size_t)rows * D, a->parts,
+                                                                          chunks, padded - rows, D);
     LAUNCHED();
     linear_backward_weight(dw->fusion_w, a->dy, a->E_low, N, D, D, add, 2 * D);
     linear_backward_weight(dw->fusion_w + D, a->dG, a->g_out, padded, D, D, add, 2 * D);
@@ -3505,7 +3487,7 @@ static void network_backward(GpuModel *g, int path_drop, int B) {
     linear_backward_input<floatX>(a->dh, a->d_out, low(g, w->final_w), B * P, D, X, 0);
     if (c->cls) {
         linear_backward_weight(dw->final_cls_w, a->d_cls_out, a->final_h + patches, B, D, Z, add);
-        bias_backward(dw->final_cls_b, &g->sums, a->d_cls_out, B, Z);
+        sum_later(&g->sums, dw->final_cls_b, a->d_cls_out, B, Z, Z);
         linear_backward_input<floatX>(a->dh + patches, a->d_cls_out, low(g, w->final_cls_w), B, D, Z, 0);
     }
     NormBackward nb = norm_backward_of(g, a->dx, T);
@@ -3524,7 +3506,7 @@ static void network_backward(GpuModel *g, int path_drop, int B) {
         norm_modulate_backward(&nb, B);
     }
     linear_backward_weight(dw->final_adaln_w, a->d_final_mod, a->cond_silu, B, D, 2 * D, add);
-    bias_backward(dw->final_adaln_b, &g->sums, a->d_final_mod, B, 2 * D);
+    sum_later(&g->sums, dw->final_adaln_b, a->d_final_mod, B, 2 * D, 2 * D);
     linear_backward_input<float>(a->d_cond_parts + (size_t)c->depth * B * D, a->d_final_mod,
                                  low(g, w->final_adaln_w), B, D, 2 * D, 0);
     // decoder h
@@ -3555,7 +3537,7 @@ static void network_backward(GpuModel *g, int path_drop, int B) {
             w->cls_norm, B, D);
         LAUNCHED();
         linear_backward_weight(dw->cls_w, a->dh, a->cls_t, B, Z, D, add);
-        bias_backward(dw->cls_b, &g->sums, a->dh, B, D);
+        sum_later(&g->sums, dw->cls_b, a->dh, B, D, D);   // (nobody writes that any more)
     }
     adaln_backward(g, B);
     condition_backward(g, B);
@@ -3564,7 +3546,7 @@ static void network_backward(GpuModel *g, int path_drop, int B) {
 
 // ----------------------------------------------------------------------------------------------------------
 // The loss (derivation at loss_and_gradients in train_srdit.c). Each kernel leaves one partial
-// sum a block, which loss_sum_kernel adds up in order; the gradients leave in floatX, as the
+// sum a block, which loss_sums_kernel adds up in order; the gradients leave in floatX, as the
 // products that follow read them.
 
 // Velocity and contrastive loss over out [B,P,X]: reads 4 x 4, writes 2 bytes an element;
@@ -3660,17 +3642,25 @@ static void align_loss(floatX *dz, float *parts, const floatX *zs, const void *f
     else align_loss_kernel<S, 1><<<blocks, 256, 0, stream>>>(dz, parts, zs, stored, scale, rows, Z);
     LAUNCHED();
 }
-// *total += scale * sum of parts[count], in double and in a fixed order; one block
-__global__ void __launch_bounds__(256)
-    loss_sum_kernel(double *total, const float *parts, int count, double scale) {
+// Each part of the loss += scale * sum of parts[count], in double and in a fixed order; a block a part
+typedef struct {
+    double *total, scale;
+    const float *parts;
+    int count;
+} LossSum;
+typedef struct {
+    LossSum of[4];
+} LossSums;
+__global__ void __launch_bounds__(256) loss_sums_kernel(const LossSums all) {
     __shared__ double sums[256];
+    const LossSum one = all.of[blockIdx.x];
     double sum = 0;
-    for (int i = threadIdx.x; i < count; i += 256) sum += parts[i];
+    for (int i = threadIdx.x; i < one.count; i += 256) sum += one.parts[i];
     sums[threadIdx.x] = sum;
     __syncthreads();
     if (threadIdx.x) return;
     for (int i = 1; i < 256; i++) sum += sums[i];
-    *total += scale * sum;
+    *one.total += one.scale * sum;
 }
 
 static void loss_and_gradients(GpuModel *g, const Batch *batch) {
@@ -3687,32 +3677,31 @@ static void loss_and_gradients(GpuModel *g, const Batch *batch) {
         a->d_out, parts, parts + room, a->out_patches, in->x, in->noise, in->v_before, c->in_channels,
         c->input_size, c->patch_size, c->cfm ? (float)c->cfm_coeff : 0, of_latent, count);
     LAUNCHED();
-    loss_sum_kernel<<<1, 256, 0, stream>>>(&g->losses->denoise, parts, blocks, of_latent);
-    LAUNCHED();
-    loss_sum_kernel<<<1, 256, 0, stream>>>(&g->losses->cfm, parts + room, blocks, of_latent);
-    LAUNCHED();
+    LossSums all = {{{&g->losses->denoise, of_latent, parts, blocks},
+                     {&g->losses->cfm, of_latent, parts + room, blocks}}};
+    unsigned sums = 2;
     if (c->cls) {
         blocks = imin(LOSS_BLOCKS, div_up(B * Z, 256));
         cls_loss_kernel<<<(unsigned)blocks, 256, 0, stream>>>(
             a->d_cls_out, parts + 2 * room, a->cls_out, in->cls, in->noise_cls, c->cls_coeff * of_cls, B * Z);
         LAUNCHED();
-        loss_sum_kernel<<<1, 256, 0, stream>>>(&g->losses->cls, parts + 2 * room, blocks, of_cls);
-        LAUNCHED();
+        all.of[sums++] = {&g->losses->cls, of_cls, parts + 2 * room, blocks};
     }
     if (c->align) {
         place(PROJECTOR);
         blocks = div_up(B * T, 8);
         double scale = -c->align_coeff * of_align;
-        float *sums = parts + 3 * room;
+        float *cosines = parts + 3 * room;
         switch (batch->feats_type) {
-            case I8: align_loss<int8_t>(a->wide2, sums, a->zs, in->feats, scale, B * T, Z); break;
-            case F16: align_loss<Half>(a->wide2, sums, a->zs, in->feats, scale, B * T, Z); break;
-            case BF16: align_loss<bf16>(a->wide2, sums, a->zs, in->feats, scale, B * T, Z); break;
-            default: align_loss<float>(a->wide2, sums, a->zs, in->feats, scale, B * T, Z);
+            case I8: align_loss<int8_t>(a->wide2, cosines, a->zs, in->feats, scale, B * T, Z); break;
+            case F16: align_loss<Half>(a->wide2, cosines, a->zs, in->feats, scale, B * T, Z); break;
+            case BF16: align_loss<bf16>(a->wide2, cosines, a->zs, in->feats, scale, B * T, Z); break;
+            default: align_loss<float>(a->wide2, cosines, a->zs, in->feats, scale, B * T, Z);
         }
-        loss_sum_kernel<<<1, 256, 0, stream>>>(&g->losses->align, parts + 3 * room, blocks, of_align);
-        LAUNCHED();
+        all.of[sums++] = {&g->losses->align, of_align, cosines, blocks};
     }
+    loss_sums_kernel<<<sums, 256, 0, stream>>>(all);
+    LAUNCHED();
 }
 
 // A step is some 450 launches, of which the host needs 2 to 3 us each (arithmetic: 1 ms) and the device a gap
@@ -4090,7 +4079,7 @@ static void device_open(void) {
         die("%s has compute capability %d.%d, but 8.0 is needed: train_srdit runs the same model on the CPU",
             card.name, card.major, card.minor);
     cudaFuncAttributes any;
-    cudaError_t built = cudaFuncGetAttributes(&any, loss_sum_kernel);
+    cudaError_t built = cudaFuncGetAttributes(&any, loss_sums_kernel);
     if (built == cudaErrorNoKernelImageForDevice || built == cudaErrorInvalidDeviceFunction)
         die("this was not built for %s: run make clean and make again on this machine, or with "
             "ARCH=-arch=sm_%d%d",
