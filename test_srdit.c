@@ -2152,8 +2152,8 @@ static void test_launches(void) {
     long most = sizeof(gpu::floatX) == 2 ? MOST_LAUNCHES
                                          : MOST_LAUNCHES_PLAIN;   // float: plain attention, GELU apart
     result(launches[0] + products[0] <= most, "launches a step",
-           "%ld kernels, %ld products; %ld and %ld where the sparse path is dropped", launches[0], products[0],
-           launches[1], products[1]);
+           "%ld kernels, %ld products; %ld and %ld where the sparse path is dropped", launches[0],
+           products[0], launches[1], products[1]);
     gpu_backend.destroy(m);
 }
 #endif

@@ -1194,9 +1194,9 @@ static void linear_gelu_forward(floatX *gelu, floatX *fc1, const floatX *in, con
     gelu_way(
         p, [&] { return matmul_lt(p, gelu, in, w, b, fc1); }, apart);
 }
-// d_fc1[N,F] = dout[N,D] w[D,F] GELU'(fc1), with w of fc2. Returns 1 if db[F] (+)= its column sums are left to
-// the caller: where the slope was taken in the product's epilogue. (The epilogue that takes these sums too,
-// DGELU_BGRAD, would leave them in bf16, and has no fast kernel.)
+// d_fc1[N,F] = dout[N,D] w[D,F] GELU'(fc1), with w of fc2. Returns 1 if db[F] (+)= its column sums are left
+// to the caller: where the product's epilogue took the slope. (DGELU_BGRAD, the epilogue that takes these
+// sums too, would leave them in bf16, and has no fast kernel.)
 static int linear_gelu_backward(floatX *d_fc1, float *db, Sums *sums, const floatX *dout, const floatX *w,
                                 floatX *fc1, int N, int D, int F) {
     const size_t used = sums->used;
@@ -1364,9 +1364,9 @@ __global__ void __launch_bounds__(256) rows_kernel(int *rows, floatX *g, const f
         rows[(size_t)b * T + ids[(size_t)b * n + i]] = b * n + i;
 }
 
-// The gradient of those rows [pads,D], from the sums over chunks of tokens that fusion_gather left: the sum of
-// many tokens' is too much for one rounded number, so that it is kept as two, sum = row 0 + row 1 (which is
-// why the mask token stands there twice). Blocks of 8 columns x 32 rows; 6 MB in B/1, bound by latency.
+// Those rows' gradient [pads,D], from the sums over chunks of tokens that fusion_gather left. The sum is
+// too much for one rounded number, so that it is kept as two, sum = row 0 + row 1 (which is why the mask
+// token stands there twice). Blocks of 8 columns x 32 rows; 6 MB in B/1, bound by latency.
 __global__ void __launch_bounds__(256)
     mask_rows_backward_kernel(floatX *dG, const float *parts, int chunks, int pads, int D) {
     __shared__ float sums[32][9];
@@ -3704,10 +3704,10 @@ static void loss_and_gradients(GpuModel *g, const Batch *batch) {
     LAUNCHED();
 }
 
-// A step is some 450 launches, of which the host needs 2 to 3 us each (arithmetic: 1 ms) and the device a gap
-// between any two. Recorded as a CUDA graph they are one launch. The first time work of a kind is done as it
-// is, so that plans of matrix products are made and kernels loaded; the second time it is recorded, from then
-// on replayed. Everything that differs from step to step is read from device memory: Draw, StepConstants.
+// A step is some 260 launches, of which the host needs 2 to 3 us each (arithmetic: 0.6 ms) and the device a
+// gap between any two. Recorded as a CUDA graph they are one launch. The first time work of a kind is done as
+// it is, so that plans of matrix products are made and kernels loaded; the second time it is recorded, from
+// then on replayed. All that differs from step to step is read from device memory: Draw, StepConstants.
 template <class Work> static void run_recorded(GpuModel *g, const StepKind &kind, Work work) {
     if (!use_graph || tuning || profile.on) {
         work();
