@@ -1430,11 +1430,12 @@ typedef struct {
     int T, H, Dh, G, G_inverse;   // G_inverse: x G_inverse / 65536 is x / G for x < T
 } Attention;
 typedef struct {
-    floatX *dqkv;   // [B,T,3D]
-    float *dv1;     // [B,tokens,D]: += lambda dv at the original token; block 0 adds it up
-    int is_first;   // this is block 0
-    float *parts;   // [attention_parts, 2 Dh + 1]: sums for wq, wk, lambda
-    float *bias;    // [bias_parts, 3D]: sums of dqkv
+    floatX *dqkv;    // [B,T,3D]
+    float *dv1;      // [B,tokens,D]: += lambda dv at the original token; block 0 adds it up
+    int dv1_fresh;   // 1: taken as zero, as the first one finds it
+    int is_first;    // this is block 0
+    float *parts;    // [attention_parts, 2 Dh + 1]: sums for wq, wk, lambda
+    float *bias;     // [bias_parts, 3D]: sums of dqkv
 } AttentionGrads;
 
 __device__ __forceinline__ int token_of(const Attention &a, int b, int t) {
@@ -1507,7 +1508,7 @@ __global__ void __launch_bounds__(256)
                         if (a.v1) {
                             float first = to_float(a.v1[full * 3 * D + (size_t)h * a.Dh + i]);
                             dl += dv * (first - to_float(x[i]));
-                            dv1[i] += l * dv;
+                            dv1[i] = (out.dv1_fresh ? 0 : dv1[i]) + l * dv;
                         }
                         float dx = out.is_first ? dv + dv1[i] : (1 - l) * dv;
                         bias[j][e] += dx;
@@ -2105,7 +2106,7 @@ __device__ __forceinline__ void mix_backward(const AttentionGrads &out, float &d
         const size_t start = (row * 3 + V) * a.H * HD + h * HD + c * 2,
                      first = (full * 3 + V) * a.H * HD + h * HD + c * 2;
         float *dv1 = out.dv1 + (full * a.H + h) * HD + c * 2;
-        const bool mixed = a.v1, any = mixed || out.is_first;
+        const bool mixed = a.v1, any = (mixed && !out.dv1_fresh) || out.is_first;
         unsigned x[8], y[8];
         float2 sum[8];
 #pragma unroll
@@ -3188,6 +3189,9 @@ static void norm_backward_behind(NormBackward *a, GpuModel *g, int i, int B) {
     norm_modulate_backward(a, B);
 }
 
+// The block that writes a->d_v1 of all tokens, to which the others add: the decoder's last; -1: there is none
+static int v1_begins_at(const Config *c) { return c->num_h && c->depth > 1 ? c->depth - 1 : -1; }
+
 // The gradients of the weights of block i's run, and of those fc1's biases that are still due, from what the
 // backward of its blocks left in a->d_run
 static void run_weights_backward(GpuModel *g, int i, int B, int n) {
@@ -3247,7 +3251,11 @@ static void block_backward(GpuModel *g, int i, float *dx, const floatX *v1, cons
     Attention attention = attention_of(g, &g->w, w, k, v1, ids, n);
     int parts = attention_parts(&attention, B), width = 2 * Dh + 1;
     float *sums = sums_take(&g->sums, (size_t)parts * (size_t)width);
-    AttentionGrads grads = {d.qkv, a->d_v1, i == 0 && c->value_residual, sums,
+    AttentionGrads grads = {d.qkv,
+                            a->d_v1,
+                            v1_begins_at(c) == i,
+                            i == 0 && c->value_residual,
+                            sums,
                             sum_parts(&g->sums, dw->qkv_b, bias_parts(&attention, B), 3 * D)};
     attention_backward(&grads, a->mix, a->delta, a->dh, k->a, k->lse, &attention, B);
     if (c->qk_norm) {
@@ -3440,14 +3448,15 @@ static void network_forward(GpuModel *g, const Params *w, int training, int path
                               w->final_cls_b, B, D, Z);
 }
 
-// Zeros where a step's backward writes nothing or only adds: values' and labels' gradients, and, where the
-// sparse path was dropped, all of g's
+// Zeros where a step's backward writes nothing or only adds: labels' gradients, values' where no block writes
+// them first, and, where the sparse path was dropped, all of g's
 static void clear_gradients(GpuModel *g, int path_drop, int B) {
     const Config *c = &g->base.c;
     const Table *table = &g->base.table;
     size_t D = (size_t)c->hidden_size, N = (size_t)B * (size_t)tokens_of(c), mod = (size_t)B * 6 * D;
     int first_h = c->depth - c->num_h, sparse = first_h - c->num_f;
-    CHECK(cudaMemsetAsync(g->a.d_v1, 0, N * D * sizeof(float), stream));
+    if (c->value_residual && v1_begins_at(c) < 0)
+        CHECK(cudaMemsetAsync(g->a.d_v1, 0, N * D * sizeof(float), stream));
     if (g->fresh)
         CHECK(cudaMemsetAsync(g->dw.label, 0, (size_t)(c->num_classes + 1) * D * sizeof(float), stream));
     if (!path_drop || !sparse) return;
