@@ -108,9 +108,9 @@ class Unpickler(pickle.Unpickler):
                ("torch", "Size"): torch.Size, ("torch._utils", "_rebuild_tensor_v2"): tensor_of,
                ("torch._utils", "_rebuild_parameter"): lambda data, *_: data}
 
-    def __init__(self, archive, folder):
-        super().__init__(archive.open(folder + "data.pkl"), encoding="utf-8")
-        self.archive, self.folder, self.storages = archive, folder, {}
+    def __init__(self, structure, numbers):             # numbers(key) gives a storage's bytes
+        super().__init__(structure, encoding="utf-8")
+        self.numbers, self.storages = numbers, {}
 
     def find_class(self, module, name):
         if module == "torch" and name in STORAGES:
@@ -125,25 +125,60 @@ class Unpickler(pickle.Unpickler):
             raise pickle.UnpicklingError("it refers to %s %s" % (what, kind))
         if key not in self.storages:
             numpy, dtype = STORAGES[kind]
-            array = torch.from_numpy(np.frombuffer(self.archive.read(self.folder + "data/" + key),
-                                                   numpy).copy())
+            array = torch.from_numpy(np.frombuffer(self.numbers(key, reference), numpy).copy())
             self.storages[key] = array.view(dtype) if dtype == torch.bfloat16 else array
         return self.storages[key]
 
+MAGIC = 0x1950a86a20f9469cfc6c          # what files from before PyTorch 1.6 begin with
+
+def load_old(path):
+    """A .pt file from before PyTorch 1.6: five pickles (a magic number, a version, the machine, the structure, the
+    storages' keys), then each storage, its length first. The structure is read twice, since it stands before the
+    numbers that its tensors are cut from: first with zeros, to learn each storage's type, then in earnest."""
+    with open(path, "rb") as f:
+        def plain():                    # a pickle of numbers, text, lists: nothing in it refers to anything
+            return Unpickler(f, None).load()
+        if f.read(2) != b"\x80\x02":
+            raise zipfile.BadZipFile
+        f.seek(0)
+        if plain() != MAGIC:
+            raise zipfile.BadZipFile
+        if plain() != 1001 or not plain().get("little_endian"):
+            fail("%s: its version is not known here, or a big-endian machine wrote it" % path)
+        at, widths, contents = f.tell(), {}, {}
+        def zeros(key, reference):
+            if len(reference) > 5 and reference[5] is not None:
+                raise pickle.UnpicklingError("its storages are views, which old files seldom are")
+            widths[key] = np.dtype(STORAGES[reference[1]][0]).itemsize
+            if not 0 <= reference[4] * widths[key] <= os.path.getsize(path):
+                raise pickle.UnpicklingError("a storage is longer than the file")
+            return bytes(reference[4] * widths[key])
+        Unpickler(f, zeros).load()
+        for key in plain():
+            length = struct.unpack("<q", f.read(8))[0]
+            contents[key] = f.read(length * widths[key]) if length >= 0 else b""
+            if length < 0 or len(contents[key]) != length * widths[key]:
+                fail("%s is truncated: it ends inside a storage" % path)
+        f.seek(at)
+        return Unpickler(f, lambda key, _: contents[key]).load()
+
 def load_pt(path):
-    """A .pt file since PyTorch 1.6: a zip archive of data.pkl, the structure, and data/0 ..., the numbers."""
+    """A .pt file since PyTorch 1.6: a zip archive of data.pkl, the structure, and data/0 ..., the numbers. An older
+    one, as the FID Inception's: see load_old."""
     try:
+        if os.path.isfile(path) and not zipfile.is_zipfile(path):
+            return load_old(path)
         with zipfile.ZipFile(path) as archive:
             folder = [n for n in archive.namelist() if n.endswith("data.pkl")][0][:-len("data.pkl")]
             order = folder + "byteorder"
             if order in archive.namelist() and archive.read(order) != b"little":
                 fail("%s was written on a big-endian machine" % path)
-            return Unpickler(archive, folder).load()
+            return Unpickler(archive.open(folder + "data.pkl"),
+                             lambda key, _: archive.read(folder + "data/" + key)).load()
     except zipfile.BadZipFile:
-        fail("%s is not a PyTorch file, or a truncated one, or one from before PyTorch 1.6" % path)
+        fail("%s is not a PyTorch file, or a truncated one" % path)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError,
-            TypeError,
-            AttributeError, UnicodeDecodeError) as error:
+            TypeError, AttributeError, UnicodeDecodeError, struct.error) as error:
         fail("%s cannot be read: %s" % (path,
                                         str(error).splitlines()[0] if str(error) else type(error).__name__))
 
@@ -457,6 +492,19 @@ def selftest(options):
         check("views and types as torch.load reads them",
               all(torch.equal(same_as_torch[n], x) and same_as_torch[n].dtype == x.dtype
                                                               for n, x in mixed.items()))
+        torch.save(mixed, at("old.pt"), _use_new_zipfile_serialization=False)
+        old = load_pt(at("old.pt"))
+        check("a file from before PyTorch 1.6 likewise", set(old) == set(mixed) and
+              all(torch.equal(old[n], x) and old[n].dtype == x.dtype for n, x in mixed.items()))
+        torch.save({"model": {}, "ema": Evil()}, at("evil.pt"), _use_new_zipfile_serialization=False)
+        check("and it runs no program", "no part of weights" in run("from-pt", at("evil.pt"), at("x")) and
+              not os.path.exists(at("pwned")))
+        for cut in (1, 100, 400):
+            with open(at("short.pt"), "wb") as f:
+                f.write(open(at("old.pt"), "rb").read()[:-cut])
+            said = run("from-pt", at("short.pt"), at("x"))
+            check("nor reads one that lacks its last %d bytes" % cut,
+                  ("truncated" in said or "cannot be read" in said) and said.count("\n") <= 1)
         with open(at("short.pt"), "wb") as f:
             f.write(open(at("ref.pt"), "rb").read()[:2000])
         check("a truncated .pt is one sentence",
