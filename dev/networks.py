@@ -77,7 +77,7 @@ def center_crop(picture, size):
 
 def channels_first(pixels, device):
     """U8 [B,H,W,3] -> float [B,3,H,W] on the device, still 0 ... 255"""
-    return torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float()
+    return torch.from_numpy(np.array(pixels)).to(device).permute(0, 3, 1, 2).float()
 
 def normalized(x):
     mean, dev = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (MEAN, DEV))
