@@ -78,10 +78,10 @@ nvcc_found:
 train_srdit_cu: train_srdit.cu train_srdit.c $(LIB) build/sources.txt Makefile | nvcc_found
 	$(CC) $(call EMBED,$(NVCC) $(NVFLAGS)) -c dev/speedrun/sources.c -o build/sources_cu.o
 	$(NVCC) $(NVFLAGS) train_srdit.cu build/sources_cu.o -o $@ -lcublasLt
-sample_cu: sample.c train_srdit.cu train_srdit.c $(LIB) Makefile | nvcc_found
-	$(NVCC) $(NVFLAGS) -DSAMPLE_CUDA -DTRAIN_SRDIT_CU_NO_MAIN -x cu sample.c -o $@ -lcublasLt
+sample_cu: sample.cu sample.c train_srdit.cu train_srdit.c $(LIB) Makefile | nvcc_found
+	$(NVCC) $(NVFLAGS) sample.cu -o $@ -lcublasLt
 # -diag-suppress 177: a test program does not call everything that it includes
-test_srdit_cu: test_srdit.c sample.c train_srdit.cu train_srdit.c $(LIB) Makefile | nvcc_found
+test_srdit_cu: test_srdit.c sample.cu sample.c train_srdit.cu train_srdit.c $(LIB) Makefile | nvcc_found
 	@mkdir -p build
 	$(NVCC) $(NVFLAGS) -diag-suppress 177 -DTEST_CUDA -x cu -c test_srdit.c -o build/test_cuda.o
 	$(NVCC) $(NVFLAGS) -diag-suppress 177 -DUSE_DOUBLE -x cu -c test_srdit.c -o build/test_cuda_double.o

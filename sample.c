@@ -6,6 +6,8 @@
 // refuses to become: an image library. The network and Euler-Maruyama are train_srdit.c's; the formats of
 // files and terminals are dev/lib's.
 //
+// sample.cu draws and decodes on a GPU; it includes this file for everything else.
+//
 //   make && ./sample out/checkpoint.safetensors --show
 //   ./sample --show             the newest run's checkpoint
 //   ./sample --help             every flag with its default
@@ -15,15 +17,11 @@
 #ifndef TRAIN_SRDIT_NO_MAIN
 #define TRAIN_SRDIT_NO_MAIN
 #endif
-#ifndef SAMPLE_NO_TRAINER   // test_srdit.c has included the trainer already
 #ifdef __GNUC__
 #pragma GCC diagnostic ignored "-Wunused-function"   // this program does not train
 #endif
-#ifdef SAMPLE_CUDA
-#include "train_srdit.cu"
-#else
+#ifndef SAMPLE_NO_TRAINER   // sample.cu has included train_srdit.cu already
 #include "train_srdit.c"
-#endif
 #endif
 #include "dev/lib/npz.h"
 #include "dev/lib/scoring.h"
@@ -792,6 +790,15 @@ static void view(uint8_t *pixels, const Source *s, const double *x, size_t n) {
 // ----------------------------------------------------------------------------------------------------------
 // What is drawn: classes, their places, and the settings that decide every bit of it
 
+// Who draws: this file, or sample.cu on a GPU
+typedef struct Outputs Outputs;
+typedef struct {
+    const Backend *backend;
+    enum Dtype type;   // of the numbers that products read
+    int (*choose_batch)(const SampleRun *, const Config *, int num);
+    double (*draw_all)(Outputs *, const Backend *, Model *, Sampling *, int batch);
+} Painter;
+
 // The classes of a list such as "1,4,7-9", and `none`, which is class K: they are counted; classes NULL: only
 // that.
 static int class_list(int *classes, const char *list, int K) {
@@ -907,7 +914,7 @@ __attribute__((format(printf, 3, 4))) static void settings_add(Settings *s, cons
     s->pairs[s->count++] = p;
 }
 
-static Settings settings_of(const SampleRun *r, const Source *s, const Classes *k, const Backend *backend) {
+static Settings settings_of(const SampleRun *r, const Source *s, const Classes *k, const Painter *painter) {
     Settings t;
     t.count = 0;
     const char *base = strrchr(r->checkpoint, '/');
@@ -927,8 +934,8 @@ static Settings settings_of(const SampleRun *r, const Source *s, const Classes *
     settings_add(&t, "guidance_low", "%.17g", r->low);
     settings_add(&t, "guidance_high", "%.17g", r->high);
     settings_add(&t, "path_drop", "%d", !r->no_path_drop);
-    settings_add(&t, "build", "%s, %s, vectors of %d bytes", backend->name, dtypes[real_dtype()].name,
-                 (int)VBYTES);
+    settings_add(&t, "build", "%s, %s, vectors of %d bytes", painter->backend->name,
+                 dtypes[painter->type].name, (int)VBYTES);
     t.decisive = t.count;
     settings_add(&t, "space", "model");
     settings_add(&t, "latent_scale", "%.17g", s->scale);
@@ -991,7 +998,7 @@ static void latents_close(NewFile *l, const int *y, int n) {
     file_end(l);
 }
 
-typedef struct {
+struct Outputs {
     const SampleRun *r;
     const Source *source;
     const Classes *classes;
@@ -1009,7 +1016,7 @@ typedef struct {
     size_t size;       // bytes of a picture
     uint8_t *pixels;   // a batch of them
     double decoding;   // seconds
-} Outputs;
+};
 
 // Ends the program early, before hours of sampling, where a picture could not be written.
 static void outputs_check(const SampleRun *r, const Source *s, const Layout *l, int num) {
@@ -1089,30 +1096,39 @@ static void put_separate(const Outputs *o, int i, const uint8_t *pixels) {
     free(one.p.pixels);
 }
 
-// Pictures i ... i + n - 1, x [n,C,S,S], to every place
-static void outputs_put(Outputs *o, const double *x, int i, int n) {
-    const SampleRun *r = o->r;
-    size_t latent = (size_t)latent_of(&o->source->c);
-    if (r->latents) latents_put(&o->latents, x, (size_t)n * latent);
-    for (size_t k = 0; r->score && k < (size_t)n * latent; k++)
-        o->scored[(size_t)i * latent + k] = (real)x[k];
-    if (!wants_pictures(r)) return;
-    double start = now_seconds();
-    view(o->pixels, o->source, x, (size_t)n);
-    o->decoding += now_seconds() - start;
-    if (r->npz) npz_put(&o->npz, o->pixels, (size_t)n, o->source->channels);
-    for (int k = 0; k < n; k++) {
-        const uint8_t *pixels = o->pixels + (size_t)k * o->size;
-        if (r->out) grid_put(&o->grid, i + k, pixels);
-        if (i + k < o->shown_count) memcpy(o->shown + (size_t)(i + k) * o->size, pixels, o->size);
-        if (r->separate) put_separate(o, i + k, pixels);
-    }
-}
-
 // Nothing is left of files that cannot go on; the .npz can.
 static void outputs_abandon(const Outputs *o) {
     if (o->r->latents) file_abandon(&o->latents);
     if (o->r->out) file_abandon(&o->png);
+}
+
+// Pictures i ... i + n - 1, x [n,C,S,S], to every place; pixels [n,H,W,channels], NULL: they are made here
+static void outputs_put(Outputs *o, const double *x, const uint8_t *pixels, int i, int n) {
+    const SampleRun *r = o->r;
+    size_t latent = (size_t)latent_of(&o->source->c);
+    for (size_t k = 0; k < (size_t)n * latent; k++)
+        if (!(fabs(x[k]) < INFINITY)) {
+            outputs_abandon(o);
+            die("picture %zu is not made of finite numbers: the checkpoint's weights are of no use, or "
+                "guidance is too strong",
+                (size_t)i + k / latent);
+        }
+    if (r->latents) latents_put(&o->latents, x, (size_t)n * latent);
+    for (size_t k = 0; r->score && k < (size_t)n * latent; k++)
+        o->scored[(size_t)i * latent + k] = (real)x[k];
+    if (!wants_pictures(r)) return;
+    if (!pixels) {
+        double start = now_seconds();
+        view(o->pixels, o->source, x, (size_t)n);
+        o->decoding += now_seconds() - start;
+        pixels = o->pixels;
+    }
+    if (r->npz) npz_put(&o->npz, pixels, (size_t)n, o->source->channels);
+    for (int k = 0; k < n; k++, pixels += o->size) {
+        if (r->out) grid_put(&o->grid, i + k, pixels);
+        if (i + k < o->shown_count) memcpy(o->shown + (size_t)(i + k) * o->size, pixels, o->size);
+        if (r->separate) put_separate(o, i + k, pixels);
+    }
 }
 
 // Gives the files their names, and says so.
@@ -1172,6 +1188,7 @@ typedef struct {
     int done, n;          // pictures before this batch, and in it
     int draw;             // pictures of the first batch whose steps are drawn; 0 from the second on
     int line;             // the line with the time left stands there
+    int told;             // the first batch has ended
     double begin, last;   // times: of the start, of that line
 } Watch;
 
@@ -1215,6 +1232,34 @@ static int watch(int step, int steps, const double *x, void *user) {
     return 0;
 }
 
+static Watch watch_begin(const Outputs *o) {
+    Watch w;
+    memset(&w, 0, sizeof(w));
+    w.out = o;
+    w.draw = o->r->show_steps ? 2 * o->layout.columns : 0;
+    w.begin = now_seconds();
+    return w;
+}
+// After the first batch of several, which ended with picture `done`: how long all of them will take
+static void watch_first(Watch *w, int done) {
+    const Outputs *o = w->out;
+    double seconds = now_seconds() - w->begin;
+    int made = done - o->first, left = o->classes->num - done;
+    if (w->told || left <= 0) return;
+    w->told = 1;
+    seconds *= (double)left / made;
+    if (seconds < 60) return;
+    if (w->line) fprintf(stderr, "\r\x1b[K");
+    printf("%.2f hours for the other %d pictures, if they go as the first %d went\n", seconds / 3600, left,
+           made);
+    fflush(stdout);
+}
+// The seconds that it took
+static double watch_end(const Watch *w) {
+    if (w->line) fprintf(stderr, "\r\x1b[K");
+    return now_seconds() - w->begin;
+}
+
 // How many pictures at a time: what was asked for, or what fits into a gigabyte
 static int choose_batch(const SampleRun *r, const Config *c, int num) {
     Acts none;
@@ -1243,20 +1288,61 @@ static void print_plan(const SampleRun *r, const Source *s, const Model *m, cons
     fflush(stdout);
 }
 
+// Additions and multiplications of an evaluation, all tokens through all blocks or, path drop, without the
+// sparse ones
+static double evaluation_flops(const Config *c, int path_drop) {
+    Config whole = *c;
+    whole.routing = whole.align = 0;
+    if (path_drop) whole.depth = c->num_f + c->num_h;
+    return forward_flops(&whole);
+}
+// Of a picture from an h x w latent: convolutions and attention
+static double conv_flops(const Conv *c, double pixels) {
+    return c->w ? 2.0 * c->taps * c->taps * c->in * c->out * pixels : 0;
+}
+static double attn_flops(const AttnBlock *a, double pixels) {
+    double C = a->norm.channels;
+    return a->qkv_w ? 8 * pixels * C * C + 4 * pixels * pixels * C : 0;
+}
+static double res_flops(const ResBlock *r, double pixels) {
+    return conv_flops(&r->conv1, pixels) + conv_flops(&r->conv2, pixels) + conv_flops(&r->shortcut, pixels);
+}
+static double decoder_flops(const Decoder *d, int h, int w) {
+    double pixels = (double)h * w;
+    double sum = conv_flops(&d->post_quant, pixels) + conv_flops(&d->conv_in, pixels) +
+                 res_flops(&d->mid1, pixels) + attn_flops(&d->mid_attn, pixels) + res_flops(&d->mid2, pixels);
+    for (int l = d->levels - 1; l >= 0; l--) {
+        const Level *level = &d->level[l];
+        for (int i = 0; i < d->blocks; i++)
+            sum += res_flops(&level->block[i], pixels) + attn_flops(&level->attn[i], pixels);
+        if (!level->up.w) continue;
+        pixels *= 4;
+        sum += conv_flops(&level->up, pixels);
+    }
+    return sum + conv_flops(&d->conv_out, pixels);
+}
+
+// What there is to compute, and what it would take at the peak of the card, where that is known
+static void print_work(const SampleRun *r, const Source *s, const Classes *k, const Backend *backend) {
+    double evaluations = strcmp(r->sampler, "heun") ? r->steps : 2 * r->steps - 1, S = s->c.input_size,
+           guided = r->cfg > 1 ? evaluations * (r->high - r->low) : 0;   // nearly: times may be shifted
+    double drawing =
+               evaluations * evaluation_flops(&s->c, 0) + guided * evaluation_flops(&s->c, !r->no_path_drop),
+           decoding = s->decoder ? decoder_flops(s->decoder, (int)S, (int)S) : 0,
+           all = (drawing + decoding) * k->num, peak = backend->peak ? backend->peak() : 0;
+    printf("by arithmetic %.4g TFLOP a picture, %.4g of them for decoding; %.4g in all",
+           (drawing + decoding) / 1e12, decoding / 1e12, all / 1e12);
+    if (peak > 0) printf(": %.2f hours if the card's peak could be reached", all / peak / 3600);
+    printf("\n");
+    fflush(stdout);
+}
+
 // One batch, s->first and the y of its pictures on: x [n,C,S,S], cls [n,Z]
 static void draw_batch(double *x, double *cls, const Backend *backend, Model *m, const Sampling *s,
                        const char *sampler, const int *y, Watch *w) {
-    size_t latent = (size_t)latent_of(&m->c);
     sampler_noise(x, cls, &m->c, s, 0, w->n);
     if (!strcmp(sampler, "em")) sample_euler_maruyama(x, cls, backend, m, s, y, w->n, watch, w);
     else sample_ode(x, cls, backend, m, s, !strcmp(sampler, "heun"), y, w->n, watch, w);
-    for (size_t i = 0; i < (size_t)w->n * latent; i++)
-        if (!(fabs(x[i]) < INFINITY)) {
-            outputs_abandon(w->out);
-            die("picture %zu is not made of finite numbers: the checkpoint's weights are of no use, or "
-                "guidance is too strong",
-                (size_t)s->first + i / latent);
-        }
 }
 
 // Draws all pictures, batch by batch, into the outputs; returns the seconds that it took.
@@ -1268,21 +1354,17 @@ static double draw_all(Outputs *o, const Backend *backend, Model *m, Sampling *s
     Backend timed = *backend;
     timed_backend = backend;
     timed.velocity = timed_velocity;
-    Watch w;
-    memset(&w, 0, sizeof(w));
-    w.out = o;
-    w.draw = o->r->show_steps ? 2 * o->layout.columns : 0;
-    w.begin = now_seconds();
+    Watch w = watch_begin(o);
     for (int i = o->first; i < num; i += w.n) {
         w.n = imin(batch, num - i);
         w.done = s->first = i;
         draw_batch(x, cls, &timed, m, s, o->r->sampler, o->classes->y + i, &w);
-        outputs_put(o, x, i, w.n);
+        outputs_put(o, x, NULL, i, w.n);
+        watch_first(&w, i + w.n);
     }
-    if (w.line) fprintf(stderr, "\r\x1b[K");
     free(x);
     free(cls);
-    return now_seconds() - w.begin;
+    return watch_end(&w);
 }
 
 // What it took, and what guidance adds
@@ -1314,7 +1396,10 @@ static Scoring *scoring_for(const SampleRun *r, const Source *s, const Classes *
     return scoring;
 }
 
-static int sample_main(int argc, char **argv, const Backend *backend) {
+static const Painter cpu_painter = {&cpu_backend, sizeof(real) == 4 ? F32 : F64, choose_batch, draw_all};
+
+static int sample_main(int argc, char **argv, const Painter *painter) {
+    const Backend *backend = painter->backend;
     SampleRun r = sample_run_default();
     memory_hint = "; a smaller --batch needs less";
     argv = split_words(&argc, argv);
@@ -1333,19 +1418,21 @@ static int sample_main(int argc, char **argv, const Backend *backend) {
     Layout layout = choose_layout(&r, &source, &classes);
     outputs_check(&r, &source, &layout, classes.num);
     Scoring *scoring = r.score ? scoring_for(&r, &source, &classes) : NULL;
-    int batch = choose_batch(&r, &source.c, classes.num);
-    Model *m = sampling_model(backend, &source.c, batch, source.file, source.prefix, r.raw);
+    int batch = painter->choose_batch(&r, &source.c, classes.num);
+    int at_once = painter != &cpu_painter && r.cfg > 1 ? 2 * batch : batch;   // with a class and without
+    Model *m = sampling_model(backend, &source.c, at_once, source.file, source.prefix, r.raw);
     double loaded = now_seconds() - begin;
 
     Sampling sampling = sampling_of(&r);
-    Settings settings = settings_of(&r, &source, &classes, backend);
+    Settings settings = settings_of(&r, &source, &classes, painter);
     warn_about_guidance(&sampling, &source.c);
     print_plan(&r, &source, m, &classes, loaded);
+    print_work(&r, &source, &classes, backend);
 
     Outputs outputs;
     outputs_open(&outputs, &r, &source, &classes, &settings, &layout, batch);
     catch_interrupts();
-    double seconds = draw_all(&outputs, backend, m, &sampling, batch);
+    double seconds = painter->draw_all(&outputs, backend, m, &sampling, batch);
     outputs_close(&outputs);
     print_times(&outputs, &sampling, seconds);
     if (scoring) outputs_score(&outputs, scoring);
@@ -1362,10 +1449,6 @@ static int sample_main(int argc, char **argv, const Backend *backend) {
 int main(int argc, char **argv) {
     guard_streams();
     wait_calmly(argv);
-#ifdef SAMPLE_CUDA
-    return sample_main(argc, argv, &gpu_backend);
-#else
-    return sample_main(argc, argv, &cpu_backend);
-#endif
+    return sample_main(argc, argv, &cpu_painter);
 }
 #endif

@@ -7,12 +7,13 @@
 // This file is compiled twice into one program: over a trainer in float, and over the CPU trainer in double
 // (-DUSE_DOUBLE), whose copy of the code is reached by the functions that end in _double.
 #ifdef TEST_CUDA   // over train_srdit.cu: compared with the CPU, see the end
-#define SAMPLE_CUDA
-#define TRAIN_SRDIT_CU_NO_MAIN
+#define SAMPLE_FILE "sample.cu"
+#else
+#define SAMPLE_FILE "sample.c"
 #endif
 #define SAMPLE_NO_MAIN
 #pragma GCC diagnostic ignored "-Wunused-function"   // a test program does not call everything it includes
-#include "sample.c"                                  // and with it the trainer
+#include SAMPLE_FILE                                 // and with it the trainer
 #include <glob.h>
 #include <sys/wait.h>
 #ifdef TEST_CUDA

@@ -1347,20 +1347,20 @@ __global__ void __launch_bounds__(256)
 }
 
 // rows[B T]: the row of G that each token reads: its own if g kept it, else the mask token's, which is row
-// `mask`. ids [B,n] (NULL: all tokens, in order); path_drop: none. A block a sample; those that follow write
-// what stands behind the `mask` rows of g's output [padded,D]: the mask token, once more, and zeros up to a
-// multiple of 64 rows.
+// `mask`. ids [B,n] (NULL: all tokens, in order); of samples from `whole` on: none. A block a sample; those that
+// follow write what stands behind the `mask` rows of g's output [padded,D]: the mask token, once more, and zeros
+// up to a multiple of 64 rows.
 __global__ void __launch_bounds__(256) rows_kernel(int *rows, floatX *g, const float *token, const int *ids,
-                                                   int n, int T, int mask, int path_drop, int B, int D) {
+                                                   int n, int T, int mask, int whole, int B, int D) {
     int b = blockIdx.x;
     if (b >= B) {
         for (int d = threadIdx.x; d < D; d += 256)
             store(&g[(size_t)(mask + b - B) * D + d], b - B < 2 ? token[d] : 0);
         return;
     }
-    for (int t = threadIdx.x; t < T; t += 256) rows[(size_t)b * T + t] = ids || path_drop ? mask : b * T + t;
+    for (int t = threadIdx.x; t < T; t += 256) rows[(size_t)b * T + t] = ids || b >= whole ? mask : b * T + t;
     __syncthreads();
-    for (int i = threadIdx.x; i < n && ids && !path_drop; i += 256)
+    for (int i = threadIdx.x; i < n && ids && b < whole; i += 256)
         rows[(size_t)b * T + ids[(size_t)b * n + i]] = b * n + i;
 }
 
@@ -3127,14 +3127,14 @@ static void adaln_backward(GpuModel *g, int B) {
 }
 
 // Block i on n tokens a sample: its output is the returned residual. v1: block 0's qkv, NULL
-// where values are not mixed.
+// where values are not mixed. B: the samples it runs on, the first of the `batch` that g->a.mod is of.
 static Residual block_forward(GpuModel *g, int i, BlockActs *k, const Residual &in, const floatX *v1,
-                              const int *ids, const Params *all, int B, int n) {
+                              const int *ids, const Params *all, int batch, int B, int n) {
     place(is_sparse(&g->base.c, i) ? SPARSE : DENSE);
     const Config *c = &g->base.c;
     const BlockParams *w = &all->block[i];
     int D = c->hidden_size, F = hidden_of(c), N = B * n;
-    const float *mod = g->a.mod + (size_t)i * B * 6 * D;
+    const float *mod = g->a.mod + (size_t)i * batch * 6 * D;
     const float *shift1 = mod, *scale1 = mod + D, *gate1 = mod + 2 * D;
     const float *shift2 = mod + 3 * D, *scale2 = mod + 4 * D, *gate2 = mod + 5 * D;
     Attention attention = attention_of(g, all, w, k, v1, ids, n);
@@ -3348,14 +3348,15 @@ static void condition_backward(GpuModel *g, int B) {
 // fusion_proj([E, G]) = E W1^T + (G W2^T + b), G being g_out's `rows` rows where g has a token and the mask
 // token elsewhere: that is one more row of g_out, and each token reads the product of its own row or of that
 // one. The norm that comes next does the reading and the sum.
-static Residual fusion_forward(GpuModel *g, const Params *w, floatX *g_out, const int *ids, int path_drop,
-                               int rows, int n, int B) {
+static Residual fusion_forward(GpuModel *g, const Params *w, floatX *g_out, const int *ids, int whole, int n,
+                               int B) {
     place(FUSION);
     Acts *a = &g->a;
-    int T = tokens_of(&g->base.c), D = g->base.c.hidden_size, N = B * T, padded = padded_rows(rows);
+    int T = tokens_of(&g->base.c), D = g->base.c.hidden_size, N = B * T, rows = whole * n,
+        padded = padded_rows(rows);
     floatX *product = a->wide;
     rows_kernel<<<(unsigned)(B + padded - rows), 256, 0, stream>>>(a->rows, g_out, w->mask_token, ids, n, T,
-                                                                   rows, path_drop, B, D);
+                                                                   rows, whole, B, D);
     LAUNCHED();
     const floatX *w1 = low(g, w->fusion_w), *w2 = w1 + D;
     linear_forward<float>(a->fused, a->E_low, w1, NULL, N, D, D, 2 * D);
@@ -3389,13 +3390,14 @@ static void fusion_backward(GpuModel *g, int rows, int N) {
 
 // Velocity of the input at its times and labels into a->out_patches, a->cls_out. training: x_t is made from x
 // and noise, g runs on the kept tokens, the projector runs too; else x is x_t, g runs on all tokens, in one
-// block's memory. path_drop: g is not run and every one of its tokens is the mask token.
-static void network_forward(GpuModel *g, const Params *w, int training, int path_drop, int B) {
+// block's memory. g runs on the first `whole` samples; every one of its tokens of the others is the mask token
+// (path drop).
+static void network_forward(GpuModel *g, const Params *w, int training, int whole, int B) {
     const Config *c = &g->base.c;
     Acts *a = &g->a;
     const Input *in = &g->in;
     int T = tokens_of(c), P = patches_of(c), D = c->hidden_size, Z = c->z_dim, X = patch_dim_of(c), N = B * T;
-    int n = training ? kept_of(c) : T, first_h = c->depth - c->num_h, rows = path_drop ? 0 : B * n;
+    int n = training ? kept_of(c) : T, first_h = c->depth - c->num_h;
     const int *ids = training ? in->ids : NULL;
     size_t latent = (size_t)B * (size_t)latent_of(c);
     // tokens: patches, CLS before them, positions
@@ -3418,24 +3420,25 @@ static void network_forward(GpuModel *g, const Params *w, int training, int path
     // encoder f on all tokens
     const floatX *v1 = c->value_residual ? a->block[0].qkv : NULL;
     Residual x = residual_of(a->block[0].x, NULL, 0, NULL);
-    for (int i = 0; i < c->num_f; i++) x = block_forward(g, i, &a->block[i], x, i ? v1 : NULL, NULL, w, B, T);
+    for (int i = 0; i < c->num_f; i++)
+        x = block_forward(g, i, &a->block[i], x, i ? v1 : NULL, NULL, w, B, B, T);
     norm_modulate_forward(a->E, a->E_low, NULL, x, NULL, NULL, 0, -1, B, T, D);
     if (training && c->align) projector_forward(g, w, N);
     // sparse middle g on the kept tokens; its first norm gathers them
     floatX *g_out = training ? a->g_out : a->wide2;
-    if (!path_drop) {
+    if (whole) {
         x = residual_of(a->E, NULL, 0, NULL);
         x.x_ids = ids;
         x.x_tokens = T;
         for (int i = c->num_f; i < first_h; i++) {
             BlockActs *k = training ? &a->block[i] : &a->block[c->num_h ? c->depth - 1 : c->depth];
-            x = block_forward(g, i, k, x, v1, ids, w, B, n);
+            x = block_forward(g, i, k, x, v1, ids, w, B, whole, n);
         }
-        norm_modulate_forward(NULL, g_out, NULL, x, NULL, NULL, 0, -1, B, n, D);
+        norm_modulate_forward(NULL, g_out, NULL, x, NULL, NULL, 0, -1, whole, n, D);
     }
-    x = fusion_forward(g, w, g_out, ids, path_drop, rows, n, B);
+    x = fusion_forward(g, w, g_out, ids, whole, n, B);
     // decoder h on all tokens
-    for (int i = first_h; i < c->depth; i++) x = block_forward(g, i, &a->block[i], x, v1, NULL, w, B, T);
+    for (int i = first_h; i < c->depth; i++) x = block_forward(g, i, &a->block[i], x, v1, NULL, w, B, B, T);
     // final layer: out = linear(final_h[patches]), cls_out = linear_cls(final_h[CLS]); patches lie first
     place(INPUT);
     linear_forward<float>(a->final_mod, a->cond_silu, low(g, w->final_adaln_w), w->final_adaln_b, B, D,
@@ -3769,7 +3772,7 @@ static void forward_backward(Model *model, const Batch *batch) {
     run_recorded(g, kind, [=, &here] {
         latents_convert(&g->in, &here, (size_t)latent_of(&model->c));
         if (here.on_device) draw_on_device(&g->in, &model->c, here.B);
-        network_forward(g, &g->w, 1, here.path_drop, here.B);
+        network_forward(g, &g->w, 1, here.path_drop ? 0 : here.B, here.B);
         profile.backward = 1;
         loss_and_gradients(g, &here);
         network_backward(g, here.path_drop, here.B);
@@ -3796,7 +3799,7 @@ static void velocity(Model *model, real *v, real *v_cls, const real *x, const re
         if (c->cls)
             CHECK(cudaMemcpyAsync(g->in.cls, cls + at * Z, n * Z * sizeof(float), cudaMemcpyHostToDevice,
                                   stream));
-        network_forward(g, use_ema ? &g->w_ema : &g->w, 0, path_drop, (int)n);
+        network_forward(g, use_ema ? &g->w_ema : &g->w, 0, path_drop ? 0 : (int)n, (int)n);
         unpatchify_kernel<<<(unsigned)((n * latent + 255) / 256), 256, 0, stream>>>(
             g->in.noise, g->a.out_patches, c->in_channels, c->input_size, c->patch_size, n * latent);
         LAUNCHED();

@@ -4,6 +4,7 @@ bad input.
 
   python3 dev/test_sample.py              needs ./sample, ./train_srdit and numpy; uses pngcheck, unzip and cc
   python3 dev/test_sample.py --sample ./sample_cu --train ./train_srdit_cu
+  python3 dev/test_sample.py --gpu ./sample_emu     only: ./sample_cu, here by emulation, against ./sample
 
 It trains its own model for a few steps; nothing outside a temporary folder is touched. The exit status tells.
 """
@@ -15,6 +16,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--sample", default=os.path.join(ROOT, "sample"))
 parser.add_argument("--train", default=os.path.join(ROOT, "train_srdit"))
+parser.add_argument("--gpu", help="compare this program's pictures with ./sample's, and test nothing else")
+parser.add_argument("--bf16", action="store_true", help="--gpu computes in bf16")
 options = parser.parse_args()
 SAMPLE, TRAIN = os.path.abspath(options.sample), os.path.abspath(options.train)
 os.environ.pop("OMP_NUM_THREADS", None)
@@ -388,8 +391,9 @@ def test_bad_input(C):
         os.mkdir("locked", 0o500)
         bad("a folder that is not ours", "cannot be written", C, "--out", "locked/x.png")
 
-def test_decoder(C):
-    """A checkpoint of 4-channel latents, and the decoder of a reference file."""
+def latent_checkpoint(C):
+    """l.safetensors, a checkpoint of 4-channel latents, and invae.safetensors, the decoder of a reference file,
+    whose metadata and tensors are returned."""
     ref_meta, ref = read_safe(os.path.join(ROOT, "dev", "ref", "invae_16x.safetensors"))
     d = {k[len("param."):]: x for k, x in ref.items() if k.startswith("param.")}
     keep = {k: ref_meta[k] for k in ("num_groups", "norm_eps", "latent_scale", "z_channels", "ch_mult", "ch",
@@ -404,6 +408,10 @@ def test_decoder(C):
     t = {k: x for k, x in t.items() if not k.startswith("adam")}
     meta = dict(meta, in_channels="4", decoder="invae", latent_scale="0.3099", latent_offset="0")
     write_safe("l.safetensors", meta, t)
+    return keep, d
+
+def test_decoder(C):
+    keep, d = latent_checkpoint(C)
     L, D = "l.safetensors", "invae.safetensors"
     seen = set()
     for batch, threads in ((1, 1), (3, 2), (2, 3)):
@@ -489,6 +497,54 @@ def test_help():
             good(*line[1:])
     check("that write what they say", os.path.exists("3_and_7.png"))
 
+def test_gpu(C):
+    """What --gpu draws and decodes against ./sample: latents to rounding, bytes to a step; then the promises that
+    it makes by itself: any batch, going on after a kill."""
+    latent_checkpoint(C)
+    gpu = os.path.join(ROOT, options.gpu) if not os.path.isabs(options.gpu) else options.gpu
+    few = ["--num", 5, "--steps", 4, "--seed", 3]
+    most = 0.05 if options.bf16 else 1e-4
+    def against(what, *words):
+        for program, name in ((SAMPLE, "c"), (gpu, "g")):
+            r = run(*words, "--latents", name + ".safetensors", program=program)
+            check("%s: %s runs" % (what, name), r.returncode == 0, r.stderr)
+        (_, c), (_, g) = read_safe("c.safetensors"), read_safe("g.safetensors")
+        off = np.linalg.norm(c["latents"] - g["latents"]) / np.linalg.norm(c["latents"])
+        check("%s: latents %.1e off" % (what, off), off <= most and np.array_equal(c["labels"], g["labels"]))
+        print("     %-34s %.1e" % (what, off))
+    against("euler-maruyama", C, *few)
+    against("guided", C, *few, "--cfg", 3, "--batch", 2)
+    against("guided, cls, whole network", C, *few, "--cfg", 3, "--cls-cfg", 2, "--no-path-drop")
+    against("guided in an interval", C, *few, "--cfg", 3, "--guidance-low", 0.3, "--guidance-high", 0.8)
+    against("euler", C, *few, "--sampler", "euler", "--class", "none")
+    against("heun, guided, random classes", C, *few, "--sampler", "heun", "--cfg", 2, "--random-classes")
+    L = ["l.safetensors", "--decoder", "invae.safetensors", "--num", 3, "--steps", 3, "--cfg", 2]
+    for program, name, batch in ((SAMPLE, "c", 3), (gpu, "g", 3), (gpu, "one", 1), (gpu, "two", 2)):
+        r = run(*L, "--batch", batch, "--npz", name + ".npz", "--out", name + ".png", program=program)
+        check("decoding: %s runs" % name, r.returncode == 0, r.stderr)
+    c, g = read_npz("c.npz").astype(int), read_npz("g.npz").astype(int)
+    off = np.abs(c - g)
+    print("     decoded bytes: %.5f differ, by %d at most" % ((off > 0).mean(), off.max()))
+    check("decoded bytes", off.max() <= (16 if options.bf16 else 1) and off.mean() <= (1 if options.bf16 else 1e-3),
+          (off.max(), off.mean()))
+    check("they are pictures", c.std() > 5 and g.shape == (3, 128, 128, 3))
+    check("the same for every batch", read_bytes("one.npz") == read_bytes("two.npz") == read_bytes("g.npz"))
+    # ended in the middle of the second picture: the same command goes on from what is whole
+    p = subprocess.Popen([gpu] + [str(w) for w in L + ["--batch", 1, "--npz", "k.npz"]], stdout=subprocess.DEVNULL)
+    part = "k.npz.srdit.part"
+    size = 128 * 128 * 3
+    while p.poll() is None and not (os.path.exists(part) and os.path.getsize(part) > size):
+        time.sleep(0.002)
+    p.kill()
+    check("killed in time", p.wait() == -9)
+    with open(part, "ab") as f:
+        f.write(b"torn")
+    out = run(*L, "--batch", 2, "--npz", "k.npz", program=gpu)
+    check("goes on", out.returncode == 0 and "pictures already" in out.stdout, out.stdout + out.stderr)
+    check("as if it had not been killed", read_bytes("k.npz") == read_bytes("g.npz"))
+    r = run(*L, "--npz", "x.npz", "--batch", 1, "--seed", 4, "--out", "n/x.png", program=gpu)
+    check("a missing folder is one sentence", r.returncode and r.stderr.count("\n") == 1, r.stderr)
+
 def main():
     for program in (SAMPLE, TRAIN):
         if not os.path.exists(program):
@@ -500,14 +556,15 @@ def main():
         if r.returncode:
             sys.exit("error: training failed: " + r.stderr)
         C = "tiny/checkpoint.safetensors"
-        for test in (test_help, test_pictures, test_same_bits, test_resume, test_two_at_once, test_full_disk, test_hostile,
+        for test in (test_gpu,) if options.gpu else (test_help, test_pictures, test_same_bits, test_resume, test_two_at_once, test_full_disk, test_hostile,
                      test_bad_input, test_decoder,
                      test_terminal):
             start = time.time()
             test(C) if test is not test_help else test()
             print("%-16s %.1f s" % (test.__name__[5:], time.time() - start))
             sys.stdout.flush()
-        test_zip64()
+        if not options.gpu:
+            test_zip64()
         os.chdir(ROOT)
     print("%d checks passed, %d failed" % (passed, len(failed)))
     sys.exit(1 if failed else 0)

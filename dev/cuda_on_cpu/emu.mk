@@ -28,7 +28,7 @@ EMU_CUDA  = -std=gnu++17 -I$(EMU) -isystem $(CUDA_INC)
 EMU_DEPEND = -MMD -MP
 
 # Copies that a C++ compiler can take, in a tree of their own: an #include "x.cu" finds the copy first
-EMU_COPIES := train_srdit.cu test_srdit.c sample.c
+EMU_COPIES := train_srdit.cu sample.cu test_srdit.c sample.c
 emu_copies = $(addprefix $(EMU_OUT)/src/,$(wildcard $(1)))
 $(EMU_OUT)/src/%: % $(EMU)/cuda_cpu.sed
 	@mkdir -p $(@D)
@@ -55,8 +55,7 @@ $(EMU_OUT)/%_bf16.o: $(EMU_OUT)/src/%.c $(EMU)/cuda_cpu.h $(EMU)/emu.mk $(call e
 	$(EMU_COMPILE)
 $(EMU_OUT)/%_fp32.o: $(EMU_OUT)/src/%.c $(EMU)/cuda_cpu.h $(EMU)/emu.mk $(call emu_copies,$(EMU_COPIES))
 	$(EMU_COMPILE) -DFP32
-$(EMU_OUT)/test_srdit_bf16.o $(EMU_OUT)/test_srdit_fp32.o: EMU_DEFINES = -DTEST_CUDA= -DTRAIN_SRDIT_CU_NO_MAIN=
-$(EMU_OUT)/sample_bf16.o $(EMU_OUT)/sample_fp32.o: EMU_DEFINES = -DSAMPLE_CUDA= -DTRAIN_SRDIT_CU_NO_MAIN=
+$(EMU_OUT)/test_srdit_bf16.o $(EMU_OUT)/test_srdit_fp32.o: EMU_DEFINES = -DTEST_CUDA=
 $(EMU_OUT)/selftest.o $(EMU_OUT)/ptx_check.o: $(call emu_copies,dev/ptx_check.cu)
 $(EMU_OUT)/norm_versions.o: $(call emu_copies,dev/norm_versions.cu)
 $(EMU_OUT)/%.o: $(EMU_OUT)/src/$(EMU)/%.cu $(EMU)/cuda_cpu.h $(EMU)/emu.mk

@@ -21,7 +21,7 @@ typedef struct {
 } Picture;
 
 // [-1, 1] to a byte, truncated and not rounded, as the reference's scores are made
-static uint8_t pixel_of(double x) {
+HOST_DEVICE static uint8_t pixel_of(double x) {
     double v = 255 * (x + 1) / 2;
     return !(v > 0) ? 0 : v > 255 ? 255 : (uint8_t)v;
 }
