@@ -99,7 +99,7 @@ help:
 	@echo "make test            build and run all tests (no Python, no GPU)"
 	@echo "make debug           the same under the address and undefined-behaviour sanitizers"
 	@echo "make train_srdit_cu  the trainer on an NVIDIA GPU; also sample_cu, test_srdit_cu (FP32=1: all in float)"
-	@echo "make train_srdit_emu the same CUDA file run on the CPU, for reading with gdb; also test_srdit_emu"
+	@echo "make train_srdit_emu the same CUDA file run on the CPU, for reading with gdb; also sample_emu, test_srdit_emu"
 	@echo "make test_cuda_on_cpu  every kernel by emulation: thread orders, sanitizers, race detector"
 	@echo "make bench_loader    how fast batches are read"
 	@echo "make clean           remove what was built"

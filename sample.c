@@ -312,6 +312,15 @@ static void decoder_close(Decoder *d) {
     free(d);
 }
 
+// For the tests of sample.cu (TEST_CUDA) only: while decoder_rounds is set, maps that the GPU stores in bf16 are
+// rounded so, which measures what the GPU may be off by (as matmul_rounds in dev/lib/matmul.h).
+#ifdef TEST_CUDA
+static int decoder_rounds;
+#define AS_STORED(x, n) (decoder_rounds ? round_bf16(x, n) : (void)0)
+#else
+#define AS_STORED(x, n) ((void)0)
+#endif
+
 // out = convolution of in, both maps with borders: in's must be zero where taps is 3; out's is left with
 // anything. Strips of pixels go to threads; every number is summed in the same order wherever the strips end.
 static void conv_forward(real *out, const real *in, const Conv *c, int H, int W) {
@@ -375,6 +384,7 @@ static void group_norm_forward(real *out, const real *x, const Norm *norm, const
                 o[(size_t)z * C + i] = silu ? v / (1 + fast_exp(-v)) : v;
             }
     }
+    AS_STORED(out, map_elements(H, W, C));
     free(sums), free(scale), free(shift);
 }
 
@@ -388,6 +398,7 @@ static void add_forward(real *x, const real *h, size_t n) {
 static void res_forward(real *x, real *n, real *h, const ResBlock *r, const Decoder *d, int H, int W) {
     group_norm_forward(n, x, &r->norm1, d, 1, H, W);
     conv_forward(h, n, &r->conv1, H, W);
+    AS_STORED(h, map_elements(H, W, r->conv1.out));
     group_norm_forward(n, h, &r->norm2, d, 1, H, W);
     conv_forward(h, n, &r->conv2, H, W);
     size_t size = map_elements(H, W, r->conv1.out);
@@ -479,6 +490,7 @@ static void decoder_decode(real *image, const Decoder *d, const real *z, int B, 
         conv_forward(t, x, &d->post_quant, H, W);
         memset(n, 0, map_elements(H, W, d->z) * sizeof(real));
         map_rows(t, x, 0, H, W, d->z), map_rows(n, x, 1, H, W, d->z);   // its border must be zero again
+        AS_STORED(n, map_elements(H, W, d->z));
         conv_forward(x, n, &d->conv_in, H, W);
         res_forward(x, n, t, &d->mid1, d, H, W);
         attn_forward(x, n, t, &d->mid_attn, d, H, W);
@@ -492,6 +504,7 @@ static void decoder_decode(real *image, const Decoder *d, const real *z, int B, 
             if (!level->up.w) continue;
             upsample_forward(n, x, H, W, level->up.in);
             H *= 2, W *= 2;
+            AS_STORED(n, map_elements(H, W, level->up.in));
             conv_forward(x, n, &level->up, H, W);
         }
         group_norm_forward(n, x, &d->norm_out, d, 1, H, W);

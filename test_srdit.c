@@ -1404,7 +1404,7 @@ static void test_damaged(void) {
 
 #ifdef TEST_CUDA
 // ----------------------------------------------------------------------------------------------------------
-// train_srdit.cu against train_srdit.c. The GPU may be one, or the emulator of dev/cuda_on_cpu.
+// train_srdit.cu and sample.cu against train_srdit.c and sample.c. The GPU may be one, or the emulator of dev/cuda_on_cpu.
 //
 // In float: each activation, gradient and updated parameter within 1e-4 of the CPU's, relative in L2. In bf16
 // the measure is what rounding alone does: the CPU computes once more with the operands of its products
@@ -2119,6 +2119,156 @@ static void test_plan_file(void) {
            timed[0], timed[1], timed[2], timed[3], gelu, foreign);
 }
 
+using gpu::check_cuda;
+
+// The distance of got from want, relative in L2
+static double relative(const real *got, const real *want, size_t n) {
+    double sum = 0, size = 0;
+    for (size_t i = 0; i < n; i++)
+        sum += ((double)got[i] - want[i]) * ((double)got[i] - want[i]), size += (double)want[i] * want[i];
+    return sqrt(sum / size);
+}
+
+static void round_conv(Conv *c) {   // a convolution's panels
+    if (c->w) round_bf16(c->w, (size_t)(c->taps * c->taps * c->in) * (size_t)((c->out + NR - 1) / NR * NR));
+}
+static void round_res(ResBlock *r) { round_conv(&r->conv1), round_conv(&r->conv2), round_conv(&r->shortcut); }
+static void round_decoder(Decoder *d) {
+    round_conv(&d->post_quant), round_conv(&d->conv_in), round_conv(&d->conv_out);
+    round_res(&d->mid1), round_res(&d->mid2);
+    for (int l = 0; l < d->levels; l++) {
+        for (int i = 0; i < d->blocks; i++) round_res(&d->level[l].block[i]);
+        round_conv(&d->level[l].up);
+    }
+}
+
+// sample.cu's decoder against sample.c's: in float within 1e-4; in bf16 within twice what rounding the weights
+// and the maps on the CPU changes. B pictures, at most at_once of them together, in stretches of patches that
+// are as short as they can be.
+static void compare_decoder(const char *path, int h, int w, int B, int at_once) {
+    SafeFile *f = safe_open(path);
+    Decoder *d = decoder_open(f, "param."), *rounded = decoder_open(f, "param.");
+    size_t in = (size_t)(d->z * h * w), k = (size_t)decoder_factor(d), plane = (size_t)(h * w) * k * k,
+           n = (size_t)B * plane * (size_t)d->out_ch;
+    const double scale = 0.3, offset = 0.1;
+    double *x = (double *)alloc_zero((size_t)B * in, sizeof(double)), *on_device;
+    real *z = (real *)alloc_zero((size_t)B * in, sizeof(real)), *want = (real *)alloc_zero(n, sizeof(real)),
+         *near = (real *)alloc_zero(n, sizeof(real)), *got = (real *)alloc_zero(n, sizeof(real));
+    fill_normal(z, (size_t)B * in, 5, 1, 2, 3);
+    for (size_t i = 0; i < (size_t)B * in; i++)
+        x[i] = z[i] * scale + offset, z[i] = (real)((x[i] - offset) / scale);
+    decoder_decode(want, d, z, B, h, w);
+    if (sizeof(gpu::floatX) == 2) {
+        round_decoder(rounded);
+        decoder_rounds = 1;
+        decoder_decode(near, rounded, z, B, h, w);
+        decoder_rounds = 0;
+    }
+    if (!gpu::stream) gpu::device_open();
+    size_t patch_bytes = gpu::patch_bytes;
+    gpu::patch_bytes = 0;
+    gpu::Decoder *g = gpu::decoder_create(d, h, w, at_once);
+    gpu::patch_bytes = patch_bytes;
+    CHECK(cudaMalloc((void **)&on_device, (size_t)B * in * sizeof(double)));
+    CHECK(cudaMemcpy(on_device, x, (size_t)B * in * sizeof(double), cudaMemcpyHostToDevice));
+    int C = g->conv_out.out, off = 0;
+    size_t batch = (size_t)at_once * plane;
+    float *image = (float *)alloc_zero(batch * (size_t)C, sizeof(float));
+    uint8_t *pixels = (uint8_t *)alloc_zero(batch, (size_t)d->out_ch);
+    for (int b = 0; b < B; b += at_once) {
+        int some = imin(at_once, B - b);
+        gpu::decoder_decode(g, on_device + (size_t)b * in, d->z, scale, offset, some);
+        CHECK(cudaMemcpyAsync(image, g->image, (size_t)some * plane * (size_t)C * sizeof(float),
+                              cudaMemcpyDeviceToHost, gpu::stream));
+        CHECK(cudaMemcpyAsync(pixels, g->pixels, (size_t)some * plane * (size_t)d->out_ch,
+                              cudaMemcpyDeviceToHost, gpu::stream));
+        CHECK(cudaStreamSynchronize(gpu::stream));
+        for (size_t i = 0; i < (size_t)some * plane; i++)
+            for (int c = 0; c < d->out_ch; c++) {
+                float v = image[i * (size_t)C + (size_t)c];
+                got[(((size_t)b + i / plane) * (size_t)d->out_ch + (size_t)c) * plane + i % plane] = v;
+                off += pixels[i * (size_t)d->out_ch + (size_t)c] != pixel_of(v);
+            }
+    }
+    double error = relative(got, want, n),
+           may = sizeof(gpu::floatX) == 4 ? 1e-4 : 2 * relative(near, want, n);
+    const char *slash = strrchr(path, '/');
+    char name[96];
+    snprintf(name, sizeof(name), "decoder %s, %d x %d, %d by %d", slash ? slash + 1 : path, h, w, B, at_once);
+    result(error <= may && !off, name, "error %.2e, allowed %.2e; %d bytes are not those of the image", error,
+           may, off);
+    CHECK(cudaFree(on_device));
+    gpu::decoder_destroy(g), decoder_close(d), decoder_close(rounded), safe_close(f);
+    free(x), free(z), free(want), free(near), free(got), free(image), free(pixels);
+}
+static void test_decoder(void) {
+    compare_decoder("dev/ref/invae_2x.safetensors", 5, 3, 5, 2);
+    compare_decoder("dev/ref/invae_2x.safetensors", 9, 12, 1, 1);
+    compare_decoder("dev/ref/invae_16x.safetensors", 2, 3, 2, 2);
+}
+
+// sample.cu's samplers against those of train_srdit.c and sample.c over the CPU's network: in float within 1e-4;
+// in bf16 within twice what the same CPU samplers over the GPU's network are off.
+static int ends(int step, const double *x, void *user) {
+    int *last = (int *)user, right = step == *last + 1 && x != NULL;
+    *last = right ? step : -100;
+    return 0;
+}
+static void compare_sampler(const char *sampler, double cfg, double cls_cfg, int path_drop, double low,
+                            int n) {
+    enum { STEPS = 6 };
+    Config c = small_config();
+    Model *cpu = cpu_backend.create(&c, 2 * n, 1), *m = gpu_backend.create(&c, 2 * n, 1);
+    randomize(m, 7);
+    gpu_backend.get_block(cpu->params, m, PARAMS);
+    gpu_backend.get_block(cpu->ema, m, EMA);
+    Sampling s = sampling_default();
+    s.steps = STEPS, s.cfg = cfg, s.cls_cfg = cls_cfg, s.path_drop = path_drop, s.low = low;
+    s.first = 11;
+    size_t latent = (size_t)n * (size_t)latent_of(&c), Z = (size_t)n * (size_t)c.z_dim, all = latent + Z;
+    real *state[3];
+    double *x = (double *)alloc_zero(all, sizeof(double));
+    int y[16], last = 0, em = !strcmp(sampler, "em"), heun = !strcmp(sampler, "heun");
+    for (int i = 0; i < n; i++) y[i] = i % c.num_classes;
+    for (int k = 0; k < 3; k++) {
+        state[k] = (real *)alloc_zero(all, sizeof(real));
+        const Backend *which = k ? &gpu_backend : &cpu_backend;
+        Model *model = k ? m : cpu;
+        if (k < 2) {
+            sampler_noise(x, x + latent, &c, &s, 0, n);
+            if (em) sample_euler_maruyama(x, x + latent, which, model, &s, y, n, NULL, NULL);
+            else sample_ode(x, x + latent, which, model, &s, heun, y, n, NULL, NULL);
+        } else {
+            gpu::SamplerWork *w = gpu::sampler_work(&c, n);
+            gpu::sample(w, m, &s, sampler, y, n, ends, &last);
+            CHECK(cudaMemcpy(x, w->x, latent * sizeof(double), cudaMemcpyDeviceToHost));
+            CHECK(cudaMemcpy(x + latent, w->cls, Z * sizeof(double), cudaMemcpyDeviceToHost));
+            gpu::sampler_work_free(w);
+        }
+        for (size_t i = 0; i < all; i++) state[k][i] = (real)x[i];
+    }
+    char name[96];
+    snprintf(name, sizeof(name), "sampler %s, cfg %g, cls %g, path drop %d, from %g, %d", sampler, cfg,
+             cls_cfg, path_drop, low, n);
+    double may = sizeof(gpu::floatX) == 4 ? 1e-4 : 2 * relative(state[1], state[0], latent),
+           may_cls = sizeof(gpu::floatX) == 4 ? 1e-4 : 2 * relative(state[1] + latent, state[0] + latent, Z),
+           error = relative(state[2], state[0], latent),
+           error_cls = relative(state[2] + latent, state[0] + latent, Z);
+    result(error <= may && error_cls <= may_cls && last == STEPS, name,
+           "error %.2e, allowed %.2e; CLS %.2e, allowed %.2e; %d steps heard of", error, may, error_cls,
+           may_cls, last);
+    for (int k = 0; k < 3; k++) free(state[k]);
+    free(x), cpu_backend.destroy(cpu), gpu_backend.destroy(m);
+}
+static void test_sampler(void) {
+    compare_sampler("em", 1, 0, 1, 0, 3);
+    compare_sampler("em", 2, 0, 1, 0, 1);
+    compare_sampler("em", 2, 1.5, 0, 0, 3);
+    compare_sampler("em", 3, 1.5, 1, 0.5, 2);
+    compare_sampler("euler", 1, 0, 1, 0, 2);
+    compare_sampler("heun", 2, 1.5, 1, 0, 3);
+}
+
 #ifdef CUDA_ON_CPU
 // A card that is too old ends the start with a sentence
 static void test_old_card(const char *program) {
@@ -2194,6 +2344,7 @@ int main(int argc, char **argv) {
                      {"products", test_products},   {"attention", test_attention_report},
                      {"same bits", test_same_bits}, {"graphs", test_graph},
                      {"profile", test_profile},     {"other ways", test_other_ways},
+                     {"decoder", test_decoder},     {"sampler", test_sampler},
                      {"200 steps", test_training}};
         for (size_t i = 0; i < sizeof(tests) / sizeof(tests[0]); i++)
             if (strstr(tests[i].name, only)) tests[i].run();
