@@ -33,6 +33,7 @@
 //   projector_backward                   moved: first, while wide2 still holds what the loss left there; d_E
 //                                        starts with it
 //   CLS of the final layer, of tokens    moved: last in memory, so that the patches are one matrix
+//   gradients of the blocks' weights     moved: neighbours' at once, as batches (run_weights_backward)
 //   zero_gradients                       a flag: the next gradients overwrite
 //   noise, kept tokens of a batch        drawn on the device, from the same addresses
 //   a step                               recorded once as a CUDA graph, then replayed (run_recorded)
