@@ -542,7 +542,7 @@ typedef struct {
 } SampleRun;
 
 #define SAMPLE_OPTION(name, field, kind, low, high, help)                                                    \
-    { name, kind, offsetof(SampleRun, field), low, high, FREE, help, 0 }
+    { name, kind, offsetof(SampleRun, field), low, high, FREE, help, 0, NULL }
 static const Option sample_options[] = {
     SAMPLE_OPTION("sampler", sampler, TEXT, 0, 0,
                   "em: stochastic Euler-Maruyama, as the paper scores; or the ODE with euler or heun [em]"),

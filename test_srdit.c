@@ -109,11 +109,13 @@ static void compare_named(Report *r, const SafeFile *f, const char *name, const 
 // Compares a tensor after k steps. A gradient that is off by `noise` of its largest element moves its
 // parameter by as much of lr as it is of the gradient itself, which AdamW divides by: an element that noise
 // alone makes (keys' bias without QK-norm, say, whose gradient is 0 by softmax's invariance) goes either way.
-static void compare_stepped(Report *r, const SafeFile *f, const char *name, const char *tensor,
-                            const real *got, size_t n, const Config *c, int k, double tolerance,
-                            double noise) {
+// Muon's polynomial multiplies noise by up to 3.4445^5 = 485 where a singular value is near 0.
+static void compare_stepped(Report *r, const SafeFile *f, const char *name, const Tensor *p, const real *got,
+                            const Config *c, int k, double tolerance, double noise) {
     char full[96];
-    snprintf(full, sizeof(full), "grad.%s", tensor);
+    size_t n = p->size;
+    double muon = p->muon ? c->muon_lr * fmin(1, 485 * noise) : 0;
+    snprintf(full, sizeof(full), "grad.%s", p->name);
     double *want = want_read(f, name, n), *grad = want_read(f, full, n), most = 0, steepest = 0;
     double worst_error = 0, worst_allowed = 1;
     if (!want || !grad || r->override_tolerance > 0) {
@@ -125,7 +127,7 @@ static void compare_stepped(Report *r, const SafeFile *f, const char *name, cons
     for (size_t i = 0; i < n; i++) {
         double error = fabs((double)got[i] - want[i]);
         double turned = fmin(2, 2 * noise * steepest / (fabs(grad[i]) + c->eps));
-        double allowed = tolerance * most + k * c->lr * turned + 1e-300;
+        double allowed = tolerance * most + k * (muon > 0 ? muon : c->lr * turned) + 1e-300;
         if (!(error / allowed <= worst_error / worst_allowed)) worst_error = error, worst_allowed = allowed;
         if (isnan(error)) break;
     }
@@ -248,7 +250,7 @@ static void replay_training(Report *r, const SafeFile *f, Model *m) {
                 char name[96];
                 snprintf(name, sizeof(name), "%s%d.%s", e ? "ema" : "after", k, p->name);
                 if (!named_in(skip, p->name))
-                    compare_stepped(r, f, name, p->name, host + p->offset, p->size, c, k, tol,
+                    compare_stepped(r, f, name, p, host + p->offset, c, k, tol,
                                     sizeof(real) == 8 ? 1e-12 : tol);
             }
         }
@@ -501,6 +503,18 @@ static void test_finite_differences(void) {
            worst, share);
     share = finite_differences(small_config(), 1, worst, &count);
     result(share <= 1, "finite differences, drop", "path dropped; worst %s at %.3f of 1e-9", worst, share);
+    // beyond the paper: alignment in encoder, sparse middle and decoder at once, MLPs of 64 to 192
+    for (int drop = 0; drop < 2; drop++) {
+        Config c = small_config();
+        const double depths[] = {1, 3, 5}, widths[] = {2, 8};
+        c.align_depths.count = 3, c.mlp_widths.count = 2;
+        memcpy(c.align_depths.x, depths, sizeof(depths)), memcpy(c.mlp_widths.x, widths, sizeof(widths));
+        c.depth = 6;   // so that on a path-drop step one sparse block runs and one does not
+        share = finite_differences(c, drop, worst, &count);
+        result(share <= 1, drop ? "finite differences, 3 depths" : "finite differences, depths",
+               "align depths 1, 3 and 5%s; worst %s at %.3f of 1e-9", drop ? ", path dropped" : "", worst,
+               share);
+    }
     // each technique's switch changes the loss, and its gradients stay right
     for (int i = 0; i < CONFIG_OPTIONS; i++) {
         Config c = small_config(), on = c;
@@ -769,6 +783,94 @@ static void test_batches(void) {
     free(x), batch_free(whole), batch_free(part), batch_free(one), data_close(d);
 }
 
+// Immiscible noise: of the candidates, drawn here side by side, the nearest, for every sample and for the one
+// before a part; one candidate is the plain noise; and all of it is the same however a batch is split.
+static void test_immiscible(void) {
+    enum { B = 12, CANDIDATES = 8 };
+    char *path[] = {(char *)"data/digits.safetensors"};
+    Data *d = data_open(path, 1);
+    Config plain = config_default();
+    model_preset(&plain, "nano");
+    plain.in_channels = d->C, plain.input_size = d->S, plain.num_classes = d->K, plain.z_dim = d->Z;
+    Config c = plain;
+    c.immiscible = CANDIDATES;
+    size_t latent = (size_t)latent_of(&c);
+    Batch *whole = batch_create(&c, B), *part = batch_create(&c, 4), *before = batch_create(&plain, B);
+    real *candidate = (real *)alloc_zero(latent, sizeof(real));
+    int wrong = 0, other = 0;
+    double near = 0, far = 0;
+    batch_load(whole, d, &c, 7, 3, 0, B);
+    batch_load(before, d, &plain, 7, 3, 0, B);
+    for (size_t b = 0; b < B; b++) {
+        const real *x = whole->x + b * latent, *noise = whole->noise + b * latent;
+        double distance[CANDIDATES] = {0}, chosen = 0;
+        int found = -1;
+        for (int k = 0; k < CANDIDATES; k++) {
+            fill_normal(candidate, latent, 7, k ? (uint32_t)(STREAM_CANDIDATE + k - 1) : STREAM_NOISE, 3,
+                        (uint32_t)b);
+            for (size_t i = 0; i < latent; i++) distance[k] += pow((double)candidate[i] - x[i], 2);
+            if (!memcmp(candidate, noise, latent * sizeof(real))) found = k, chosen = distance[k];
+        }
+        wrong += found < 0;
+        for (int k = 0; k < CANDIDATES; k++) wrong += !(chosen <= distance[k]);
+        other += found > 0, near += chosen, far += distance[0];
+        fill_normal(candidate, latent, 7, STREAM_NOISE, 3, (uint32_t)b);
+        wrong += memcmp(candidate, before->noise + b * latent, latent * sizeof(real)) != 0;
+    }
+    wrong += memcmp(whole->noise_cls, before->noise_cls, B * (size_t)c.z_dim * sizeof(real)) != 0;
+    for (int k = 0; k < 3; k++) {
+        size_t last = (size_t)(4 * k + B - 1) % B;
+        batch_load(part, d, &c, 7, 3, 4 * k, B);
+        wrong += memcmp(part->noise, whole->noise + (size_t)(4 * k) * latent, 4 * latent * sizeof(real)) != 0;
+        for (size_t i = 0; i < latent; i++)
+            wrong += part->v_before[i] != whole->noise[last * latent + i] - whole->x[last * latent + i];
+    }
+    result(!wrong && other >= B / 2 && near < far, "immiscible noise",
+           "the nearest of %d for all of %d samples, %d of them not the first; |noise - x|^2 %.3f of plain",
+           CANDIDATES, B, other, near / far);
+    free(candidate), batch_free(whole), batch_free(part), batch_free(before), data_close(d);
+}
+
+// Muon's polynomial drives singular values to 1: of a matrix U S V^T made from known ones, all of what it
+// makes are in the band that the polynomial has for them, lying, standing and square, in both forms.
+static double poly_of(double s) {
+    for (int k = 0; k < 5; k++)
+        s = muon_classic[k][0] * s + muon_classic[k][1] * pow(s, 3) + muon_classic[k][2] * pow(s, 5);
+    return s;
+}
+static void test_newton_schulz(void) {
+    enum { M = 24, MOST = 96 };
+    const size_t sides[] = {24, 32, 48, 96};   // the first two by the plain form, the others by Gram's
+    double worst = 0;
+    real *v = (real *)alloc_zero(2 * MOST, sizeof(real)), *X = (real *)alloc_zero(M * MOST, sizeof(real)),
+         *work = (real *)alloc_zero(M * MOST + 4 * M * M, sizeof(real));
+    for (int side = 0; side < 4; side++) {
+        size_t n = sides[side];
+        // reflections H = I - 2 v v^T / |v|^2 turn diag(S) into H_u S H_v
+        fill_normal(v, M, 3, 107, 0, 1), fill_normal(v + MOST, n, 3, 107, 0, 2);
+        const real *u = v, *w = v + MOST;
+        double uu = 0, ww = 0, s[M];
+        for (size_t i = 0; i < M; i++) s[i] = pow(10, -3.0 * (double)i / (M - 1)), uu += (double)u[i] * u[i];
+        for (size_t j = 0; j < n; j++) ww += (double)w[j] * w[j];
+        for (int turn = 0; turn < 2; turn++) {   // what goes in, then what must come out
+            for (size_t i = 0; i < M; i++)
+                for (size_t j = 0; j < n; j++) {
+                    double sum = 0;
+                    for (size_t k = 0; k < M; k++)
+                        sum += ((i == k) - 2 * u[i] * u[k] / uu) * (turn ? poly_of(s[k]) : s[k]) *
+                               ((j == k) - 2 * w[j] * w[k] / ww);
+                    if (turn) worsens(&worst, fabs(sum - X[i * n + j]));
+                    else X[i * n + j] = (real)sum;
+                }
+            if (!turn) newton_schulz(X, work, muon_classic, M, n);
+        }
+    }
+    double allowed = 485 * 20 * REAL_EPS;   // errors grow by at most 3.4445^5
+    result(worst <= allowed, "Newton-Schulz",
+           "%s: 24 x 24 ... 96, condition 1000: off by %.1e (allowed %.1e)", precision, worst, allowed);
+    free(v), free(X), free(work);
+}
+
 // What is read ahead by a thread is what is loaded when it is asked for, part after part; and samples as
 // stored are, converted, the samples
 static void test_loader(void) {
@@ -956,6 +1058,39 @@ static void test_runs(void) {
     result(!one && same_files(a_path, path) &&
                same_files(in_folder("a/samples.png"), in_folder("b/samples.png")),
            "threads", "1 and 2 threads, the same checkpoint and pictures bit for bit");
+    // beyond the paper
+    static const char *const later[] = {"--recipe srdit13",
+                                        "--optimizer muon --muon-lr 0.01 --weight-decay 0.1"};
+    for (int i = 0; i < 2; i++) {
+        int two = run_self(0, NANO "%s --steps 6 --sample-steps 2 --path-drop-prob 0.3 --overwrite --out %s",
+                           later[i], a);
+        half = run_self(0, NANO "%s --steps 3 --sample-steps 2 --path-drop-prob 0.3 --overwrite --out %s",
+                        later[i], b);
+        rest =
+            run_self(0, "--as-trainer --resume %s --steps 6 --sample-steps 2 --threads 1 --out %s", path, b);
+        result(!two && !half && !rest && same_files(a_path, path),
+               i ? "resume, Muon split" : "resume, srdit13",
+               "6 steps = 3 + resume + 3 on one thread, bit for bit");
+    }
+    SafeFile *files[2];
+    for (int i = 0; i < 2; i++) {   // the paper's settings, spelled out, change no bit; nor are they written
+        int ran =
+            run_self(0, NANO "%s --steps 3 --sample-steps 2 --overwrite --out %s",
+                     i ? "--recipe paper --optimizer adamw --align-depths 1 --immiscible 1" : "", i ? b : a);
+        files[i] = ran ? NULL : safe_open(i ? path : a_path);
+    }
+    int same = files[0] && files[1] && files[0]->count == files[1]->count;
+    for (int i = 0; same && i < files[0]->count; i++) {
+        const SafeTensor *x = &files[0]->tensors[i], *y = safe_find(files[1], x->name);
+        same &= y && safe_elements(x) == safe_elements(y) &&
+                !memcmp(safe_data(files[0], x), safe_data(files[1], y), safe_elements(x) * sizeof(real));
+    }
+    static const char *const unsaid_names[] = {"optimizer", "muon", "muon_lr", "immiscible", "mlp_widths"};
+    for (int i = 0; same && i < 5; i++) same &= !safe_metadata(files[1], unsaid_names[i]);
+    result(same, "recipe paper", "is the default bit for bit, and its files do not name what came later");
+    for (int i = 0; i < 2; i++)
+        if (files[i]) safe_close(files[i]);
+    run_self(0, NANO "--steps 3 --sample-steps 2 --overwrite --out %s", a);
     int stopped = run_self(1500, NANO "--steps 1000000 --sample-steps 2 --out %s", in_folder("c"));
     int on = run_self(0, "--as-trainer --resume %s --steps 1 --sample-steps 2 --out %s --export %s",
                       in_folder("c/checkpoint.safetensors"), in_folder("c"), in_folder("export.safetensors"));
@@ -1003,6 +1138,26 @@ static void test_mistakes(void) {
     expect("other shapes on resume",
            run_self(0, "--as-trainer --resume %s --hidden-size 32", in_folder("a/checkpoint.safetensors")),
            "hidden_size");
+    char adamw[PATH_MAX];
+    snprintf(adamw, PATH_MAX, "%s", in_folder("a/checkpoint.safetensors"));
+    expect("no such recipe", run_self(0, "--as-trainer --recipe x"), "there are paper and srdit13");
+    expect("no such optimizer", run_self(0, "--as-trainer --optimizer sgd"), "there are: adamw muon");
+    expect("Muon's option without it", run_self(0, "--as-trainer --muon-lr 0.1"), "give --optimizer muon");
+    expect("a depth outside", run_self(0, "--as-trainer --align-depths 2,7"), "blocks 1 to 6");
+    expect("a depth of 0", run_self(0, "--as-trainer --align-depths 0,2"), "not a number from 1");
+    expect("half a depth", run_self(0, "--as-trainer --align-depths 2.5"), "align_depths has 2.5");
+    expect("a depth twice", run_self(0, "--as-trainer --align-depths 2,2"), "must rise");
+    expect("depths that are no numbers", run_self(0, "--as-trainer --align-depths 2,x"), "not a number");
+    expect("too many depths", run_self(0, "--as-trainer --align-depths 1,2,3,4,5,6,7,8,9"), "more than 8");
+    expect("depths, no alignment", run_self(0, "--as-trainer --no-align --align-depths 2"),
+           "without alignment");
+    expect("one width", run_self(0, "--as-trainer --mlp-widths 2"), "two numbers");
+    expect("no candidate", run_self(0, "--as-trainer --immiscible 0"), "--immiscible is 0");
+    expect("the other optimizer", run_self(0, "--as-trainer --resume %s --optimizer muon", adamw),
+           "its optimizer is adamw; it cannot be changed to muon");
+    expect("other depths", run_self(0, "--as-trainer --resume %s --align-depths 2", adamw), "align_depths");
+    expect("a recipe on resume", run_self(0, "--as-trainer --resume %s --recipe srdit13", adamw),
+           "has its recipe already");
     // NaN: the checkpoint before it stays
     run_self(0, NANO "--steps 2 --sample-steps 1 --out %s", in_folder("n"));
     size_t n, m;
@@ -2410,6 +2565,8 @@ int main(int argc, char **argv) {
         test_loader();
         test_functions();
         test_matmul();
+        test_immiscible();
+        test_newton_schulz();
         for (size_t i = 0; i < g.gl_pathc; i++) {
             SafeFile *f = safe_open(g.gl_pathv[i]);
             const char *dtype = safe_metadata(f, "dtype");

@@ -48,12 +48,22 @@ typedef struct {
     int ema_warmup;
     // one switch per technique of the paper
     int routing, path_drop, align, cls, cfm, qk_norm, rope, value_residual, time_shift, label_dropout, ema;
+    // after the paper (README.md): what its author's later runs add
+    int optimizer, muon, immiscible;
+    double muon_lr, muon_momentum;
+    Series align_depths, mlp_widths;
 } Config;
+enum { ADAMW, MUON };      // Config's optimizer
+enum { SPLIT, SRDIT13 };   // and muon: which tensors, and how
 
-// Defaults are the paper's at ImageNet-256 with INVAE latents, of size B/1. FIXED: shapes depend on it.
-enum { MAX_DEPTH = 128, FIXED = 1, FREE = 0 };
+// Defaults are the paper's at ImageNet-256 with INVAE latents, of size B/1. FIXED: shapes or states depend on
+// it. LATER: not in the paper; written to files only where it is not at its default, so that files of the
+// paper's recipe stay what they were.
+enum { MAX_DEPTH = 128, FREE = 0, FIXED = 1, LATER = 2 };
 #define SETTING(name, kind, initial, low, high, fixed, help)                                                 \
-    { #name, kind, offsetof(Config, name), low, high, fixed, help, initial }
+    { #name, kind, offsetof(Config, name), low, high, fixed, help, initial, NULL }
+#define CHOOSE(name, words, last, fixed, help)                                                               \
+    { #name, CHOICE, offsetof(Config, name), 0, last, fixed, help, 0, words }
 #define ON_OFF(name, fixed, help) SETTING(name, TECHNIQUE, 1, 0, 1, fixed, help)
 static const Option config_options[] = {
     SETTING(depth, WHOLE, 12, 1, MAX_DEPTH, FIXED, "blocks, L"),
@@ -96,11 +106,29 @@ static const Option config_options[] = {
     ON_OFF(time_shift, FREE, "shift the times by the latent's size"),
     ON_OFF(label_dropout, FREE, "drop labels, for guidance"),
     ON_OFF(ema, FREE, "moving average of the weights"),
+    CHOOSE(optimizer, "adamw muon", 1, FIXED | LATER, "muon: for matrices, and AdamW for what is left"),
+    CHOOSE(muon, "split srdit13", 1, FIXED | LATER,
+           "which matrices: split (the blocks' and the fusion's, q, k and v apart) or srdit13 (all)"),
+    SETTING(muon_lr, NUMBER, 1e-3, 0, 1e6, LATER, "Muon's learning rate"),
+    SETTING(muon_momentum, NUMBER, 0.95, 0, 0.9999999, LATER, "Muon's momentum"),
+    SETTING(align_depths, SERIES, 0, 1, MAX_DEPTH, FIXED | LATER,
+            "align the outputs of these blocks, counted from 1: 2,4,6 (default: block Lf's alone)"),
+    SETTING(immiscible, WHOLE, 1, 1, 1024, LATER, "noise is the nearest to its latent of so many draws"),
+    SETTING(mlp_widths, SERIES, 0, 0.01, 64, FIXED | LATER,
+            "hidden widths of the first and the last block's MLP as multiples of D, between them by\n"
+            "                         equal steps, rounded to multiples of 64: 2,6 (default: --mlp-ratio)"),
 };
 enum { CONFIG_OPTIONS = sizeof(config_options) / sizeof(config_options[0]) };
 static OptionTable config_table(Config *c) {
     OptionTable t = {config_options, CONFIG_OPTIONS, c, NULL};
     return t;
+}
+// 1: files do not say it, since it came after the paper and is at its default
+static int unsaid(const OptionTable *t, int i) {
+    const Option *o = &t->options[i];
+    if (!(o->fixed & LATER)) return 0;
+    if (o->kind == SERIES) return !((const Series *)option_field(t, i))->count;
+    return option_get(t, i) == o->initial;
 }
 static Config config_default(void) {
     Config c;
@@ -144,10 +172,31 @@ static int tokens_of(const Config *c) { return patches_of(c) + c->cls; }
 static int kept_of(const Config *c) {   // Tk = max(1, (int)(T (1 - r))), in doubles
     return c->routing ? imax(1, (int)(tokens_of(c) * (1.0 - c->drop_ratio))) : tokens_of(c);
 }
-static int hidden_of(const Config *c) { return (int)(c->hidden_size * c->mlp_ratio); }
+static int hidden_of(const Config *c, int block) {   // of the block's MLP
+    const Series *s = &c->mlp_widths;
+    if (!s->count) return (int)(c->hidden_size * c->mlp_ratio);
+    double width = s->x[0] + (s->x[1] - s->x[0]) * block / imax(1, c->depth - 1);
+    return imax(1, (int)(c->hidden_size * width / 64 + 0.5)) * 64;
+}
+static int most_hidden_of(const Config *c) { return imax(hidden_of(c, 0), hidden_of(c, c->depth - 1)); }
 static int latent_of(const Config *c) { return c->in_channels * c->input_size * c->input_size; }
 static int patch_dim_of(const Config *c) { return c->in_channels * c->patch_size * c->patch_size; }
 static int is_sparse(const Config *c, int block) { return block >= c->num_f && block < c->depth - c->num_h; }
+// The k-th depth, from 0, that is aligned: that many blocks, the last of which's output; 0 after the last
+static int align_depth(const Config *c, int k) {
+    if (!c->align) return 0;
+    return c->align_depths.count ? k < c->align_depths.count ? (int)c->align_depths.x[k] : 0
+           : k                   ? 0
+                                 : c->num_f;
+}
+static int align_count(const Config *c) { return c->align ? imax(1, c->align_depths.count) : 0; }
+// Blocks num_f ... end of g that a step computes: on a path-drop step only what is aligned
+static int end_of_g(const Config *c, int training, int path_drop) {
+    int first_h = c->depth - c->num_h, end = path_drop ? c->num_f : first_h;
+    for (int k = 0; path_drop && training && align_depth(c, k); k++)
+        if (align_depth(c, k) <= first_h) end = imax(end, align_depth(c, k));
+    return end;
+}
 
 // t = s u / (1 + (s - 1) u), clamped to [0, 1]: unclamped, u = 1 can give 1 + 2e-16
 static double shift_time(const Config *c, double u) {
@@ -159,7 +208,8 @@ static double shift_time(const Config *c, double u) {
 static void config_check(const Config *c, const char *where) {
     OptionTable t = config_table((Config *)c);
     for (int i = 0; i < t.count; i++)
-        if (option_get(&t, i) < t.options[i].low) die("%s: %s is missing", where, t.options[i].name);
+        if (t.options[i].kind != SERIES && option_get(&t, i) < t.options[i].low)
+            die("%s: %s is missing", where, t.options[i].name);
     // so that products of two or three sizes stay in an int
     if ((double)c->in_channels * c->input_size * c->input_size > 1 << 27)
         die("%s: latents of %d x %d x %d are too large", where, c->in_channels, c->input_size, c->input_size);
@@ -173,8 +223,20 @@ static void config_check(const Config *c, const char *where) {
         die("%s: patch_size %d does not divide the latent side %d", where, c->patch_size, c->input_size);
     if (c->num_f + c->num_h > c->depth)
         die("%s: num_f %d + num_h %d is more than the depth, %d", where, c->num_f, c->num_h, c->depth);
-    if (hidden_of(c) < 1)
+    if (c->mlp_widths.count && c->mlp_widths.count != 2)
+        die("%s: mlp_widths are two numbers, of the first and the last block: 2,6", where);
+    if (hidden_of(c, 0) < 1)
         die("%s: hidden_size %d x mlp_ratio %g leaves no hidden unit", where, c->hidden_size, c->mlp_ratio);
+    if (c->align_depths.count && !c->align)
+        die("%s: align_depths without alignment; leave out --no-align or --align-depths", where);
+    for (int k = 0; k < c->align_depths.count; k++) {
+        double depth = c->align_depths.x[k];
+        if (depth != floor(depth) || depth > c->depth)
+            die("%s: align_depths has %g, but there are blocks 1 to %d", where, depth, c->depth);
+        if (k && depth <= c->align_depths.x[k - 1])
+            die("%s: align_depths must rise, and %g does not follow %g", where, depth,
+                c->align_depths.x[k - 1]);
+    }
 }
 
 // The configuration in a file's metadata, read over `c`. `switch_off` lists techniques that are off.
@@ -182,7 +244,7 @@ static void config_read(Config *c, const SafeFile *f) {
     OptionTable t = config_table(c);
     for (int i = 0; i < t.count; i++) {
         const char *name = t.options[i].name;
-        if (safe_metadata(f, name)) option_set(&t, i, safe_number(f, name, 0), f->path, name);
+        if (safe_metadata(f, name)) option_put(&t, i, safe_metadata(f, name), f->path, name);
     }
     if (safe_metadata(f, "proj_coeff"))   // its name in reference files
         option_set(&t, option_find(&t, "align_coeff"), safe_number(f, "proj_coeff", 0), f->path,
@@ -613,6 +675,7 @@ typedef struct {
     char name[64];
     enum Start start;
     int trained;   // 0: a fixed table
+    int muon;      // matrices, one below the other, that Muon takes it for; 0: it is AdamW's
     int block;     // which block it belongs to, -1: none
     int ndim, shape[4];
     size_t size, offset;
@@ -620,7 +683,8 @@ typedef struct {
 // trained, total: elements of the trained tensors, which come first, and of all, with pads
 typedef struct {
     Tensor *tensors;
-    int count, room, block;
+    int count, room, block,
+        all_muon;   // of two or more dimensions, 1: all are Muon's, 0: by the column, -1: none
     size_t trained, total;
     real *base;
 } Table;
@@ -637,10 +701,12 @@ typedef struct {
     real *pos_embed, *rope_cos, *rope_sin;   // fixed
 } Params;
 
+// Which optimizer a tensor has under --optimizer muon: AdamW, or Muon for one matrix or for three
+enum { OF_ADAMW = 0, OF_MUON = 1, OF_MUON_QKV = 3 };
 // Appends a tensor to the table and returns its place in the block at t->base (NULL: only the table is
 // wanted). Trailing sizes of 0 are no dimensions. Each tensor starts at a multiple of 64 elements; the pads
 // stay zero.
-static real *declare(Table *t, enum Start start, int a, int b, int c, int d, const char *name) {
+static real *declare(Table *t, enum Start start, int muon, int a, int b, int c, int d, const char *name) {
     if (t->count == t->room) {
         t->room = 2 * t->room + 64;
         t->tensors = (Tensor *)realloc(t->tensors, sizeof(Tensor) * (size_t)t->room);
@@ -657,6 +723,7 @@ static real *declare(Table *t, enum Start start, int a, int b, int c, int d, con
     x->offset = t->total;
     x->size = 1;
     for (x->ndim = 0; x->ndim < 4 && shape[x->ndim]; x->ndim++) x->size *= (size_t)shape[x->ndim];
+    x->muon = t->all_muon < 0 ? 0 : t->all_muon ? x->trained && x->ndim > 1 : muon;
     t->total += (x->size + 63) / 64 * 64;
     if (x->trained) t->trained = t->total;
     return t->base ? t->base + x->offset : NULL;
@@ -669,61 +736,65 @@ static Table params_table(Params *w, const Config *c, real *base) {
     memset(w, 0, sizeof(*w));
     t.base = base;
     t.block = -1;
-    int D = c->hidden_size, Dh = D / c->num_heads, F = hidden_of(c), M = c->projector_dim, Z = c->z_dim;
+    t.all_muon = c->optimizer == MUON ? c->muon == SRDIT13 : -1;
+    int D = c->hidden_size, Dh = D / c->num_heads, M = c->projector_dim, Z = c->z_dim;
     int C = c->in_channels, p = c->patch_size, X = patch_dim_of(c), W = TIME_FEATURES;
-    w->x_w = declare(&t, XAVIER, D, C, p, p, "x_embedder.proj.weight");
-    w->x_b = declare(&t, ZERO, D, 0, 0, 0, "x_embedder.proj.bias");
+    w->x_w = declare(&t, XAVIER, OF_ADAMW, D, C, p, p, "x_embedder.proj.weight");
+    w->x_b = declare(&t, ZERO, OF_ADAMW, D, 0, 0, 0, "x_embedder.proj.bias");
     if (c->cls) {
-        w->cls_w = declare(&t, XAVIER, D, Z, 0, 0, "cls_projectors2.weight");
-        w->cls_b = declare(&t, ZERO, D, 0, 0, 0, "cls_projectors2.bias");
-        w->cls_norm = declare(&t, ONE, D, 0, 0, 0, "wg_norm.weight");
+        w->cls_w = declare(&t, XAVIER, OF_ADAMW, D, Z, 0, 0, "cls_projectors2.weight");
+        w->cls_b = declare(&t, ZERO, OF_ADAMW, D, 0, 0, 0, "cls_projectors2.bias");
+        w->cls_norm = declare(&t, ONE, OF_ADAMW, D, 0, 0, 0, "wg_norm.weight");
     }
-    w->t0_w = declare(&t, NORMAL, D, W, 0, 0, "t_embedder.mlp.0.weight");
-    w->t0_b = declare(&t, ZERO, D, 0, 0, 0, "t_embedder.mlp.0.bias");
-    w->t2_w = declare(&t, NORMAL, D, D, 0, 0, "t_embedder.mlp.2.weight");
-    w->t2_b = declare(&t, ZERO, D, 0, 0, 0, "t_embedder.mlp.2.bias");
-    w->label = declare(&t, NORMAL, c->num_classes + 1, D, 0, 0, "y_embedder.embedding_table.weight");
+    w->t0_w = declare(&t, NORMAL, OF_ADAMW, D, W, 0, 0, "t_embedder.mlp.0.weight");
+    w->t0_b = declare(&t, ZERO, OF_ADAMW, D, 0, 0, 0, "t_embedder.mlp.0.bias");
+    w->t2_w = declare(&t, NORMAL, OF_ADAMW, D, D, 0, 0, "t_embedder.mlp.2.weight");
+    w->t2_b = declare(&t, ZERO, OF_ADAMW, D, 0, 0, 0, "t_embedder.mlp.2.bias");
+    w->label =
+        declare(&t, NORMAL, OF_ADAMW, c->num_classes + 1, D, 0, 0, "y_embedder.embedding_table.weight");
     for (t.block = 0; t.block < c->depth; t.block++) {   // names begin with blocks.0, blocks.1, ...
         BlockParams *b = &w->block[t.block];
-        b->qkv_w = declare(&t, XAVIER, 3 * D, D, 0, 0, "attn.qkv.weight");
-        b->qkv_b = declare(&t, ZERO, 3 * D, 0, 0, 0, "attn.qkv.bias");
+        int F = hidden_of(c, t.block);
+        b->qkv_w = declare(&t, XAVIER, OF_MUON_QKV, 3 * D, D, 0, 0, "attn.qkv.weight");
+        b->qkv_b = declare(&t, ZERO, OF_ADAMW, 3 * D, 0, 0, 0, "attn.qkv.bias");
         if (c->qk_norm) {
-            b->q_norm = declare(&t, ONE, Dh, 0, 0, 0, "attn.q_norm.weight");
-            b->k_norm = declare(&t, ONE, Dh, 0, 0, 0, "attn.k_norm.weight");
+            b->q_norm = declare(&t, ONE, OF_ADAMW, Dh, 0, 0, 0, "attn.q_norm.weight");
+            b->k_norm = declare(&t, ONE, OF_ADAMW, Dh, 0, 0, 0, "attn.k_norm.weight");
         }
-        if (c->value_residual && t.block > 0) b->v1_lambda = declare(&t, HALF, 0, 0, 0, 0, "attn.v1_lambda");
-        b->proj_w = declare(&t, XAVIER, D, D, 0, 0, "attn.proj.weight");
-        b->proj_b = declare(&t, ZERO, D, 0, 0, 0, "attn.proj.bias");
-        b->fc1_w = declare(&t, XAVIER, F, D, 0, 0, "mlp.fc1.weight");
-        b->fc1_b = declare(&t, ZERO, F, 0, 0, 0, "mlp.fc1.bias");
-        b->fc2_w = declare(&t, XAVIER, D, F, 0, 0, "mlp.fc2.weight");
-        b->fc2_b = declare(&t, ZERO, D, 0, 0, 0, "mlp.fc2.bias");
-        b->adaln_w = declare(&t, ZERO, 6 * D, D, 0, 0, "adaLN_modulation.1.weight");
-        b->adaln_b = declare(&t, ZERO, 6 * D, 0, 0, 0, "adaLN_modulation.1.bias");
+        if (c->value_residual && t.block > 0)
+            b->v1_lambda = declare(&t, HALF, OF_ADAMW, 0, 0, 0, 0, "attn.v1_lambda");
+        b->proj_w = declare(&t, XAVIER, OF_MUON, D, D, 0, 0, "attn.proj.weight");
+        b->proj_b = declare(&t, ZERO, OF_ADAMW, D, 0, 0, 0, "attn.proj.bias");
+        b->fc1_w = declare(&t, XAVIER, OF_MUON, F, D, 0, 0, "mlp.fc1.weight");
+        b->fc1_b = declare(&t, ZERO, OF_ADAMW, F, 0, 0, 0, "mlp.fc1.bias");
+        b->fc2_w = declare(&t, XAVIER, OF_MUON, D, F, 0, 0, "mlp.fc2.weight");
+        b->fc2_b = declare(&t, ZERO, OF_ADAMW, D, 0, 0, 0, "mlp.fc2.bias");
+        b->adaln_w = declare(&t, ZERO, OF_ADAMW, 6 * D, D, 0, 0, "adaLN_modulation.1.weight");
+        b->adaln_b = declare(&t, ZERO, OF_ADAMW, 6 * D, 0, 0, 0, "adaLN_modulation.1.bias");
     }
     t.block = -1;
     if (c->align) {
-        w->p0_w = declare(&t, XAVIER, M, D, 0, 0, "projectors.0.0.weight");
-        w->p0_b = declare(&t, ZERO, M, 0, 0, 0, "projectors.0.0.bias");
-        w->p2_w = declare(&t, XAVIER, M, M, 0, 0, "projectors.0.2.weight");
-        w->p2_b = declare(&t, ZERO, M, 0, 0, 0, "projectors.0.2.bias");
-        w->p4_w = declare(&t, XAVIER, Z, M, 0, 0, "projectors.0.4.weight");
-        w->p4_b = declare(&t, ZERO, Z, 0, 0, 0, "projectors.0.4.bias");
+        w->p0_w = declare(&t, XAVIER, OF_ADAMW, M, D, 0, 0, "projectors.0.0.weight");
+        w->p0_b = declare(&t, ZERO, OF_ADAMW, M, 0, 0, 0, "projectors.0.0.bias");
+        w->p2_w = declare(&t, XAVIER, OF_ADAMW, M, M, 0, 0, "projectors.0.2.weight");
+        w->p2_b = declare(&t, ZERO, OF_ADAMW, M, 0, 0, 0, "projectors.0.2.bias");
+        w->p4_w = declare(&t, XAVIER, OF_ADAMW, Z, M, 0, 0, "projectors.0.4.weight");
+        w->p4_b = declare(&t, ZERO, OF_ADAMW, Z, 0, 0, 0, "projectors.0.4.bias");
     }
-    w->mask_token = declare(&t, ZERO, 1, 1, D, 0, "mask_token");
-    w->fusion_w = declare(&t, XAVIER, D, 2 * D, 0, 0, "fusion_proj.weight");
-    w->fusion_b = declare(&t, ZERO, D, 0, 0, 0, "fusion_proj.bias");
-    w->final_adaln_w = declare(&t, ZERO, 2 * D, D, 0, 0, "final_layer.adaLN_modulation.1.weight");
-    w->final_adaln_b = declare(&t, ZERO, 2 * D, 0, 0, 0, "final_layer.adaLN_modulation.1.bias");
-    w->final_w = declare(&t, ZERO, X, D, 0, 0, "final_layer.linear.weight");
-    w->final_b = declare(&t, ZERO, X, 0, 0, 0, "final_layer.linear.bias");
+    w->mask_token = declare(&t, ZERO, OF_ADAMW, 1, 1, D, 0, "mask_token");
+    w->fusion_w = declare(&t, XAVIER, OF_MUON, D, 2 * D, 0, 0, "fusion_proj.weight");
+    w->fusion_b = declare(&t, ZERO, OF_ADAMW, D, 0, 0, 0, "fusion_proj.bias");
+    w->final_adaln_w = declare(&t, ZERO, OF_ADAMW, 2 * D, D, 0, 0, "final_layer.adaLN_modulation.1.weight");
+    w->final_adaln_b = declare(&t, ZERO, OF_ADAMW, 2 * D, 0, 0, 0, "final_layer.adaLN_modulation.1.bias");
+    w->final_w = declare(&t, ZERO, OF_ADAMW, X, D, 0, 0, "final_layer.linear.weight");
+    w->final_b = declare(&t, ZERO, OF_ADAMW, X, 0, 0, 0, "final_layer.linear.bias");
     if (c->cls) {
-        w->final_cls_w = declare(&t, ZERO, Z, D, 0, 0, "final_layer.linear_cls.weight");
-        w->final_cls_b = declare(&t, ZERO, Z, 0, 0, 0, "final_layer.linear_cls.bias");
+        w->final_cls_w = declare(&t, ZERO, OF_ADAMW, Z, D, 0, 0, "final_layer.linear_cls.weight");
+        w->final_cls_b = declare(&t, ZERO, OF_ADAMW, Z, 0, 0, 0, "final_layer.linear_cls.bias");
     }
-    w->pos_embed = declare(&t, POSITIONS, 1, tokens_of(c), D, 0, "pos_embed");
-    w->rope_cos = declare(&t, ROPE_COS, patches_of(c), Dh, 0, 0, "feat_rope.freqs_cos");
-    w->rope_sin = declare(&t, ROPE_SIN, patches_of(c), Dh, 0, 0, "feat_rope.freqs_sin");
+    w->pos_embed = declare(&t, POSITIONS, OF_ADAMW, 1, tokens_of(c), D, 0, "pos_embed");
+    w->rope_cos = declare(&t, ROPE_COS, OF_ADAMW, patches_of(c), Dh, 0, 0, "feat_rope.freqs_cos");
+    w->rope_sin = declare(&t, ROPE_SIN, OF_ADAMW, patches_of(c), Dh, 0, 0, "feat_rope.freqs_sin");
     return t;
 }
 
@@ -745,7 +816,8 @@ enum Stream {
     STREAM_NOISE_CLS,
     STREAM_SAMPLE_X,
     STREAM_SAMPLE_CLS,
-    STREAM_SAMPLE_LABEL
+    STREAM_SAMPLE_LABEL,
+    STREAM_CANDIDATE   // and those after it: immiscible noise
 };
 
 // Element i of the fixed table of positions [T,D]: [sin, cos] of the column, then [sin, cos] of the row
@@ -850,6 +922,11 @@ typedef struct {
     real *fc2, *out;           // [B,Tb,D] twice
 } BlockActs;
 
+// Of the alignment projector at one depth
+typedef struct {
+    real *p0, *p0_silu, *p2, *p2_silu, *zs, *d_zs;   // [B,Tb,M] four times, [B,Tb,Z] twice
+} ProjectorActs;
+
 typedef struct {
     real *x_t, *v, *cls_t;                                         // [B,C,S,S] twice, [B,Z]
     real *patches, *patch_tokens, *cls_proj, *cls_r, *cls_token;   // [B,P,X], [B,P,D], [B,D], [B], [B,D]
@@ -857,12 +934,12 @@ typedef struct {
     real *t_features, *t0, *t0_silu, *cond, *cond_silu;            // [B,W], then [B,D]
     BlockActs block[MAX_DEPTH + 1];                  // evaluation: g shares the last, or one more
     real *kept, *pair, *fused;                       // [B,Tk,D], [B,T,2D], [B,T,D]
-    real *p0, *p0_silu, *p2, *p2_silu, *zs;          // [B,T,M] four times, [B,T,Z]
+    ProjectorActs align[MAX_SERIES];                 // one an aligned depth
     real *final_mod, *final_h, *final_r;             // [B,2D], [B,T,D], [B,T]
     real *final_patches, *final_cls, *out_patches;   // [B,P,D], [B,D], [B,P,X]
     real *out, *cls_out;                             // [B,C,S,S], [B,Z]
     // gradients
-    real *dx, *d_E, *d_kept, *d_v1, *d_zs;            // [B,T,D] twice, [B,Tk,D], [B,T,D], [B,T,Z]
+    real *dx, *d_E, *d_kept, *d_v1;                   // [B,T,D] twice, [B,Tk,D], [B,T,D]
     real *d_qkv, *d_mix, *d_mod;                      // [B,T,3D] twice, [B,6D]
     real *d_cond_silu, *d_cond, *d_out, *d_cls_out;   // [B,D] twice, [B,C,S,S], [B,Z]
     // scratch that blocks share
@@ -870,6 +947,7 @@ typedef struct {
     real *parts, *work;      // [B,2Dh]; attention_work for each thread
     Losses *sample_losses;   // [B]
     double *norm_parts;      // one for each NORM_CHUNK trained numbers
+    real *muon;              // [m,n] and newton_schulz's work, of the largest of Muon's matrices
 } Acts;
 enum { NORM_CHUNK = 4096 };
 
@@ -898,8 +976,8 @@ static real *take(Arena *a, size_t count) {
 }
 static size_t reals_of(size_t bytes) { return (bytes + sizeof(real) - 1) / sizeof(real); }
 
-static void block_layout(BlockActs *k, Arena *m, const Config *c, size_t B, size_t Tb) {
-    size_t D = c->hidden_size, H = c->num_heads, F = hidden_of(c), N = B * Tb;
+static void block_layout(BlockActs *k, Arena *m, const Config *c, size_t B, size_t Tb, size_t F) {
+    size_t D = c->hidden_size, H = c->num_heads, N = B * Tb;
     k->mod = take(m, B * 6 * D);
     k->h1 = take(m, N * D);
     k->r1 = take(m, N);
@@ -920,7 +998,7 @@ static void block_layout(BlockActs *k, Arena *m, const Config *c, size_t B, size
 
 static void acts_layout(Acts *a, Arena *m, const Config *c, size_t B, size_t threads) {
     size_t T = tokens_of(c), Tk = kept_of(c), P = patches_of(c), X = patch_dim_of(c), W = TIME_FEATURES;
-    size_t D = c->hidden_size, H = c->num_heads, F = hidden_of(c), M = c->projector_dim, Z = c->z_dim;
+    size_t D = c->hidden_size, H = c->num_heads, F = most_hidden_of(c), M = c->projector_dim, Z = c->z_dim;
     size_t latent = latent_of(c);
     a->x_t = take(m, B * latent);
     a->v = take(m, B * latent);
@@ -937,17 +1015,23 @@ static void acts_layout(Acts *a, Arena *m, const Config *c, size_t B, size_t thr
     a->t0_silu = take(m, B * D);
     a->cond = take(m, B * D);
     a->cond_silu = take(m, B * D);
-    for (int i = 0; i < c->depth + (c->num_h == 0); i++)
-        block_layout(&a->block[i], m, c, B, is_sparse(c, i) ? Tk : T);
+    // in evaluation all blocks of g share one block's memory (network_forward)
+    int shared_by_g = c->num_h ? c->depth - 1 : c->depth;
+    for (int i = 0; i <= shared_by_g; i++)
+        block_layout(&a->block[i], m, c, B, is_sparse(c, i) ? Tk : T,
+                     i == shared_by_g ? F : (size_t)hidden_of(c, i));
     a->kept = take(m, B * Tk * D);
     a->pair = take(m, B * T * 2 * D);
     a->fused = take(m, B * T * D);
-    if (c->align) {
-        a->p0 = take(m, B * T * M);
-        a->p0_silu = take(m, B * T * M);
-        a->p2 = take(m, B * T * M);
-        a->p2_silu = take(m, B * T * M);
-        a->zs = take(m, B * T * Z);
+    for (int k = 0; align_depth(c, k); k++) {
+        ProjectorActs *p = &a->align[k];
+        size_t N = B * (is_sparse(c, align_depth(c, k) - 1) ? Tk : T);
+        p->p0 = take(m, N * M);
+        p->p0_silu = take(m, N * M);
+        p->p2 = take(m, N * M);
+        p->p2_silu = take(m, N * M);
+        p->zs = take(m, N * Z);
+        p->d_zs = take(m, N * Z);
     }
     a->final_mod = take(m, B * 2 * D);
     a->final_h = take(m, B * T * D);
@@ -961,7 +1045,6 @@ static void acts_layout(Acts *a, Arena *m, const Config *c, size_t B, size_t thr
     a->d_E = take(m, B * T * D);
     a->d_kept = take(m, B * Tk * D);
     a->d_v1 = take(m, B * T * D);
-    a->d_zs = take(m, B * T * Z);
     a->d_qkv = take(m, B * T * 3 * D);
     a->d_mix = take(m, B * T * 3 * D);
     a->d_mod = take(m, B * 6 * D);
@@ -980,11 +1063,21 @@ static void acts_layout(Acts *a, Arena *m, const Config *c, size_t B, size_t thr
 
 // The widest product of the model, for matmul_reserve
 static size_t widest(const Config *c) {
-    int sizes[] = {6 * c->hidden_size, hidden_of(c),    c->projector_dim,
-                   c->z_dim,           patch_dim_of(c), TIME_FEATURES};
+    int sizes[] = {6 * c->hidden_size, most_hidden_of(c), c->projector_dim,
+                   c->z_dim,           patch_dim_of(c),   TIME_FEATURES};
     int most = 0;
     for (int i = 0; i < 6; i++) most = imax(most, sizes[i]);
     return (size_t)most;
+}
+
+// Numbers of scratch that Muon needs for a tensor (muon_matrix), and the longer side of its matrices
+static size_t muon_room_of(const Tensor *t, size_t *longer) {
+    *longer = 0;
+    if (!t->muon) return 0;
+    size_t rows = (size_t)(t->shape[0] / t->muon), cols = t->size / (size_t)t->muon / rows;
+    size_t shorter = rows < cols ? rows : cols;
+    *longer = rows < cols ? cols : rows;
+    return 2 * rows * cols + 4 * shorter * shorter;
 }
 
 // Memory for the parameters and the activations of max_batch samples. trained: the model is to be trained
@@ -1002,6 +1095,13 @@ static Model *model_allocate(const Config *c, int max_batch, int trained) {
     Arena count = {NULL, 0};
     acts_layout(&model->a, &count, c, max_batch, model->threads);
     take(&count, reals_of(chunks * sizeof(double)));
+    size_t widest_product = widest(c), muon_room = 0;
+    for (int i = 0; i < model->table.count && trained; i++) {
+        size_t side, room = muon_room_of(&model->table.tensors[i], &side);
+        muon_room = room > muon_room ? room : muon_room;
+        widest_product = side > widest_product ? side : widest_product;
+    }
+    take(&count, muon_room);
     size_t all = blocks * n + count.used + 64;
     model->activation_bytes = count.used * sizeof(real);
     model->parameter_bytes = blocks * n * sizeof(real);
@@ -1021,11 +1121,12 @@ static Model *model_allocate(const Config *c, int max_batch, int trained) {
     }
     acts_layout(&model->a, &arena, c, max_batch, model->threads);
     model->a.norm_parts = (double *)(void *)take(&arena, reals_of(chunks * sizeof(double)));
+    model->a.muon = take(&arena, muon_room);
     free(model->table.tensors);
     model->table = params_table(&model->w, c, model->params);
     free(params_table(&model->w_ema, c, model->ema).tensors);
     if (trained) free(params_table(&model->dw, c, model->grads).tensors);
-    matmul_reserve(widest(c));
+    matmul_reserve(widest_product);
     return model;
 }
 
@@ -1041,7 +1142,8 @@ static void model_destroy(Model *m) { free(m->table.tensors), free(m->memory), f
 // Block i on Tb tokens a sample, those of ids (NULL: all), out = block(in; cond). Its activations go to k.
 static void block_forward(BlockActs *k, Acts *a, const Params *all, int i, const real *in, const int *ids,
                           const Config *c, int threads, size_t B, size_t Tb) {
-    size_t T = tokens_of(c), D = c->hidden_size, H = c->num_heads, Dh = D / H, F = hidden_of(c), N = B * Tb;
+    size_t T = tokens_of(c), D = c->hidden_size, H = c->num_heads, Dh = D / H, F = hidden_of(c, i),
+           N = B * Tb;
     const BlockParams *w = &all->block[i];
     k->in = in;
     linear_forward(k->mod, a->cond_silu, w->adaln_w, w->adaln_b, B, D, 6 * D);
@@ -1073,7 +1175,8 @@ static void block_forward(BlockActs *k, Acts *a, const Params *all, int i, const
 // to.
 static void block_backward(real *dx, Params *d_all, Acts *a, const Params *all, int i, const int *ids,
                            const Config *c, int threads, size_t B, size_t Tb) {
-    size_t T = tokens_of(c), D = c->hidden_size, H = c->num_heads, Dh = D / H, F = hidden_of(c), N = B * Tb;
+    size_t T = tokens_of(c), D = c->hidden_size, H = c->num_heads, Dh = D / H, F = hidden_of(c, i),
+           N = B * Tb;
     const BlockActs *k = &a->block[i];
     const BlockParams *w = &all->block[i];
     BlockParams *dw = &d_all->block[i];
@@ -1110,24 +1213,34 @@ static void block_backward(real *dx, Params *d_all, Acts *a, const Params *all, 
                     1);
 }
 
-// zs [B,T,Z] = p4(silu(p2(silu(p0(E))))): what is compared with the frozen encoder's features
-static void projector_forward(Acts *a, const Params *w, const real *E, const Config *c, size_t N) {
+// zs [N,Z] = p4(silu(p2(silu(p0(x))))) of the output x [N,D] of an aligned block: what is compared with the
+// frozen encoder's features. All aligned depths have the same weights.
+static void projector_forward(ProjectorActs *p, const Params *w, const real *x, const Config *c, size_t N) {
     size_t D = c->hidden_size, M = c->projector_dim, Z = c->z_dim;
-    linear_forward(a->p0, E, w->p0_w, w->p0_b, N, D, M);
-    silu_forward(a->p0_silu, a->p0, N * M);
-    linear_forward(a->p2, a->p0_silu, w->p2_w, w->p2_b, N, M, M);
-    silu_forward(a->p2_silu, a->p2, N * M);
-    linear_forward(a->zs, a->p2_silu, w->p4_w, w->p4_b, N, M, Z);
+    linear_forward(p->p0, x, w->p0_w, w->p0_b, N, D, M);
+    silu_forward(p->p0_silu, p->p0, N * M);
+    linear_forward(p->p2, p->p0_silu, w->p2_w, w->p2_b, N, M, M);
+    silu_forward(p->p2_silu, p->p2, N * M);
+    linear_forward(p->zs, p->p2_silu, w->p4_w, w->p4_b, N, M, Z);
 }
-// d_E += its gradient
-static void projector_backward(real *d_E, Params *dw, Acts *a, const Params *w, const real *E,
-                               const Config *c, size_t N) {
+// dx += its gradient
+static void projector_backward(real *dx, Params *dw, Acts *a, const ProjectorActs *p, const Params *w,
+                               const real *x, const Config *c, size_t N) {
     size_t D = c->hidden_size, M = c->projector_dim, Z = c->z_dim;
-    linear_backward(a->wide, dw->p4_w, dw->p4_b, a->d_zs, a->p2_silu, w->p4_w, N, M, Z, 0);
-    silu_backward(a->wide, a->wide, a->p2, N * M);
-    linear_backward(a->wide2, dw->p2_w, dw->p2_b, a->wide, a->p0_silu, w->p2_w, N, M, M, 0);
-    silu_backward(a->wide2, a->wide2, a->p0, N * M);
-    linear_backward(d_E, dw->p0_w, dw->p0_b, a->wide2, E, w->p0_w, N, D, M, 1);
+    linear_backward(a->wide, dw->p4_w, dw->p4_b, p->d_zs, p->p2_silu, w->p4_w, N, M, Z, 0);
+    silu_backward(a->wide, a->wide, p->p2, N * M);
+    linear_backward(a->wide2, dw->p2_w, dw->p2_b, a->wide, p->p0_silu, w->p2_w, N, M, M, 0);
+    silu_backward(a->wide2, a->wide2, p->p0, N * M);
+    linear_backward(dx, dw->p0_w, dw->p0_b, a->wide2, x, w->p0_w, N, D, M, 1);
+}
+// Both for block i's output [N,D], where that is aligned
+static void align_forward(Acts *a, const Params *w, int i, const Config *c, size_t N) {
+    for (int k = 0; align_depth(c, k); k++)
+        if (align_depth(c, k) == i + 1) projector_forward(&a->align[k], w, a->block[i].out, c, N);
+}
+static void align_backward(real *dx, Params *dw, Acts *a, const Params *w, int i, const Config *c, size_t N) {
+    for (int k = 0; align_depth(c, k); k++)
+        if (align_depth(c, k) == i + 1) projector_backward(dx, dw, a, &a->align[k], w, a->block[i].out, c, N);
 }
 
 // c = mlp(e(t)) + label, and silu(c), which all adaLN layers read
@@ -1155,7 +1268,8 @@ static void condition_backward(Params *dw, Acts *a, const Params *w, const int *
 
 // Velocity of a->x_t, a->cls_t at times t [B] with labels y [B] into a->out, a->cls_out. ids [B,Tk]:
 // training, on the kept tokens, with the projector; NULL: evaluation, on all tokens, where the blocks of g
-// share one block's memory. path_drop: g is not run and every one of its tokens is the mask token.
+// share one block's memory. path_drop: every token of g is the mask token, and of its blocks only those are
+// run that alignment asks for.
 static void network_forward(Model *model, const Params *w, const real *t, const int *y, const int *ids,
                             int path_drop, size_t B) {
     const Config *c = &model->c;
@@ -1180,20 +1294,20 @@ static void network_forward(Model *model, const Params *w, const real *t, const 
     for (int i = 0; i < c->num_f; i++) {
         block_forward(&a->block[i], a, w, i, x, NULL, c, threads, B, T);
         x = a->block[i].out;
+        if (ids) align_forward(a, w, i, c, N);
     }
     const real *E = x;
-    if (ids && c->align) projector_forward(a, w, E, c, N);
-    // sparse middle g on the kept tokens
-    const real *g = NULL;
-    if (!path_drop) {
-        if (ids) gather_rows(a->kept, D, E, D, ids, B, Tb, T, D);
-        g = ids ? a->kept : E;
-        for (int i = c->num_f; i < first_h; i++) {
-            BlockActs *k = ids ? &a->block[i] : &a->block[c->num_h ? c->depth - 1 : c->depth];
-            block_forward(k, a, w, i, g, ids, c, threads, B, Tb);
-            g = k->out;
-        }
+    // sparse middle g on the kept tokens; on a path-drop step only for what is aligned in it
+    int end = end_of_g(c, ids != NULL, path_drop);
+    if (ids && (end > c->num_f || !path_drop)) gather_rows(a->kept, D, E, D, ids, B, Tb, T, D);
+    const real *g = ids ? a->kept : E;
+    for (int i = c->num_f; i < end; i++) {
+        BlockActs *k = ids ? &a->block[i] : &a->block[c->num_h ? c->depth - 1 : c->depth];
+        block_forward(k, a, w, i, g, ids, c, threads, B, Tb);
+        g = k->out;
+        if (ids) align_forward(a, w, i, c, B * Tb);
     }
+    if (path_drop) g = NULL;
     // pad with the mask token, fuse: fusion_proj([E, G])
     copy_rows(a->pair, 2 * D, E, D, N, D);
     if (g && !ids) copy_rows(a->pair + D, 2 * D, g, D, N, D);
@@ -1205,6 +1319,7 @@ static void network_forward(Model *model, const Params *w, const real *t, const 
     for (int i = first_h; i < c->depth; i++) {
         block_forward(&a->block[i], a, w, i, x, NULL, c, threads, B, T);
         x = a->block[i].out;
+        if (ids) align_forward(a, w, i, c, N);
     }
     // final layer
     linear_forward(a->final_mod, a->cond_silu, w->final_adaln_w, w->final_adaln_b, B, D, 2 * D);
@@ -1218,8 +1333,8 @@ static void network_forward(Model *model, const Params *w, const real *t, const 
 }
 
 // Gradients of all parameters, added to model->grads, from those of the outputs (a->d_out, a->d_cls_out,
-// a->d_zs), after a training network_forward with the same arguments. E, block Lf's output, has three
-// readers: the projector, the sparse path and the fusion; their gradients meet in a->d_E.
+// d_zs), after a training network_forward with the same arguments. E, block Lf's output, has three readers:
+// the projector, the sparse path and the fusion; their gradients meet in a->d_E.
 static void network_backward(Model *model, const int *y, const int *ids, int path_drop, size_t B) {
     const Config *c = &model->c;
     const Params *w = &model->w;
@@ -1248,29 +1363,35 @@ static void network_backward(Model *model, const int *y, const int *ids, int pat
     linear_backward(a->d_cond_silu, dw->final_adaln_w, dw->final_adaln_b, a->d_mod, a->cond_silu,
                     w->final_adaln_w, B, D, 2 * D, 1);
     // decoder h
-    for (int i = c->depth - 1; i >= first_h; i--) block_backward(a->dx, dw, a, w, i, NULL, c, threads, B, T);
+    for (int i = c->depth - 1; i >= first_h; i--) {
+        align_backward(a->dx, dw, a, w, i, c, N);
+        block_backward(a->dx, dw, a, w, i, NULL, c, threads, B, T);
+    }
     // fused = fusion_proj([E, G]), G = mask_token where g has no token
     linear_backward(a->wide, dw->fusion_w, dw->fusion_b, a->dx, a->pair, w->fusion_w, N, 2 * D, D, 0);
     copy_rows(a->d_E, D, a->wide, 2 * D, N, D);
     // kept tokens pass theirs to g; what is left is the mask's
     real *dG = a->wide + D;   // in rows of 2D
     size_t kept = path_drop ? 0 : B * Tb;
-    if (!path_drop) gather_rows(a->d_kept, D, dG, 2 * D, ids, B, Tb, T, D);
+    if (path_drop) memset(a->d_kept, 0, sizeof(real) * B * Tb * D);
+    else gather_rows(a->d_kept, D, dG, 2 * D, ids, B, Tb, T, D);
 #pragma omp parallel for
     for (size_t i = 0; i < kept; i++) memset(dG + (i / Tb * T + (size_t)ids[i]) * 2 * D, 0, sizeof(real) * D);
     column_sums(dw->mask_token, dG, 2 * D, N, D);
-    // sparse middle g, on a path-drop step without gradient
-    if (!path_drop) {
-        for (int i = first_h - 1; i >= c->num_f; i--)
-            block_backward(a->d_kept, dw, a, w, i, ids, c, threads, B, Tb);
-#pragma omp parallel for
-        for (size_t i = 0; i < kept; i++)
-            for (size_t j = 0; j < D; j++)
-                a->d_E[(i / Tb * T + (size_t)ids[i]) * D + j] += a->d_kept[i * D + j];
+    // sparse middle g, on a path-drop step with no gradient but alignment's
+    int end = end_of_g(c, 1, path_drop);
+    for (int i = end - 1; i >= c->num_f; i--) {
+        align_backward(a->d_kept, dw, a, w, i, c, B * Tb);
+        block_backward(a->d_kept, dw, a, w, i, ids, c, threads, B, Tb);
     }
-    if (c->align) projector_backward(a->d_E, dw, a, w, a->block[c->num_f - 1].out, c, N);
+#pragma omp parallel for
+    for (size_t i = 0; i < (end > c->num_f ? B * Tb : kept); i++)
+        for (size_t j = 0; j < D; j++) a->d_E[(i / Tb * T + (size_t)ids[i]) * D + j] += a->d_kept[i * D + j];
     // encoder f
-    for (int i = c->num_f - 1; i >= 0; i--) block_backward(a->d_E, dw, a, w, i, NULL, c, threads, B, T);
+    for (int i = c->num_f - 1; i >= 0; i--) {
+        align_backward(a->d_E, dw, a, w, i, c, N);
+        block_backward(a->d_E, dw, a, w, i, NULL, c, threads, B, T);
+    }
     // tokens
     take_tokens(a->wide, a->d_E, B, P, c->cls, T, D);
     linear_backward(NULL, dw->x_w, dw->x_b, a->wide, a->patches, w->x_w, B * P, X, D, 0);
@@ -1313,15 +1434,20 @@ static void cls_loss(Losses *sum, real *dout, const real *out, const real *cls, 
     }
 }
 // dz = - align_coeff share (f^ - cos z^) / |z|, f^ and z^ unit vectors, |z| = max(norm, 1e-12), since z^'s
-// own derivative is (1 - z^ z^T) / |z|. z, f, dz [T,Z]
-static void align_loss(Losses *sum, real *dz, const real *z, const real *f, double coeff, double whole,
-                       size_t T, size_t Z) {
-    for (size_t t = 0; t < T; t++, f += Z, z += Z, dz += Z) {
+// own derivative is (1 - z^ z^T) / |z|. z, dz [Tb,Z]; the features [T,Z] are those of the tokens ids (NULL:
+// all). Of `depths` aligned depths, whose means are averaged, this is one: a term counts T / (Tb depths) as
+// much as where there is but one depth, with all T tokens, for which sums are divided later.
+static void align_loss(Losses *sum, real *dz, const real *z, const real *feats, const int *ids, double coeff,
+                       double whole, size_t depths, size_t Tb, size_t T, size_t Z) {
+    double weight = (double)T / (double)(Tb * depths);
+    for (size_t t = 0; t < Tb; t++, z += Z, dz += Z) {
+        const real *f = feats + token_of(ids, 0, t, Tb) * Z;
         double f_norm = sqrt((double)dot(f, f, Z)), z_norm = sqrt((double)dot(z, z, Z));
         f_norm = f_norm > 1e-12 ? f_norm : 1e-12;
         z_norm = z_norm > 1e-12 ? z_norm : 1e-12;
-        double cosine = (double)dot(f, z, Z) / (f_norm * z_norm), k = -coeff / (whole * (double)T * z_norm);
-        sum->align -= cosine;
+        double cosine = (double)dot(f, z, Z) / (f_norm * z_norm),
+               k = -coeff / (whole * (double)(Tb * depths) * z_norm);
+        sum->align -= cosine * weight;
         for (size_t i = 0; i < Z; i++) dz[i] = (real)(k * (f[i] / f_norm - cosine * z[i] / z_norm));
     }
 }
@@ -1329,7 +1455,7 @@ static void align_loss(Losses *sum, real *dz, const real *z, const real *f, doub
 static void loss_and_gradients(Model *model, const Batch *batch) {
     const Config *c = &model->c;
     Acts *a = &model->a;
-    size_t latent = latent_of(c), Z = c->z_dim, T = tokens_of(c), B = batch->B;
+    size_t latent = latent_of(c), Z = c->z_dim, T = tokens_of(c), Tk = kept_of(c), B = batch->B;
     double whole = batch->whole, cfm = c->cfm ? c->cfm_coeff : 0;
 #pragma omp parallel for
     for (size_t b = 0; b < B; b++) {
@@ -1340,9 +1466,13 @@ static void loss_and_gradients(Model *model, const Batch *batch) {
         if (c->cls)
             cls_loss(one, a->d_cls_out + b * Z, a->cls_out + b * Z, batch->cls + b * Z,
                      batch->noise_cls + b * Z, c->cls_coeff, whole, Z);
-        if (c->align)
-            align_loss(one, a->d_zs + b * T * Z, a->zs + b * T * Z, batch->feats + b * T * Z, c->align_coeff,
-                       whole, T, Z);
+        for (int k = 0; align_depth(c, k); k++) {
+            int sparse = is_sparse(c, align_depth(c, k) - 1);
+            size_t n = sparse ? Tk : T;
+            align_loss(one, a->align[k].d_zs + b * n * Z, a->align[k].zs + b * n * Z,
+                       batch->feats + b * T * Z, sparse ? batch->ids + b * Tk : NULL, c->align_coeff, whole,
+                       (size_t)align_count(c), n, T, Z);
+        }
     }
     Losses *sum = &model->losses;
     for (size_t b = 0; b < B; b++) {   // in the order of the samples: the same bits for any number of threads
@@ -1427,10 +1557,102 @@ static double gradient_norm(Model *model) {
     return sqrt(sum);
 }
 
-// Clipping to a global norm, AdamW and the moving average in one pass. A step whose loss or gradient is not
-// finite changes nothing, and nor does any later one, so that the state stays that of the last good step.
+// AdamW and the moving average for the trained numbers begin ... end
+static void adamw_update(Model *model, const AdamW *o, real scale, size_t begin, size_t end) {
+    real b1 = (real)o->b1, b2 = (real)o->b2, one1 = (real)(1 - o->b1), one2 = (real)(1 - o->b2);
+    real rate = (real)o->rate, root = (real)o->root, eps = (real)o->eps, decay = (real)o->decay;
+    real e = (real)o->ema, one_e = (real)(1 - o->ema);
+#pragma omp parallel for
+    for (size_t i = begin; i < end; i++) {
+        real g = model->grads[i] * scale, p = model->params[i] * decay;
+        real m = model->m[i] = b1 * model->m[i] + one1 * g, v = model->v[i] = b2 * model->v[i] + one2 * g * g;
+        model->params[i] = p -= rate * m / ((real)sqrt(v) * root + eps);
+        model->ema[i] = e * model->ema[i] + one_e * p;
+    }
+}
+
+// Muon (Keller Jordan, 2024): of the matrix G that momentum makes of a weight's gradients, with the singular
+// value decomposition G = U S V^T, the step is U V^T, all of whose singular values are 1, so that no
+// direction is too small to be learned. No decomposition is needed: an odd polynomial of a matrix acts on its
+// singular values alone, since with X = U S V^T
+//   a X + b (X X^T) X + c (X X^T)^2 X = U (a S + b S^3 + c S^5) V^T,
+// and where s -> a s + b s^3 + c s^5 has a slope a > 1 at 0 and maps (0, 1] into a band around 1, five times
+// of it drive every s that is not very small there (Newton-Schulz; dev/pictures/muon.png). Divided by its
+// Frobenius norm, G has no s above 1.
+static const double muon_classic[5][3] = {{3.4445, -4.7750, 2.0315},   // the band is 0.7 ... 1.2
+                                          {3.4445, -4.7750, 2.0315},
+                                          {3.4445, -4.7750, 2.0315},
+                                          {3.4445, -4.7750, 2.0315},
+                                          {3.4445, -4.7750, 2.0315}};
+
+// X[m,n] <- its polynomials, m <= n; work [m n + 4 m m]. Where n is well above m all but the first and the
+// last product are made small, by way of R = X X^T alone (the Gram form): as everything is a polynomial of R,
+// and so commutes, X <- P X makes R <- P R P, and the result is the product Q of all P times X. That takes
+// 4 m^2 n + 34 m^3 multiplications in place of 20 m^2 n + 10 m^3: fewer from n = 1.5 m on.
+static void newton_schulz(real *X, real *work, const double poly[5][3], size_t m, size_t n) {
+    real *R = work, *P = R + m * m, *Q = P + m * m, *T = Q + m * m, *Y = T + m * m;
+    int gram = 2 * n > 3 * m;
+    for (int k = 0; k < 5; k++) {
+        if (!k || !gram) matmul(R, X, X, NULL, m, m, n, 0, 1, 0);
+        matmul(P, R, R, NULL, m, m, m, 0, 0, 0);
+        for (size_t i = 0; i < m * m; i++)   // P = a I + b R + c R^2
+            P[i] = (real)poly[k][1] * R[i] + (real)poly[k][2] * P[i] + (i % (m + 1) ? 0 : (real)poly[k][0]);
+        if (!gram) {
+            matmul(Y, P, X, NULL, m, n, m, 0, 0, 0);
+            memcpy(X, Y, sizeof(real) * m * n);
+            continue;
+        }
+        if (k) matmul(T, P, Q, NULL, m, m, m, 0, 0, 0);
+        memcpy(Q, k ? T : P, sizeof(real) * m * m);
+        if (k == 4) break;
+        matmul(T, P, R, NULL, m, m, m, 0, 0, 0);
+        matmul(R, T, P, NULL, m, m, m, 0, 0, 0);
+    }
+    if (!gram) return;
+    matmul(Y, Q, X, NULL, m, n, m, 0, 0, 0);
+    memcpy(X, Y, sizeof(real) * m * n);
+}
+// Muon's step and the moving average for the matrix [rows,cols] at place `at` of the trained numbers:
+//   buffer = mu buffer + (1 - mu) g,  G = mu buffer + (1 - mu) g (Nesterov's momentum),  X of G / |G|,
+//   p = p (1 - lr decay) - lr max(1, fan_out / fan_in)^1/2 X
+static void muon_matrix(Model *model, const AdamW *o, real scale, size_t at, size_t rows, size_t cols,
+                        double shape_factor) {
+    const Config *c = &model->c;
+    size_t count = rows * cols, m = rows < cols ? rows : cols, n = rows < cols ? cols : rows;
+    real *X = model->a.muon, *work = X + count, *buffer = model->m + at, *p = model->params + at;
+    real *ema = model->ema + at, mu = (real)c->muon_momentum, one_mu = (real)(1 - c->muon_momentum);
+    double sum = 0;
+    for (size_t i = 0; i < count; i++) {
+        real g = model->grads[at + i] * scale;
+        buffer[i] = mu * buffer[i] + one_mu * g;
+        g = mu * buffer[i] + one_mu * g;
+        sum += (double)g * g;
+        X[rows > cols ? i % cols * rows + i / cols : i] = g;   // lying
+    }
+    real inverse = (real)(1 / (sqrt(sum) + 1e-7));
+    for (size_t i = 0; i < count; i++) X[i] *= inverse;
+    newton_schulz(X, work, muon_classic, m, n);
+    real rate = (real)(c->muon_lr * shape_factor), decay = (real)(1 - c->muon_lr * c->weight_decay);
+    real e = (real)o->ema, one_e = (real)(1 - o->ema);
+    for (size_t i = 0; i < count; i++) {
+        p[i] = p[i] * decay - rate * X[rows > cols ? i % cols * rows + i / cols : i];
+        ema[i] = e * ema[i] + one_e * p[i];
+    }
+}
+// fan_out and fan_in are a tensor's last two sizes, as its author has it: for patches p and p
+static void muon_update(Model *model, const AdamW *o, real scale, const Tensor *t) {
+    size_t parts = (size_t)t->muon, rows = (size_t)t->shape[0] / parts, cols = t->size / parts / rows;
+    double ratio = (double)t->shape[t->ndim - 2] / (double)parts / t->shape[t->ndim - 1];
+    for (size_t k = 0; k < parts; k++)
+        muon_matrix(model, o, scale, t->offset + k * rows * cols, rows, cols, sqrt(fmax(1, ratio)));
+}
+
+// Clipping to a global norm, then each tensor's optimizer and the moving average. A step whose loss or
+// gradient is not finite changes nothing, and nor does any later one, so that the state stays that of the
+// last good step.
 static void update(Model *model, int step) {
     Losses *losses = &model->losses;
+    const Table *table = &model->table;
     AdamW o = adamw_of(&model->c, step);
     double norm = losses->grad_norm = gradient_norm(model), clip = o.max_norm / (norm + 1e-6);
     if (!losses->bad_step) {
@@ -1439,16 +1661,16 @@ static void update(Model *model, int step) {
         losses->bad_step = losses->bad_part == NO_PART ? 0 : step;
     }
     if (losses->bad_step) return;
-    real scale = (real)(clip < 1 ? clip : 1), b1 = (real)o.b1, b2 = (real)o.b2, one1 = (real)(1 - o.b1);
-    real one2 = (real)(1 - o.b2), rate = (real)o.rate, root = (real)o.root, eps = (real)o.eps;
-    real decay = (real)o.decay, e = (real)o.ema, one_e = (real)(1 - o.ema);
-#pragma omp parallel for
-    for (size_t i = 0; i < model->table.trained; i++) {
-        real g = model->grads[i] * scale, p = model->params[i] * decay;
-        real m = model->m[i] = b1 * model->m[i] + one1 * g, v = model->v[i] = b2 * model->v[i] + one2 * g * g;
-        model->params[i] = p -= rate * m / ((real)sqrt(v) * root + eps);
-        model->ema[i] = e * model->ema[i] + one_e * p;
+    real scale = (real)(clip < 1 ? clip : 1);
+    size_t done = 0;   // AdamW takes all that lies between two of Muon's tensors at once
+    for (int i = 0; i < table->count; i++) {
+        const Tensor *t = &table->tensors[i];
+        if (!t->muon) continue;
+        adamw_update(model, &o, scale, done, t->offset);
+        muon_update(model, &o, scale, t);
+        done = t->offset + t->size;
     }
+    adamw_update(model, &o, scale, done, table->trained);
 }
 
 // The losses summed since the last call, and a fresh start
@@ -1509,7 +1731,7 @@ typedef struct {
     int sparse;
 } ActivationName;   // size: numbers a sample
 typedef struct {
-    ActivationName of[MAX_DEPTH + 6];
+    ActivationName of[MAX_DEPTH + MAX_SERIES + 6];
     int count;
 } ActivationNames;
 static void name_add(ActivationNames *names, const char *name, int block, size_t size, int sparse) {
@@ -1526,7 +1748,11 @@ static ActivationNames activation_names(const Config *c) {   // in the order of 
     name_add(&names, "embed", -1, T * D, 0);
     name_add(&names, "cond", -1, D, 0);
     for (int i = 0; i <= c->depth; i++) {
-        if (i == c->num_f && c->align) name_add(&names, "zs", -1, T * Z, 0);
+        for (int k = 0; align_depth(c, k); k++) {   // zs, or zs.2 and so on
+            int sparse = is_sparse(c, i - 1);
+            if (align_depth(c, k) == i)
+                name_add(&names, "zs", c->align_depths.count ? i : -1, (sparse ? Tk : T) * Z, sparse);
+        }
         if (i == c->depth - c->num_h) name_add(&names, "fused", -1, T * D, 0);
         if (i < c->depth) name_add(&names, "block", i, (is_sparse(c, i) ? Tk : T) * D, is_sparse(c, i));
     }
@@ -1538,10 +1764,12 @@ static const real *activation(Model *m, const char *name) {   // of the last for
     const Acts *a = &m->a;
     int i;
     if (sscanf(name, "block.%d", &i) == 1) return a->block[i].out;
+    for (int k = 0; sscanf(name, "zs.%d", &i) == 1 && align_depth(&m->c, k); k++)
+        if (align_depth(&m->c, k) == i) return a->align[k].zs;
     return !strcmp(name, "embed")   ? a->embed
            : !strcmp(name, "cond")  ? a->cond
            : !strcmp(name, "fused") ? a->fused
-           : !strcmp(name, "zs")    ? a->zs
+           : !strcmp(name, "zs")    ? a->align[0].zs
            : !strcmp(name, "out")   ? a->out
                                     : a->cls_out;
 }
@@ -1627,6 +1855,27 @@ static void draw_kept(int *ids, size_t k, size_t T, uint64_t *scratch, uint64_t 
         if (route_key(i, seed, step, sample) <= last) *ids++ = (int)i;
 }
 
+// The noise of a sample: standard normals at its address. Immiscible noise (arXiv 2406.12303): of so many
+// candidates, each at an address of its own, the nearest to the latent x [latent] in L2, so that paths of
+// different samples cross less. The first candidate is what would be the noise without. No candidate is
+// kept: the nearest is drawn again.
+HOST_DEVICE static uint32_t noise_stream(int candidate) {
+    return candidate ? (uint32_t)STREAM_CANDIDATE + (uint32_t)candidate - 1 : (uint32_t)STREAM_NOISE;
+}
+static void draw_noise(real *noise, const real *x, const Config *c, uint64_t seed, uint32_t step,
+                       uint32_t sample) {
+    size_t latent = latent_of(c);
+    double least = INFINITY;
+    int nearest = 0;
+    for (int k = 0; k < c->immiscible && c->immiscible > 1; k++) {
+        double sum = 0;
+        fill_normal(noise, latent, seed, noise_stream(k), step, sample);
+        for (size_t i = 0; i < latent; i++) sum += ((double)noise[i] - x[i]) * ((double)noise[i] - x[i]);
+        if (sum < least) least = sum, nearest = k;
+    }
+    fill_normal(noise, latent, seed, noise_stream(nearest), step, sample);
+}
+
 // Sample b of a micro-batch: its data, and the draws at its address
 static void sample_load(Batch *batch, size_t b, const Data *d, size_t at, uint32_t sample, const Config *c) {
     size_t latent = latent_of(c), Z = c->z_dim, T = tokens_of(c), Tk = kept_of(c);
@@ -1645,7 +1894,7 @@ static void sample_load(Batch *batch, size_t b, const Data *d, size_t at, uint32
     if (c->label_dropout && uniform(seed, STREAM_LABEL_DROP, step, sample) < c->class_dropout_prob)
         batch->y[b] = c->num_classes;
     if (batch->on_device) return;   // a GPU draws what follows by itself
-    fill_normal(batch->noise + b * latent, latent, seed, STREAM_NOISE, step, sample);
+    draw_noise(batch->noise + b * latent, batch->x + b * latent, c, seed, step, sample);
     if (c->cls) fill_normal(batch->noise_cls + b * Z, Z, seed, STREAM_NOISE_CLS, step, sample);
     if (c->routing) draw_kept(batch->ids + b * Tk, Tk, T, batch->keys + b * T, seed, step, sample);
     else
@@ -1681,7 +1930,7 @@ static void batch_load(Batch *batch, const Data *d, const Config *c, uint64_t se
         }
         data_sample(d, at, batch->v_before, NULL, NULL, NULL, 0);
         if (!batch->on_device)
-            fill_normal(batch->noise_before, latent, seed, STREAM_NOISE, (uint32_t)step, sample);
+            draw_noise(batch->noise_before, batch->v_before, c, seed, (uint32_t)step, sample);
         for (size_t i = 0; i < latent; i++) batch->v_before[i] = batch->noise_before[i] - batch->v_before[i];
     }
 }
@@ -1938,7 +2187,7 @@ static void data_check(const Data *d, const Config *c) {
 
 typedef struct {
     TextList data;
-    const char *model, *out, *resume, *export_to, *track;
+    const char *model, *recipe, *out, *resume, *export_to, *track;
     char **words;   // the command line, for how to go on
     int word_count;
     int batch, accum, steps, log_every, save_every, sample_every, sample_steps, threads, overwrite;
@@ -1946,9 +2195,11 @@ typedef struct {
     uint64_t seed;
 } Run;
 #define OPTION(name, field, kind, initial, low, high, help)                                                  \
-    { name, kind, offsetof(Run, field), low, high, FREE, help, initial }
+    { name, kind, offsetof(Run, field), low, high, FREE, help, initial, NULL }
 static const Option run_options[] = {
     OPTION("model", model, TEXT, 0, 0, 0, "nano, fashion, or S, B, L, XL with a patch size: B/1 [nano]"),
+    OPTION("recipe", recipe, TEXT, 0, 0, 0,
+           "paper, or srdit13: what its author added later, Muon and the settings after it below [paper]"),
     OPTION("data", data, LIST, 0, 0, 0, "one or more data shards [data/digits.safetensors]"),
     OPTION("out", out, TEXT, 0, 0, 0,
            "folder for checkpoint.safetensors, samples.png, log.csv, loss.png [out, or the next free of "
@@ -2012,8 +2263,11 @@ static int run_pairs(SafePair pairs[MAX_PAIRS], const char *format, Training *t)
     int n = 0;
     pairs[n++] = pair_text("format", format);
     pairs[n++] = pair_text("model", run->model);
-    for (int i = 0; i < config.count; i++)
-        pairs[n++] = pair_number(config.options[i].name, option_get(&config, i));
+    for (int i = 0; i < config.count; i++) {
+        char text[TEXT_OF_OPTION];
+        option_text(text, &config, i);
+        if (!unsaid(&config, i)) pairs[n++] = pair_text(config.options[i].name, text);
+    }
     pairs[n++] = pair_number("step", t->step);
     pairs[n++] = pair_number("steps", run->steps);
     pairs[n++] = pair_number("batch", run->batch);
@@ -2031,15 +2285,22 @@ static int run_pairs(SafePair pairs[MAX_PAIRS], const char *format, Training *t)
 
 static const enum Block saved_blocks[] = {PARAMS, EMA, ADAM_M, ADAM_V};
 static const char *const block_prefix[] = {"model.", "", "adam.m.", "adam.v.", "ema."};   // by enum Block
+// That of a tensor in the block whose others have `prefix`; NULL: it is not written. What Muon takes has a
+// momentum, and no second moment.
+static const char *prefix_of(const Tensor *t, const char *prefix) {
+    if (t->muon && !strcmp(prefix, block_prefix[ADAM_M])) return "muon.";
+    return t->muon && !strcmp(prefix, block_prefix[ADAM_V]) ? NULL : prefix;
+}
 
 // Adds a block's tensors to a list of things to write; returns the new count
 static int items_add(SafeItem *items, int count, const Table *table, const real *block, const char *prefix,
                      int with_fixed) {
     for (int i = 0; i < table->count; i++) {
         const Tensor *t = &table->tensors[i];
-        if (!t->trained && !with_fixed) continue;
+        const char *before = prefix_of(t, prefix);
+        if ((!t->trained && !with_fixed) || !before) continue;
         SafeItem *item = &items[count++];
-        snprintf(item->name, sizeof(item->name), "%s%s", prefix, t->name);
+        snprintf(item->name, sizeof(item->name), "%s%s", before, t->name);
         item->type = real_dtype();
         item->ndim = t->ndim;
         item->data = block + t->offset;
@@ -2086,10 +2347,12 @@ static SafeFile *checkpoint_open(const char *path, Config *c) {
     return f;
 }
 
-// A trained tensor of a checkpoint (names with the given prefix), which has the table's shape
+// A trained tensor of a checkpoint (names with the given prefix), which has the table's shape; NULL: by
+// prefix_of it is not there
 static const SafeTensor *checkpoint_tensor(const SafeFile *f, const Tensor *t, const char *prefix) {
     char name[96];
-    snprintf(name, sizeof(name), "%s%s", prefix, t->name);
+    if (!prefix_of(t, prefix)) return NULL;
+    snprintf(name, sizeof(name), "%s%s", prefix_of(t, prefix), t->name);
     const SafeTensor *s = safe_find(f, name);
     if (!s) die("%s: tensor %s is missing", f->path, name);
     int same = s->ndim == t->ndim;
@@ -2114,6 +2377,7 @@ static void checkpoint_block(real *host, const Table *table, const SafeFile *f, 
         const Tensor *t = &table->tensors[i];
         if (!t->trained) continue;
         const SafeTensor *s = checkpoint_tensor(f, t, prefix);
+        if (!s) continue;
         safe_read(host + t->offset, f, s);
         if (!all_finite(host + t->offset, t->size))
             die("%s: tensor %s holds a number that is not finite", f->path, s->name);
@@ -2156,11 +2420,33 @@ static void print_help(const char *program, const OptionTable *run_table, const 
            "Ctrl-C ends the step, writes the checkpoint and says how to go on.\n");
 }
 
-// A new run's defaults: those of the tables, then what --model says
+// The author's thirteenth version, which reaches FID 3.11 where the paper has 3.49: all that LATER settings
+// add.
+static void recipe_preset(Config *c, const char *name) {
+    if (!strcmp(name, "paper")) return;
+    if (strcmp(name, "srdit13"))
+        die("--recipe %s: there is no such recipe; there are paper and srdit13", name);
+    c->optimizer = MUON;
+    c->muon = SRDIT13;
+    c->immiscible = 8;
+    c->mlp_widths.count = 2, c->mlp_widths.x[0] = 2, c->mlp_widths.x[1] = 6;
+}
+// What of it depends on other flags. Depths 2, 4 and 6 are those of 12 blocks; of a smaller model what lies
+// behind g is left out.
+static void recipe_settle(Config *c, const Run *run, const OptionTable *config) {
+    if (c->optimizer == MUON && c->muon == SRDIT13 && !config->given[option_find(config, "eps")])
+        c->eps = 1e-15;
+    if (!run->recipe || strcmp(run->recipe, "srdit13") || !c->align || c->align_depths.count) return;
+    for (int depth = 2; depth <= 6 && depth <= c->depth - c->num_h; depth += 2)
+        c->align_depths.x[c->align_depths.count++] = depth;
+}
+
+// A new run's defaults: those of the tables, then what --model and --recipe say
 static void start_new(Config *c, Run *run) {
     if (!model_preset(c, run->model))
         die("--model %s: there is no such model; there are nano, fashion and S/1 S/2 S/4 B/1 ... XL/4",
             run->model);
+    recipe_preset(c, run->recipe ? run->recipe : "paper");
     int small = !strchr(run->model, '/');   // minutes on a CPU
     run->steps = !small ? 400000 : strcmp(run->model, "nano") ? 3000 : 900;
     if (!small) run->batch = 256;
@@ -2180,6 +2466,7 @@ static SafeFile *start_resumed(Config *c, Run *run, int *step) {
         const char *key = config.options[i].name;
         if (safe_metadata(f, key) || (!strcmp(key, "align_coeff") && safe_metadata(f, "proj_coeff")))
             continue;
+        if (config.options[i].fixed & LATER) continue;   // left out where it is not used
         printf("%s%s", missing++ ? ", " : "the checkpoint does not say, so the defaults stand: ", key);
     }
     if (missing) printf("\n");
@@ -2196,14 +2483,18 @@ static SafeFile *start_resumed(Config *c, Run *run, int *step) {
     return f;
 }
 
-// What fixes a tensor's shape, and the data, must be what the run was begun with. before: the settings by
-// table line
-static void check_resumed(const SafeFile *f, const OptionTable *config, const double *before, const Data *d,
+// What fixes a tensor's shape or its optimizer, and the data, must be what the run was begun with. before:
+// the settings of then
+static void check_resumed(const SafeFile *f, const OptionTable *config, const Config *before, const Data *d,
                           const char *data_path) {
-    for (int i = 0; i < config->count; i++)
-        if (config->options[i].fixed && option_get(config, i) != before[i])
-            die("%s: its %s is %g; it cannot be changed to %g", f->path, config->options[i].name, before[i],
-                option_get(config, i));
+    const OptionTable then = config_table((Config *)before);
+    for (int i = 0; i < config->count; i++) {
+        char was[TEXT_OF_OPTION], is[TEXT_OF_OPTION];
+        option_text(was, &then, i), option_text(is, config, i);
+        if (config->options[i].fixed & FIXED && strcmp(was, is))
+            die("%s: its %s is %s; it cannot be changed to %s", f->path, config->options[i].name,
+                *was ? was : "the default", is);
+    }
     const char *name = safe_metadata(f, "data"), *decoder = safe_metadata(f, "decoder");
     double samples = safe_number(f, "data_samples", (double)d->count);
     double scale = safe_number(f, "latent_scale", d->scale),
@@ -2222,6 +2513,14 @@ static void check_resumed(const SafeFile *f, const OptionTable *config, const do
     if (scale != d->scale || offset != d->offset)
         die("%s: its latent scale and offset are %g, %g; those of %s are %g, %g", f->path, scale, offset,
             data_path, d->scale, d->offset);
+}
+
+// Muon's flags need Muon
+static void muon_check(const Config *c, const OptionTable *config) {
+    static const char *const names[] = {"muon", "muon_lr", "muon_momentum"};
+    for (int k = 0; k < 3 && c->optimizer != MUON; k++)
+        if (config->given[option_find(config, names[k])])
+            die("%s is Muon's, and the optimizer is AdamW; give --optimizer muon too", names[k]);
 }
 
 // What the data dictates, where no flag says otherwise
@@ -2266,8 +2565,15 @@ static void print_start(const Training *t) {
     printf("  run        steps %d to %d, batch %d in %d part%s, lr %g, seed %llu, folder %s\n", t->step,
            run->steps, run->batch, run->accum, run->accum > 1 ? "s" : "", c->lr,
            (unsigned long long)run->seed, t->folder.name);
-    printf("  memory     %.1f MB of parameters, gradients, moments and EMA, %.1f MB of activations\n",
-           (double)m->parameter_bytes / 1e6, (double)m->activation_bytes / 1e6);
+    char later[TEXT_OF_OPTION];
+    int said = 0;
+    for (int i = 0; i < config.count; i++) {
+        if (unsaid(&config, i) || !(config.options[i].fixed & LATER)) continue;
+        option_text(later, &config, i);
+        printf("%s%s %s", said++ ? ", " : "  later      ", config.options[i].name, later);
+    }
+    printf("%s  memory     %.1f MB of parameters, gradients, moments and EMA, %.1f MB of activations\n",
+           said ? "\n" : "", (double)m->parameter_bytes / 1e6, (double)m->activation_bytes / 1e6);
     printf("  build      %s, vectors of %d bytes, ", sizeof(real) == 4 ? "float" : "double", VBYTES);
 #ifdef _OPENMP
     printf("OpenMP with %d thread%s\n\n", omp_get_max_threads(), omp_get_max_threads() > 1 ? "s" : "");
@@ -2330,14 +2636,15 @@ static int write_samples(const Training *t) {
 // Additions and multiplications of a sample's forward in training: products and attention, nothing else. A
 // step counts as three forwards, the usual convention: of B/1 81.6e9 a sample.
 static double forward_flops(const Config *c) {
-    double T = tokens_of(c), P = patches_of(c), D = c->hidden_size, F = hidden_of(c), Z = c->z_dim;
+    double T = tokens_of(c), P = patches_of(c), D = c->hidden_size, Z = c->z_dim;
     double M = c->projector_dim, X = patch_dim_of(c), W = TIME_FEATURES, sum = 0;
     for (int i = 0; i < c->depth; i++) {
-        double n = is_sparse(c, i) ? kept_of(c) : T;
+        double n = is_sparse(c, i) ? kept_of(c) : T, F = hidden_of(c, i);
         sum += 2 * n * (3 * D * D + D * D + 2 * D * F) + 4 * n * n * D + 2 * D * 6 * D;
     }
     sum += 2 * T * 2 * D * D + 2 * (W * D + D * D) + 2 * D * 2 * D + 2 * 2 * P * X * D;
-    if (c->align) sum += 2 * T * (D * M + M * M + M * Z);
+    for (int k = 0; align_depth(c, k); k++)
+        sum += 2.0 * (is_sparse(c, align_depth(c, k) - 1) ? kept_of(c) : T) * (D * M + M * M + M * Z);
     if (c->cls) sum += 2 * 2 * Z * D;
     return sum;
 }
@@ -2580,7 +2887,6 @@ static int train_main(int argc, char **argv, const Backend *backend) {
     int given[CONFIG_OPTIONS] = {0}, step = 0, help = wants_help(argc, argv);
     memory_hint = "; a smaller --batch or a larger --accum needs less";
     argv = split_words(&argc, argv);
-    double before[CONFIG_OPTIONS];
     OptionTable run_table = {run_options, RUN_OPTIONS, &run, NULL}, config = config_table(&c);
     options_reset(&run_table);
     config.given = given;
@@ -2592,6 +2898,8 @@ static int train_main(int argc, char **argv, const Backend *backend) {
     const char *model_flag = text_after("--model", argc, argv);   // these two come first, wherever they stand
     run.model = model_flag ? model_flag : "nano";
     run.resume = help ? NULL : text_after("--resume", argc, argv);
+    run.recipe = text_after("--recipe", argc, argv);
+    if (run.resume && run.recipe) die("--recipe %s: a run that goes on has its recipe already", run.recipe);
     const OptionTable both[2] = {run_table, config};
     Track *track = help ? NULL : track_begin(&run, both, argc, argv);
     SafeFile *resume = run.resume ? start_resumed(&c, &run, &step) : NULL;
@@ -2606,9 +2914,10 @@ static int train_main(int argc, char **argv, const Backend *backend) {
         check_output_taken();
         return 0;
     }
-    for (int i = 0; i < config.count; i++) before[i] = option_get(&config, i);
+    const Config before = c;
     const char *model_name = run.model;
     options_parse(both, 2, NULL, argc, argv);
+    if (!resume) recipe_settle(&c, &run, &config);
     if (track) track_settle(track, &run, both, argc, argv);
     if (resume && strcmp(model_name, run.model))
         die("--model %s: the checkpoint's model is %s", run.model, model_name);
@@ -2622,9 +2931,10 @@ static int train_main(int argc, char **argv, const Backend *backend) {
     use_threads(run.threads);
 
     Data *d = data_open(run.data.items, run.data.count);
-    if (resume) check_resumed(resume, &config, before, d, run.data.items[0]);
+    if (resume) check_resumed(resume, &config, &before, d, run.data.items[0]);
     else take_sizes(&config, d);
     config_check(&c, "the model");
+    muon_check(&c, &config);
     data_check(d, &c);
     Training t = training_open(&c, &run, backend, d, resume, step);
     print_start(&t);

@@ -2915,6 +2915,7 @@ static BlockRun run_of(const Config *c, int i) {
     int begin = i < c->num_f ? 0 : i < first_h ? c->num_f : first_h;
     int end = i < c->num_f ? c->num_f : i < first_h ? first_h : c->depth + (c->num_h == 0);
     int most = 2 * tokens_of(c) / (is_sparse(c, i) ? kept_of(c) : tokens_of(c));
+    if (c->mlp_widths.count) most = 1;   // no two have the same shapes
     BlockRun run;
     run.first = begin + (i - begin) / most * most;
     run.count = imin(most, end - run.first);
@@ -2924,7 +2925,7 @@ static BlockRun run_of(const Config *c, int i) {
 static void acts_layout(Acts *a, DeviceArena *m, const Config *c, int B) {
     size_t b = (size_t)B, T = (size_t)tokens_of(c), Tk = (size_t)kept_of(c), P = (size_t)patches_of(c),
            L = (size_t)c->depth;
-    size_t D = (size_t)c->hidden_size, F = (size_t)hidden_of(c), M = (size_t)c->projector_dim,
+    size_t D = (size_t)c->hidden_size, F = (size_t)most_hidden_of(c), M = (size_t)c->projector_dim,
            Z = (size_t)c->z_dim;
     size_t H = (size_t)c->num_heads, X = (size_t)patch_dim_of(c), N = b * T,
            pad = (size_t)padded_rows(B * (int)Tk);
@@ -2944,7 +2945,8 @@ static void acts_layout(Acts *a, DeviceArena *m, const Config *c, int B) {
     size_t most_rows = 0;
     for (int i = 0; i < c->depth + (c->num_h == 0); i++) {
         BlockActs *k = &a->block[i];
-        size_t n = b * (is_sparse(c, i) ? Tk : T);
+        int shared_by_g = c->num_h ? c->depth - 1 : c->depth;   // in evaluation
+        size_t n = b * (is_sparse(c, i) ? Tk : T), Fi = i == shared_by_g ? F : (size_t)hidden_of(c, i);
         if (i == c->depth - c->num_h && c->num_h) k->x = a->fused;   // where the fusion ends
         else take(k->x, m, n * D);
         take(k->mid, m, n * D);
@@ -2953,20 +2955,20 @@ static void acts_layout(Acts *a, DeviceArena *m, const Config *c, int B) {
         take(k->lse, m, n * H);
         take(k->qkv, m, n * 3 * D);
         take(k->proj, m, n * D);
-        take(k->fc1, m, n * F);
+        take(k->fc1, m, n * Fi);
         take(k->fc2, m, n * D);
         BlockRun run = run_of(c, i);   // what the weights' gradients read lies one behind the other in a run
         if (i > run.first) {
             const BlockActs *before = k - 1;
             k->h1 = before->h1 + n * D, k->a = before->a + n * D, k->h2 = before->h2 + n * D;
-            k->gelu = before->gelu + n * F;
+            k->gelu = before->gelu + n * Fi;
             continue;
         }
         most_rows = largest(most_rows, run.count * n);
         take(k->h1, m, run.count * n * D);
         take(k->a, m, run.count * n * D);
         take(k->h2, m, run.count * n * D);
-        take(k->gelu, m, run.count * n * F);
+        take(k->gelu, m, run.count * n * Fi);
     }
     take(a->E, m, N * D);
     take(a->E_low, m, N * D);
@@ -3134,7 +3136,7 @@ static Residual block_forward(GpuModel *g, int i, BlockActs *k, const Residual &
     place(is_sparse(&g->base.c, i) ? SPARSE : DENSE);
     const Config *c = &g->base.c;
     const BlockParams *w = &all->block[i];
-    int D = c->hidden_size, F = hidden_of(c), N = B * n;
+    int D = c->hidden_size, F = hidden_of(c, i), N = B * n;
     const float *mod = g->a.mod + (size_t)i * batch * 6 * D;
     const float *shift1 = mod, *scale1 = mod + D, *gate1 = mod + 2 * D;
     const float *shift2 = mod + 3 * D, *scale2 = mod + 4 * D, *gate2 = mod + 5 * D;
@@ -3158,7 +3160,7 @@ static BlockGrads block_grads(const GpuModel *g, int i, int B) {
     size_t at = (size_t)(i - run_of(c, i).first) * rows;
     BlockGrads d = g->a.d_run;
     d.fc2 += at * D;
-    d.fc1 += at * (size_t)hidden_of(c);
+    d.fc1 += at * (size_t)hidden_of(c, i);
     d.proj += at * D;
     d.qkv += at * 3 * D;
     return d;
@@ -3201,7 +3203,7 @@ static void run_weights_backward(GpuModel *g, int i, int B, int n) {
     BlockRun run = run_of(c, i);
     const BlockActs *k = &g->a.block[run.first];
     BlockParams *dw = &g->dw.block[run.first], *next = dw + (run.count > 1);
-    int D = c->hidden_size, F = hidden_of(c), N = B * n, add = !g->fresh;
+    int D = c->hidden_size, F = hidden_of(c, i), N = B * n, add = !g->fresh;
     linear_backward_weight(dw->fc2_w, d->fc2, k->gelu, N, F, D, add, 0, run.count, next->fc2_w - dw->fc2_w);
     linear_backward_weight(dw->fc1_w, d->fc1, k->h2, N, D, F, add, 0, run.count, next->fc1_w - dw->fc1_w);
     linear_backward_weight(dw->proj_w, d->proj, k->a, N, D, D, add, 0, run.count, next->proj_w - dw->proj_w);
@@ -3226,7 +3228,7 @@ static void block_backward(GpuModel *g, int i, float *dx, const floatX *v1, cons
     const BlockParams *w = &g->w.block[i];
     BlockParams *dw = &g->dw.block[i];
     BlockGrads d = block_grads(g, i, B);
-    int D = c->hidden_size, F = hidden_of(c), N = B * n, Dh = D / c->num_heads;
+    int D = c->hidden_size, F = hidden_of(c, i), N = B * n, Dh = D / c->num_heads;
     const float *mod = a->mod + (size_t)i * B * 6 * D;
     floatX *d_mod = a->d_mod + (size_t)i * B * 6 * D;
     // out = mid + gate2 fc2(gelu(fc1(h2)))
@@ -4161,6 +4163,11 @@ static Model *model_create(const Config *c, int max_batch, uint64_t seed) {
     if (c->hidden_size / c->num_heads > 128)
         die("a head width of %d: the GPU's kernels take at most 128", c->hidden_size / c->num_heads);
     if (tokens_of(c) > 6000) die("%d tokens: the GPU's kernels take at most 6000", tokens_of(c));
+    if (c->optimizer == MUON || c->align_depths.count || c->immiscible > 1)
+        die("%s is not on the GPU yet; the CPU's trainer has it (make train_srdit)",
+            c->optimizer == MUON    ? "--optimizer muon"
+            : c->align_depths.count ? "--align-depths"
+                                    : "--immiscible");
     if (!stream) device_open();
     GpuModel *g = (GpuModel *)alloc_zero(1, sizeof(GpuModel));
     Model *m = &g->base;

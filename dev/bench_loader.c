@@ -54,7 +54,7 @@ typedef struct {
     int batch, threads;
 } LoaderBench;
 #define LINE(name, field, kind, initial, low, high, help)                                                    \
-    { name, kind, offsetof(LoaderBench, field), low, high, 0, help, initial }
+    { name, kind, offsetof(LoaderBench, field), low, high, 0, help, initial, NULL }
 static const Option bench_options[] = {
     LINE("data", data, LIST, 0, 0, 0, "one or more data shards"),
     LINE("model", model, TEXT, 0, 0, 0, "whose patches and techniques count [B/1]"),

@@ -51,7 +51,7 @@ static void seed_reference(const char *path) {
     int n = 0, count = items_add(items, 0, &m->table, m->params, "param.", 1);
     pairs[n++] = pair_text("format", "srdit-ref-1");
     for (int i = 0; i < config.count; i++)
-        pairs[n++] = pair_number(config.options[i].name, option_get(&config, i));
+        if (!unsaid(&config, i)) pairs[n++] = pair_number(config.options[i].name, option_get(&config, i));
     pairs[n++] = pair_number("steps", 1), pairs[n++] = pair_number("sample_steps", 2);
     pairs[n++] = pair_number("sample_cfg_scale", 2), pairs[n++] = pair_number("sample_cls_cfg_scale", 2);
     const struct {

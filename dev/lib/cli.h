@@ -6,6 +6,7 @@
 //   options_parse            argv into those fields; a mistake is one sentence with "did you mean"
 //   options_print            the lines of --help
 //   option_get, option_set   one field as a number, by its table line, range checked
+//   option_text, option_put  one field as the text that files and the command line have
 #ifndef SRDIT_CLI_H
 #define SRDIT_CLI_H
 #include "base.h"
@@ -17,14 +18,21 @@
 // Options
 
 enum Kind {
-    TEXT,       // const char *
-    LIST,       // TextList: all words up to the next flag
-    WHOLE,      // int
-    SEED,       // uint64_t, a whole number
-    NUMBER,     // double
-    SWITCH,     // int, set to 1 by --name
-    TECHNIQUE   // int, set to 0 by --no-name
+    TEXT,        // const char *
+    LIST,        // TextList: all words up to the next flag
+    WHOLE,       // int
+    SEED,        // uint64_t, a whole number
+    NUMBER,      // double
+    SWITCH,      // int, set to 1 by --name
+    TECHNIQUE,   // int, set to 0 by --no-name
+    CHOICE,      // int, the place of the value in the option's words
+    SERIES       // Series: numbers with commas between them; none unless given
 };
+enum { MAX_SERIES = 8 };
+typedef struct {
+    int count;
+    double x[MAX_SERIES];
+} Series;
 typedef struct {
     char **items;
     int count;
@@ -36,7 +44,8 @@ typedef struct {
     double low, high;   // range of a number
     int fixed;          // 1: decides the shape of a tensor, so it cannot change when a run goes on
     const char *help;
-    double initial;   // what options_reset sets a number to
+    double initial;      // what options_reset sets a number to
+    const char *words;   // of a choice: "adamw muon"
 } Option;
 typedef struct {
     const Option *options;
@@ -70,8 +79,55 @@ static void option_set(const OptionTable *t, int i, double value, const char *wh
 }
 static void options_reset(const OptionTable *t) {
     for (int i = 0; i < t->count; i++)
-        if (t->options[i].kind != TEXT && t->options[i].kind != LIST)
+        if (t->options[i].kind == SERIES) ((Series *)option_field(t, i))->count = 0;
+        else if (t->options[i].kind != TEXT && t->options[i].kind != LIST)
             option_set(t, i, t->options[i].initial, "the program", t->options[i].name);
+}
+enum { TEXT_OF_OPTION = 200 };
+// The value as text, which option_put reads back bit for bit; a series without numbers is ""
+static void option_text(char text[TEXT_OF_OPTION], const OptionTable *t, int i) {
+    const Option *o = &t->options[i];
+    const Series *s = (const Series *)option_field(t, i);
+    text[0] = 0;
+    if (o->kind == SERIES)
+        for (int k = 0, n = 0; k < s->count; k++)
+            n += snprintf(text + n, TEXT_OF_OPTION - (size_t)n, "%s%.17g", k ? "," : "", s->x[k]);
+    else if (o->kind == CHOICE) {
+        const char *word = o->words;
+        for (int k = (int)option_get(t, i); k > 0; k--) word += strcspn(word, " ") + 1;
+        snprintf(text, TEXT_OF_OPTION, "%.*s", (int)strcspn(word, " "), word);
+    } else snprintf(text, TEXT_OF_OPTION, "%.17g", option_get(t, i));
+}
+static void option_put(const OptionTable *t, int i, const char *text, const char *where, const char *name) {
+    const Option *o = &t->options[i];
+    if (o->kind == CHOICE) {
+        const char *word = o->words;
+        size_t n = strlen(text);
+        for (int k = 0; *word; k++, word += strcspn(word, " "), word += *word == ' ')
+            if (strcspn(word, " ") == n && !memcmp(word, text, n)) {
+                option_set(t, i, k, where, name);
+                return;
+            }
+        die("%s: %s is \"%s\"; there are: %s", where, name, text, o->words);
+    }
+    if (o->kind != SERIES) {
+        option_set(t, i, text_number(text, where, name), where, name);
+        return;
+    }
+    Series s = {0, {0}};
+    for (const char *at = text; *at;) {
+        char one[32];
+        size_t n = strcspn(at, ",");
+        snprintf(one, sizeof(one), "%.*s", (int)n, at);
+        double x = text_number(one, where, name);
+        if (s.count == MAX_SERIES) die("%s: %s has more than %d numbers", where, name, MAX_SERIES);
+        if (!(x >= o->low && x <= o->high))
+            die("%s: %s has %g, which is not a number from %g to %g", where, name, x, o->low, o->high);
+        s.x[s.count++] = x;
+        at += n + (at[n] == ',');
+    }
+    if (!s.count) die("%s: %s names no number", where, name);
+    *(Series *)option_field(t, i) = s;
 }
 static int option_find(const OptionTable *t, const char *name) {   // -1: there is none
     for (int i = 0; i < t->count; i++)
@@ -120,7 +176,7 @@ static int option_read(const OptionTable *t, int i, int at, int argc, char **arg
         return at;
     }
     if (o->kind == TEXT) *(const char **)field = argv[at + 1];
-    else option_set(t, i, text_number(argv[at + 1], "command line", flag), "command line", flag);
+    else option_put(t, i, argv[at + 1], "command line", flag);
     return at + 1;
 }
 
@@ -160,6 +216,11 @@ static void options_print(const OptionTable *t, int techniques, int width) {
         flag_of(flag, o);
         printf("  %-*s %s", width, flag, o->help);
         if (o->kind == WHOLE || o->kind == SEED || o->kind == NUMBER) printf(" [%.10g]", option_get(t, i));
+        if (o->kind == CHOICE || (o->kind == SERIES && ((const Series *)option_field(t, i))->count)) {
+            char text[TEXT_OF_OPTION];
+            option_text(text, t, i);
+            printf(" [%s]", text);
+        }
         printf("\n");
     }
 }

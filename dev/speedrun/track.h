@@ -320,8 +320,11 @@ static void track_say_settings(FILE *f, const Track *k, const Training *t) {
     track_say(f, "accum", "%d", t->run.accum);
     const char *fixed[] = {"pictures", "sampler", "sample_steps"};
     for (int i = 0; i < 3; i++) track_say(f, fixed[i], "%s", track_rule(k->name, fixed[i]));
-    for (int i = 0; i < config.count; i++)
-        track_say(f, config.options[i].name, "%.17g", option_get(&config, i));
+    for (int i = 0; i < config.count; i++) {
+        char text[TEXT_OF_OPTION];
+        option_text(text, &config, i);
+        if (!unsaid(&config, i)) track_say(f, config.options[i].name, "%s", text);
+    }
 }
 
 // log.csv as it is, since it was written by this run, line by line
