@@ -312,8 +312,8 @@ static void decoder_close(Decoder *d) {
     free(d);
 }
 
-// For the tests of sample.cu (TEST_CUDA) only: while decoder_rounds is set, maps that the GPU stores in bf16 are
-// rounded so, which measures what the GPU may be off by (as matmul_rounds in dev/lib/matmul.h).
+// For the tests of sample.cu (TEST_CUDA) only: while decoder_rounds is set, maps that the GPU stores in bf16
+// are rounded so, which measures what the GPU may be off by (as matmul_rounds in dev/lib/matmul.h).
 #ifdef TEST_CUDA
 static int decoder_rounds;
 #define AS_STORED(x, n) (decoder_rounds ? round_bf16(x, n) : (void)0)

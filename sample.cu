@@ -1,8 +1,9 @@
-// From a checkpoint to pictures on a GPU: the sampler and the INVAE decoder of sample.c, to be read beside it.
+// From a checkpoint to pictures on a GPU: the sampler and the INVAE decoder of sample.c, beside which it
+// is to be read.
 //
 // What this file is: the kernels of the decoder, those that a sampler's step needs, and the loop that draws
-// batch after batch. The network, the product by cuBLASLt and the memory's arena are train_srdit.cu's; command
-// line, files and everything else are sample.c's, which this file includes.
+// batch after batch. The network, the product by cuBLASLt and the memory's arena are train_srdit.cu's;
+// command line, files and everything else are sample.c's, which this file includes.
 //
 //   make sample_cu && ./sample_cu out/checkpoint.safetensors --show
 //   make sample_emu       this file on a CPU (dev/cuda_on_cpu)
@@ -10,9 +11,9 @@
 // Functions have the names of sample.c and train_srdit.c, in their order. What is different here:
 //
 //   there                                here
-//   a map has a border of zeros, and     no borders: [B,H,W,C]. The nine neighbours of a stretch of pixels are
-//   a convolution reads it in place      copied side by side (patches_kernel), then one product; the stretch is
-//                                        short enough that the copy stays in the card's second-level cache
+//   a map has a border of zeros, and     no borders: [B,H,W,C]. The nine neighbours of each pixel of a
+//   a convolution reads it in place      stretch are copied side by side (patches_kernel), then one product;
+//                                        the stretch is so short that they stay in the second-level cache
 //   upsample_forward                     fused: patches_kernel reads each pixel four times
 //   add_forward                          fused: a block's last product adds to x
 //   attention_forward                    two products and softmax_kernel, since the only head is 512 wide
@@ -22,9 +23,10 @@
 //   a class                              second half
 //   outputs_put after a batch            while the next batch is drawn
 //
-// What is stored how: the residual stream x of the decoder, its image and all statistics in float; what products
-// read, and what a block's first convolution writes, in floatX; the sampler's state in double, as there. Random
-// numbers have the same addresses, so sample 17 of a seed is the same picture but for rounding. No atomics.
+// What is stored how: the residual stream x of the decoder, its image and all statistics in float; what
+// products read, and what a block's first convolution writes, in floatX; the sampler's state in double, as
+// there. Random numbers have the same addresses, so sample 17 of a seed is the same picture but for rounding.
+// No atomics.
 //
 // Letters: B pictures of H x W pixels with C channels. Bytes and FLOPs of the full decoder: dev/README.md.
 #ifdef __GNUC__
@@ -180,8 +182,8 @@ static void attn_open(AttnBlock *a, DeviceArena *m, const ::AttnBlock *from) {
     conv_take(&a->proj, m, 1, C, C, from->proj_w, from->proj_b);
 }
 
-// What the maps of one picture need at most, in numbers: largest map, patches of 64 pixels, squared pixels and
-// pixels x channels of attention
+// What the maps of one picture need at most, in numbers: largest map, patches of 64 pixels, squared pixels
+// and pixels x channels of attention
 typedef struct {
     size_t map, patches, square, wide, pixels;
 } MapSizes;
@@ -284,8 +286,8 @@ static void decoder_destroy(Decoder *d) {
 // The decoder's layers
 
 // patches[rows, 9C]: for each of the `count` / 9C pixels from `first` on, its 3 x 3 neighbours in the maps in
-// [B,H,W,C], zeros outside; up: in is [B,H/2,W/2,C], each pixel of it four. A thread four channels. 2 bytes read
-// (nine times, mostly from cache), 2 written an element of patches; bound by the second-level cache.
+// [B,H,W,C], zeros outside; up: in is [B,H/2,W/2,C], each pixel of it four. A thread four channels. 2 bytes
+// read (nine times, mostly from cache), 2 written an element of patches; bound by the second-level cache.
 __global__ void __launch_bounds__(256) patches_kernel(floatX *patches, const floatX *in, unsigned first,
                                                       unsigned count, int H, int W, int C, int up) {
     unsigned e = blockIdx.x * 256 + threadIdx.x, quads = (unsigned)C / 4;
@@ -325,8 +327,9 @@ static void conv_forward(E *out, const floatX *in, const Conv *c, const Decoder 
     }
 }
 
-// parts[B,chunks,G] = sum and sum of squares over a chunk of NORM_PIXELS pixels and a group of C / G channels. A
-// block a chunk, a thread four channels of some of its pixels. 2 or 4 bytes read; bound by memory.
+// parts[B,chunks,G] = sum and sum of squares over a chunk of NORM_PIXELS pixels and a group of C / G
+// channels. A block a chunk, a thread four channels of some of its pixels. 2 or 4 bytes read; bound by
+// memory.
 template <class S>
 __global__ void __launch_bounds__(256)
     group_sums_kernel(float2 *parts, const S *x, int pixels, int C, int G) {
@@ -353,8 +356,8 @@ __global__ void __launch_bounds__(256)
         parts[((size_t)blockIdx.y * gridDim.x + blockIdx.x) * G + g] = all;
     }
 }
-// scale, shift [B,C] with GroupNorm(x) = x scale + shift. A block a picture, a thread a group. The chunks' sums
-// are added in double, as the CPU adds all; latency bounds it.
+// scale, shift [B,C] with GroupNorm(x) = x scale + shift. A block a picture, a thread a group. The chunks'
+// sums are added in double, as the CPU adds all; latency bounds it.
 __global__ void __launch_bounds__(256)
     group_scale_kernel(float *scale, float *shift, const float2 *parts, const float *w, const float *b,
                        int chunks, int pixels, int C, int G, double eps) {
@@ -458,7 +461,8 @@ static void attn_forward(Decoder *d, const AttnBlock *a, int B, int H, int W) {
     conv_forward<float>(d->x, d->t, &a->proj, d, 1, 0, B, H, W);
 }
 
-// map [B,h,w,C], its channels from z on zero, of planes [B,z,h,w]: decoder's units = (model's - offset) / scale
+// map [B,h,w,C], its channels from z on zero, of planes [B,z,h,w]: decoder's units = (model's - offset) /
+// scale
 __global__ void __launch_bounds__(256)
     planes_to_map_kernel(floatX *map, const double *planes, double scale, double offset, int z, int C,
                          int pixels, int count) {
@@ -473,8 +477,8 @@ __global__ void __launch_bounds__(256)
     if (e < count) pixels[e] = pixel_of(image[e / channels * C + e % channels]);
 }
 
-// d->image [B,f h,f w,padded out_ch], about -1 ... 1, and d->pixels of it, from the latents x [B,z,h,w] in the
-// model's units, B <= at_once. All on the device.
+// d->image [B,f h,f w,padded out_ch], about -1 ... 1, and d->pixels of it, from the latents x [B,z,h,w] in
+// the model's units, B <= at_once. All on the device.
 static void decoder_decode(Decoder *d, const double *x, int z, double scale, double offset, int B) {
     int H = d->h, W = d->w, count = B * H * W * d->post_quant.in;
     planes_to_map_kernel<<<blocks_of((size_t)count), 256, 0, stream>>>(d->n, x, scale, offset, z,
@@ -505,8 +509,8 @@ static void decoder_decode(Decoder *d, const double *x, int z, double scale, dou
 }
 
 // ----------------------------------------------------------------------------------------------------------
-// Samplers. A state's count of numbers is n latents' or n CLS vectors', `each` of them a sample's. A thread has
-// four neighbours of one sample, whose noise is one draw.
+// Samplers. A state's count of numbers is n latents' or n CLS vectors', `each` of them a sample's. A thread
+// has four neighbours of one sample, whose noise is one draw.
 
 // Where a step's noise lies
 typedef struct {
@@ -596,8 +600,8 @@ static void sampler_work_free(SamplerWork *w) {
     free(w);
 }
 
-// Velocities of n samples at x, cls and time t into g->in.noise and g->a.cls_out: with their classes (g->in.y),
-// and behind them, where the step is guided, without. Returns whether it is.
+// Velocities of n samples at x, cls and time t into g->in.noise and g->a.cls_out: with their classes
+// (g->in.y), and behind them, where the step is guided, without. Returns whether it is.
 static int guided_velocity(GpuModel *g, const Sampling *s, const double *x, const double *cls, double t,
                            int n) {
     const Config *c = &g->base.c;
@@ -673,12 +677,12 @@ static void ode_step(SamplerWork *w, GpuModel *g, const Sampling *s, int heun, i
     if (twice) ode_evaluation(w, g, s, 1, w->x, w->cls, next, next - t, n);
 }
 
-// What a step of drawing has to do besides: write pictures of the batch before, say how far it is. x: the state
-// so far on the device. Not 0: stop here.
+// What a step of drawing has to do besides: write pictures of the batch before, say how far it is. x: the
+// state so far on the device. Not 0: stop here.
 typedef int StepEnded(int step, const double *x, void *user);
 
-// n samples, s->first and their classes y on, from noise to w->x. The host stays AHEAD steps before the device
-// and hears of each that has ended. Returns 0 where `ended` stopped it.
+// n samples, s->first and their classes y on, from noise to w->x. The host stays AHEAD steps before the
+// device and hears of each that has ended. Returns 0 where `ended` stopped it.
 static int sample(SamplerWork *w, Model *m, const Sampling *s, const char *sampler, const int *y, int n,
                   StepEnded *ended, void *user) {
     GpuModel *g = gpu_of(m);
@@ -736,7 +740,8 @@ static void made_put(Drawing *d) {
     made->n = 0;
 }
 
-// After a step: the batch before is written while the device draws this one, which has AHEAD steps to go on with.
+// After a step: the batch before is written while the device draws this one, which has AHEAD steps to go on
+// with.
 static int step_ended(int step, const double *x, void *user) {
     Drawing *d = (Drawing *)user;
     double *host = NULL;
@@ -787,7 +792,8 @@ static void tune_sampling(Model *m, const Sampling *s, SamplerWork *w, Decoder *
     if (verbose) plans_report(stdout);
 }
 
-// As many as sample.c takes at most, or as the card has memory for, twice as many where guidance draws each twice
+// As many as sample.c takes at most, or as the card has memory for, twice as many where guidance draws each
+// twice
 static int choose_batch(const SampleRun *r, const Config *c, int num) {
     if (!stream) device_open();
     GpuModel g;

@@ -1559,7 +1559,8 @@ static void test_damaged(void) {
 
 #ifdef TEST_CUDA
 // ----------------------------------------------------------------------------------------------------------
-// train_srdit.cu and sample.cu against train_srdit.c and sample.c. The GPU may be one, or the emulator of dev/cuda_on_cpu.
+// train_srdit.cu and sample.cu against train_srdit.c and sample.c. The GPU may be one, or the emulator of
+// dev/cuda_on_cpu.
 //
 // In float: each activation, gradient and updated parameter within 1e-4 of the CPU's, relative in L2. In bf16
 // the measure is what rounding alone does: the CPU computes once more with the operands of its products
@@ -2297,9 +2298,9 @@ static void round_decoder(Decoder *d) {
     }
 }
 
-// sample.cu's decoder against sample.c's: in float within 1e-4; in bf16 within twice what rounding the weights
-// and the maps on the CPU changes. B pictures, at most at_once of them together, in stretches of patches that
-// are as short as they can be.
+// sample.cu's decoder against sample.c's: in float within 1e-4; in bf16 within twice what rounding the
+// weights and the maps on the CPU changes. B pictures, at most at_once of them together, in stretches of
+// patches that are as short as they can be.
 static void compare_decoder(const char *path, int h, int w, int B, int at_once) {
     SafeFile *f = safe_open(path);
     Decoder *d = decoder_open(f, "param."), *rounded = decoder_open(f, "param.");
@@ -2362,8 +2363,8 @@ static void test_decoder(void) {
     compare_decoder("dev/ref/invae_16x.safetensors", 2, 3, 2, 2);
 }
 
-// sample.cu's samplers against those of train_srdit.c and sample.c over the CPU's network: in float within 1e-4;
-// in bf16 within twice what the same CPU samplers over the GPU's network are off.
+// sample.cu's samplers against those of train_srdit.c and sample.c over the CPU's network: in float within
+// 1e-4; in bf16 within twice what the same CPU samplers over the GPU's network are off.
 static int ends(int step, const double *x, void *user) {
     int *last = (int *)user, right = step == *last + 1 && x != NULL;
     *last = right ? step : -100;

@@ -3393,8 +3393,8 @@ static void fusion_backward(GpuModel *g, int rows, int N) {
 
 // Velocity of the input at its times and labels into a->out_patches, a->cls_out. training: x_t is made from x
 // and noise, g runs on the kept tokens, the projector runs too; else x is x_t, g runs on all tokens, in one
-// block's memory. g runs on the first `whole` samples; every one of its tokens of the others is the mask token
-// (path drop).
+// block's memory. g runs on the first `whole` samples; every one of its tokens of the others is the mask
+// token (path drop).
 static void network_forward(GpuModel *g, const Params *w, int training, int whole, int B) {
     const Config *c = &g->base.c;
     Acts *a = &g->a;
