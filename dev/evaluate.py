@@ -79,9 +79,6 @@ def tensors(x, begin, end, device):
 def radii(x, device, block=2048):
     """Squared distance of each feature to its third neighbour, itself not counted"""
     out, n = [], len(x)
-    if n <= NEIGHBOURS:
-        raise ValueError("precision and recall need more than %d pictures on each side, and here are %d" % (
-            NEIGHBOURS, n))
     for i in range(0, n, block):
         rows, best = tensors(x, i, i + block, device), None
         for j in range(0, n, block):
@@ -295,8 +292,11 @@ def evaluate(args):
     if args.inception:
         digest = networks.sha256_of(args.inception) if os.path.isfile(args.inception) else ""
         result["inception_is_published"] = digest.startswith(PUBLISHED)
-        pool, spatial = features.inception(args.samples)
         has = has_pictures(args.ref)
+        if has and min(samples.count, Pictures(args.ref).count) <= NEIGHBOURS:
+            raise ValueError("precision and recall need more than %d pictures on each side, and %s has fewer" % (
+                NEIGHBOURS, args.samples if samples.count <= NEIGHBOURS else args.ref))
+        pool, spatial = features.inception(args.samples)
         features.digest(args.ref, Pictures(args.ref) if has and os.path.isdir(args.ref) else None)
         reference = features.inception(args.ref) if has else [None, None]
         for name, x, y, keys in (("fid", pool, reference[0], ("mu", "sigma")),
