@@ -8,10 +8,12 @@
   python3 data/imagenet.py ... --check          every shard's SHA-256 against index.json
   python3 data/imagenet.py ... --self-check     statistics of the latents; a few samples are encoded again
 
-The same command goes on where it was stopped, whatever stopped it, and the shards come out the same. Samples lie
-in the order of their sorted names. What it refuses to become: an augmenting loader; a picture is cut once.
+The same command goes on where it was stopped, whatever stopped it, and the shards come out the same. Samples
+lie in the order of their sorted names. What it refuses to become: an augmenting loader; a picture is cut
+once.
 """
-import argparse, collections, concurrent.futures, contextlib, ctypes, fcntl, hashlib, itertools, json, multiprocessing, os
+import argparse, collections, concurrent.futures, contextlib, ctypes, fcntl, hashlib, itertools, json
+import multiprocessing, os
 import re, signal, struct, sys, time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -45,12 +47,12 @@ def files_under(folder, endings):
     return sorted(found)
 
 def class_folders(source, classes):
-    """Samples of a folder of class folders: labels count the folders in the order of their names, as ImageNet's
-    synsets are counted."""
+    """Samples of a folder of class folders: labels count the folders in the order of their names, as
+    ImageNet's synsets are counted."""
     folders = sorted(e.name for e in os.scandir(source) if e.is_dir())
     if len(folders) != classes:
-        raise ValueError("%s: %d class folders where %d are expected; --classes says how many there are (a folder "
-                         "that holds images/ and vae-in/ is read as the reference's layout)"
+        raise ValueError("%s: %d class folders where %d are expected; --classes says how many there are (a "
+                         "folder that holds images/ and vae-in/ is read as the reference's layout)"
                          % (source, len(folders), classes))
     pictures = files_under(source, PICTURES)
     loose = next((p for p in pictures if "/" not in p), None)
@@ -78,7 +80,8 @@ def read_labels(path, names):
         raise ValueError("%s: it names a file twice" % path)
     known = set(names)
     for missing, text in ((next((n for n in names if n not in labels), None), "has no label for"),
-                          (next((n for n in labels if n not in known), None), "labels a file that is not there,")):
+                          (next((n for n in labels if n not in known), None),
+                           "labels a file that is not there,")):
         if missing is not None:
             raise ValueError("%s: it %s %s" % (path, text, missing))
     return labels
@@ -89,15 +92,17 @@ def number_of(name):
     return int(at.group(1)) if at else None
 
 def reference_layout(source, classes):
-    """Samples of images/ and vae-in/. Pairs belong together by place and by number, and labels agree where both
-    folders have them."""
+    """Samples of images/ and vae-in/. Pairs belong together by place and by number, and labels agree where
+    both folders have them."""
     pictures = files_under(os.path.join(source, "images"), PICTURES)
     latents = files_under(os.path.join(source, "vae-in"), (".npy",))
     if len(pictures) != len(latents):
-        raise ValueError("%s: %d pictures in images/ and %d latents in vae-in/" % (source, len(pictures), len(latents)))
+        raise ValueError("%s: %d pictures in images/ and %d latents in vae-in/" %
+                         (source, len(pictures), len(latents)))
     for p, x in zip(pictures, latents):
         if number_of(p) is None or number_of(p) != number_of(x):
-            raise ValueError("%s: images/%s stands beside vae-in/%s, which is not of the same number" % (source, p, x))
+            raise ValueError("%s: images/%s stands beside vae-in/%s, which is not of the same number" %
+                             (source, p, x))
     labels = read_labels(os.path.join(source, "vae-in", "dataset.json"), latents)
     theirs = os.path.join(source, "images", "dataset.json")
     theirs = read_labels(theirs, pictures) if os.path.exists(theirs) else {}
@@ -105,7 +110,8 @@ def reference_layout(source, classes):
     for p, x in zip(pictures, latents):
         if labels[x] >= classes or theirs.get(p, labels[x]) != labels[x]:
             raise ValueError("%s: the label of %s is %d, but %s" % (
-                os.path.join(source, "vae-in", "dataset.json"), x, labels[x], "there are %d classes (--classes)" %
+                os.path.join(source, "vae-in", "dataset.json"), x, labels[x],
+                "there are %d classes (--classes)" %
                 classes if labels[x] >= classes else "that of images/%s is %d" % (p, theirs[p])))
         samples.append(Sample("images/" + p, "vae-in/" + x, labels[x]))
     return samples
@@ -129,7 +135,8 @@ def begin_reader(parent):
         os._exit(1)
 
 def read_picture(path, size, cut):
-    """U8 [size,size,3]. Grey and CMYK pictures, of which ImageNet has some, become RGB as the reference's do."""
+    """U8 [size,size,3]. Grey and CMYK pictures, of which ImageNet has some, become RGB as the reference's
+    do."""
     try:
         with Image.open(path) as picture:
             picture.load()
@@ -137,8 +144,9 @@ def read_picture(path, size, cut):
                 return networks.center_crop(picture, size)
             pixels = np.asarray(picture.convert("RGB"))
     except Exception as error:          # Pillow raises whatever its decoders do
-        raise ValueError("%s: not a picture that can be opened (%s); put a whole one in its place, and the same "
-                         "command goes on" % (path, str(error).splitlines()[0] if str(error) else type(error).__name__))
+        raise ValueError("%s: not a picture that can be opened (%s); put a whole one in its place, and the "
+                         "same command goes on" %
+                         (path, str(error).splitlines()[0] if str(error) else type(error).__name__))
     if pixels.shape != (size, size, 3):
         raise ValueError("%s: %d x %d pixels where --size says %d x %d" % (
             path, pixels.shape[1], pixels.shape[0], size, size))
@@ -155,12 +163,15 @@ def read_latents(path, shape):
     return x.reshape(shape)
 
 def posterior_noise(seed, index, shape):
-    """The normals that draw sample `index`'s latents: numpy promises RandomState's streams never to change."""
+    """The normals that draw sample `index`'s latents: numpy promises RandomState's streams never to
+    change."""
     return np.random.RandomState([seed, index]).standard_normal(shape).astype(np.float32)
 
 def read_batch(source, samples, first, shape, size, seed):
-    """(pixels U8 [B,S,S,3], x F32 [B,C,s,s]): x are the latents, or where they are to be encoded their noise."""
-    pixels = np.stack([read_picture(os.path.join(source, s.picture), size, s.latents is None) for s in samples])
+    """(pixels U8 [B,S,S,3], x F32 [B,C,s,s]): x are the latents, or where they are to be encoded their
+    noise."""
+    pixels = np.stack([read_picture(os.path.join(source, s.picture), size, s.latents is None)
+                       for s in samples])
     x = np.stack([posterior_noise(seed, first + i, shape) if s.latents is None else
                   read_latents(os.path.join(source, s.latents), shape) for i, s in enumerate(samples)])
     return pixels, x
@@ -171,7 +182,8 @@ def batches(pool, ahead, source, samples, ranges, *more):
     try:
         while True:
             for begin, end in itertools.islice(ranges, ahead - len(waiting)):
-                waiting.append((begin, end, pool.submit(read_batch, source, samples[begin:end], begin, *more)))
+                waiting.append((begin, end, pool.submit(read_batch, source, samples[begin:end],
+                                                        begin, *more)))
             if not waiting:
                 return
             begin, end, future = waiting.popleft()
@@ -197,7 +209,8 @@ class Encoder:
         if args.dino:
             self.dino = networks.load(args.dino, networks.DINO, "DINOv2", self.device)
             if "register_tokens" in self.dino:
-                raise ValueError("%s: a DINOv2 with registers; the features are those of the one without" % args.dino)
+                raise ValueError("%s: a DINOv2 with registers; the features are those of the one without" %
+                                 args.dino)
             if self.width != WIDTHS[args.encoder]:
                 raise ValueError("%s: %d wide, but %s is %d wide" % (args.dino, self.width, args.encoder,
                                                                      WIDTHS[args.encoder]))
@@ -213,7 +226,8 @@ class Encoder:
 
     @torch.no_grad()
     def __call__(self, pixels, x):
-        """U8 [B,S,S,3] and noise or latents -> latents F32 [B,C,s,s], tokens F32 [B,T,Z] or None, on the device"""
+        """U8 [B,S,S,3] and noise or latents -> latents F32 [B,C,s,s], tokens F32 [B,T,Z] or None, on the
+        device"""
         latents, tokens = torch.from_numpy(x).to(self.device), None
         if self.vae:
             mean, logvar = networks.guarded(self.vae_path, "the INVAE", networks.invae, self.vae,
@@ -284,8 +298,9 @@ class Shards:
             for key in sorted(set(settings) | set(there["settings"])):
                 a, b = there["settings"].get(key), settings.get(key)
                 if a != b:
-                    raise SettingsDiffer("%s: the shards there were made with %s = %s, and now it is %s; the same "
-                                         "settings go on with them, another --out begins anew" % (self.path, key, a, b))
+                    raise SettingsDiffer("%s: the shards there were made with %s = %s, and now it is %s; the "
+                                         "same settings go on with them, another --out begins anew" %
+                                         (self.path, key, a, b))
             for entry in there["shards"]:
                 k = entry["first"] // self.per
                 if entry["file"] != self.name(k) or (entry["first"], entry["samples"]) != self.range(k)[::2]:
@@ -325,16 +340,19 @@ class Shards:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         begin = 8 + len(text)
-        return (struct.pack("<Q", len(text)) + text, {m: (begin + a, w) for m, (a, w) in places.items()}, begin + at)
+        return (struct.pack("<Q", len(text)) + text, {m: (begin + a, w) for m, (a, w) in places.items()},
+                begin + at)
 
     def metadata(self, k):
         s = self.settings
-        return {"format": "srdit-data-1", "name": s["name"], "classes": "%d" % s["classes"], "decoder": "invae",
+        return {"format": "srdit-data-1", "name": s["name"], "classes": "%d" % s["classes"],
+                "decoder": "invae",
                 "latent_scale": repr(SCALE), "latent_offset": "0", "shard": "%d of %d" % (k, self.count),
                 "samples": s["samples_sha256"][:16],
-                "provenance": "ImageNet (ILSVRC 2012), cut to %d x %d, by data/imagenet.py; latents by the INVAE, sha256 "
-                              "%s; feats and cls by %s, sha256 %s." % (s["size"], s["size"],
-                              (s["vae"] or "that of the given latents")[:16], s["encoder"], (s["dino"] or "none")[:16]),
+                "provenance": "ImageNet (ILSVRC 2012), cut to %d x %d, by data/imagenet.py; latents by the "
+                              "INVAE, sha256 %s; feats and cls by %s, sha256 %s." % (s["size"], s["size"],
+                              (s["vae"] or "that of the given latents")[:16], s["encoder"],
+                              (s["dino"] or "none")[:16]),
                 "license": "ImageNet's terms of access: non-commercial research and education"}
 
     def verify(self, whole):
@@ -350,14 +368,14 @@ class Shards:
                 with open(path, "rb") as f:
                     begin, there = f.read(len(header)), os.fstat(f.fileno()).st_size
             except FileNotFoundError:
-                raise ValueError("%s: listed in index.json, but not there; put it back, or --redo makes it again" %
-                                 path)
+                raise ValueError("%s: listed in index.json, but not there; put it back, or --redo makes it "
+                                 "again" % path)
             if there != size or size != entry["bytes"]:
-                raise ValueError("%s: %d bytes where index.json says %d: cut short or replaced; put it back, or "
-                                 "--redo makes it again" % (path, there, entry["bytes"]))
+                raise ValueError("%s: %d bytes where index.json says %d: cut short or replaced; put it back, "
+                                 "or --redo makes it again" % (path, there, entry["bytes"]))
             if begin != header or whole and networks.sha256_of(path) != entry["sha256"]:
-                raise ValueError("%s: not the shard that index.json lists there: swapped with another or damaged; put it "
-                                 "back, or --redo makes it again" % path)
+                raise ValueError("%s: not the shard that index.json lists there: swapped with another or "
+                                 "damaged; put it back, or --redo makes it again" % path)
 
     def entry(self, k):
         return next(e for e in self.index["shards"] if e["file"] == self.name(k))
@@ -397,7 +415,8 @@ class Shards:
                 view, at = view[n:], at + n
 
     def write(self, first, tensors, keep):
-        """A batch's bytes, samples from `first` of the shard on; keep: note on the disk that they are there"""
+        """A batch's bytes, samples from `first` of the shard on; keep: note on the disk that they are
+        there"""
         for name, data in tensors.items():
             at, width = self.places[name]
             self.put(data, at + first * width)
@@ -451,11 +470,14 @@ def settings_of(args, samples, encoder):
     listing = hashlib.sha256()
     for s in samples:
         listing.update(("%s\t%s\t%d\n" % s).encode())
-    return {"name": "imagenet-%d" % args.size, "size": args.size, "patch": args.patch, "classes": args.classes,
+    return {"name": "imagenet-%d" % args.size, "size": args.size, "patch": args.patch,
+            "classes": args.classes,
             "channels": encoder.channels, "width": encoder.width,
-            "feats": bool(encoder.dino) and not args.no_feats, "encoder": args.encoder if args.dino else "nothing",
+            "feats": bool(encoder.dino) and not args.no_feats,
+            "encoder": args.encoder if args.dino else "nothing",
             "vae": networks.sha256_of(args.vae) if encoder.vae else None,
-            "dino": networks.sha256_of(args.dino) if args.dino else None, "seed": args.seed, "batch": args.batch,
+            "dino": networks.sha256_of(args.dino) if args.dino else None, "seed": args.seed,
+            "batch": args.batch,
             "arithmetic": "tf32" if encoder.device.startswith("cuda") else "float",
             "samples_sha256": listing.hexdigest(), "shard_bytes": int(args.shard_gb * 1e9)}
 
@@ -481,7 +503,8 @@ def build(args, samples, encoder, shards, pool):
             progress.at += e - b
             progress.to(progress.at, shards.name(k))
         shards.finish()
-        print("{file}: {samples} samples, {bytes} bytes, sha256 {sha256}".format(**shards.entry(k)), flush=True)
+        print("{file}: {samples} samples, {bytes} bytes, sha256 {sha256}".format(**shards.entry(k)),
+              flush=True)
     print("%s: %d shards, %d samples, %.1f GB" % (shards.path, shards.count, shards.total,
                                                   sum(e["bytes"] for e in shards.index["shards"]) / 1e9))
 
@@ -497,8 +520,8 @@ def floats(bits):
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 def self_check(args, samples, encoder, shards):
-    """Mean and deviation of each latent channel over at most 4096 samples a shard, and some samples encoded again:
-    what bfloat16 and int8 lost, and whether these weights made these shards."""
+    """Mean and deviation of each latent channel over at most 4096 samples a shard, and some samples encoded
+    again: what bfloat16 and int8 lost, and whether these weights made these shards."""
     if not shards.index["shards"]:
         raise ValueError("%s: no shard is finished yet" % shards.path)
     C, side = shards.settings["channels"], args.size // 16
@@ -508,7 +531,8 @@ def self_check(args, samples, encoder, shards):
         bits = tensor_of(shards, k, "latents")[:: max(1, shards.range(k)[2] // 4096)]
         for i in range(0, len(bits), 256):
             x = floats(bits[i:i + 256]).astype(np.float64).reshape(-1, C, side * side)
-            n, total, square = n + x.shape[0] * x.shape[2], total + x.sum((0, 2)), square + (x * x).sum((0, 2))
+            n, total = n + x.shape[0] * x.shape[2], total + x.sum((0, 2))
+            square += (x * x).sum((0, 2))
     mean, dev = total / n, np.sqrt(np.maximum(square / n - (total / n) ** 2, 0))
     print("channel      mean    deviation   deviation x %g (1 is aimed at)" % SCALE)
     for c in range(C):
@@ -517,22 +541,28 @@ def self_check(args, samples, encoder, shards):
     print("all: root mean square %.4f, so a scale of %.4f would bring it to 1; published: %g" % (
         rms, 1 / rms if rms else float("inf"), SCALE))
     first, few = shards.range(whole[0])[0], min(args.batch, shards.range(whole[0])[2])
-    pixels, x = read_batch(args.source, samples[first:first + few], first, (C, side, side), args.size, args.seed)
+    pixels, x = read_batch(args.source, samples[first:first + few], first, (C, side, side), args.size,
+                           args.seed)
     latents, tokens = encoder(pixels, x)
-    again, there = latents.cpu().numpy().reshape(few, -1), floats(tensor_of(shards, whole[0], "latents")[:few])
+    again = latents.cpu().numpy().reshape(few, -1)
+    there = floats(tensor_of(shards, whole[0], "latents")[:few])
     far = float(np.abs(again - there).max() / np.abs(again).max())
-    print("%d samples encoded again: latents differ by %.1e of the largest (rounding to bfloat16 is 3.9e-03)" % (few, far))
+    print("%d samples encoded again: latents differ by %.1e of the largest (rounding to bfloat16 is "
+          "3.9e-03)" % (few, far))
     if not far <= 2.0 ** -7:
-        raise ValueError("%s: its latents are not those that these weights make of these pictures" % shards.name(whole[0]))
+        raise ValueError("%s: its latents are not those that these weights make of these pictures" %
+                         shards.name(whole[0]))
     if not shards.settings["feats"]:
         return
     made = tensor_of(shards, whole[0], "feats")[:few].reshape(tokens.shape).astype(np.float64)
     want = tokens.cpu().numpy().astype(np.float64)
-    cosine = (made * want).sum(-1) / np.maximum(np.linalg.norm(made, axis=-1) * np.linalg.norm(want, axis=-1), 1e-30)
+    lengths = np.linalg.norm(made, axis=-1) * np.linalg.norm(want, axis=-1)
+    cosine = (made * want).sum(-1) / np.maximum(lengths, 1e-30)
     print("features: 1 - cosine between int8 and float %.1e on average, %.1e at worst" % (
         1 - cosine.mean(), 1 - cosine.min()))
     if not cosine.min() >= 0.99:
-        raise ValueError("%s: its features are not those that these weights make of these pictures" % shards.name(whole[0]))
+        raise ValueError("%s: its features are not those that these weights make of these pictures" %
+                         shards.name(whole[0]))
 
 def cost(samples, shards, args, encoder):
     size = sum(shards.layout(k)[2] for k in range(shards.count))
@@ -549,16 +579,20 @@ def parse_arguments(argv):
     p.add_argument("--vae", metavar="FILE", help="the INVAE's weights (not needed where there are latents)")
     p.add_argument("--vae-sha256", metavar="HEX", help="refuse other weights than these")
     p.add_argument("--dino", metavar="FILE", help="DINOv2's weights, .pth or timm's .safetensors")
-    p.add_argument("--encoder", choices=sorted(WIDTHS), default="dinov2-b", help="which one they are [%(default)s]")
+    p.add_argument("--encoder", choices=sorted(WIDTHS), default="dinov2-b",
+                   help="which one they are [%(default)s]")
     p.add_argument("--no-feats", action="store_true", help="leave out the patch features (CLS stays)")
     p.add_argument("--no-cls", action="store_true", help="no DINOv2 at all: train with --no-align --no-cls")
     p.add_argument("--size", type=int, default=256, help="side of the pictures: 256 or 512 [%(default)s]")
-    p.add_argument("--patch", type=int, default=1, help="the model's patch size: one feature a patch [%(default)s]")
+    p.add_argument("--patch", type=int, default=1,
+                   help="the model's patch size: one feature a patch [%(default)s]")
     p.add_argument("--classes", type=int, default=1000, help="[%(default)s]")
     p.add_argument("--shard-gb", type=float, default=5, help="GB a shard, about [%(default)s]")
     p.add_argument("--batch", type=int, default=64, help="pictures at a time [%(default)s]")
-    p.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1), help="reader processes [%(default)s]")
-    p.add_argument("--keep-every", type=float, default=20, metavar="S", help="seconds between two notes of how far "
+    p.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1),
+                   help="reader processes [%(default)s]")
+    p.add_argument("--keep-every", type=float, default=20, metavar="S",
+                   help="seconds between two notes of how far "
                    "a shard is [%(default)s]")
     p.add_argument("--seed", type=int, default=0, help="of the posterior's samples [%(default)s]")
     p.add_argument("--device", help="cuda, cuda:1, cpu [a GPU if there is one]")
@@ -566,8 +600,10 @@ def parse_arguments(argv):
     p.add_argument("--self-check", action="store_true", help="statistics, and some samples encoded again")
     p.add_argument("--redo", metavar="FILE", help="forget this finished shard, and make it again")
     args = p.parse_args(argv)
-    for name, good in (("size", args.size > 0 and args.size % (16 * max(args.patch, 1)) == 0), ("patch", args.patch > 0),
-                       ("classes", args.classes > 0), ("batch", args.batch > 0), ("workers", args.workers > 0),
+    for name, good in (("size", args.size > 0 and args.size % (16 * max(args.patch, 1)) == 0),
+                       ("patch", args.patch > 0),
+                       ("classes", args.classes > 0), ("batch", args.batch > 0),
+                       ("workers", args.workers > 0),
                        ("seed", 0 <= args.seed < 2 ** 32), ("shard-gb", args.shard_gb > 0)):
         if not good:
             raise ValueError("--%s: %s is not usable (a size is a multiple of 16 times the patch)" % (
@@ -594,7 +630,8 @@ def work(argv):
         encoder = Encoder(args, samples[0].latents is None)
         settings = settings_of(args, samples, encoder)
         if args.vae_sha256 and args.vae_sha256.lower() != settings["vae"]:
-            raise ValueError("%s: its sha256 is %s, not the one of --vae-sha256" % (args.vae, settings["vae"]))
+            raise ValueError("%s: its sha256 is %s, not the one of --vae-sha256" %
+                             (args.vae, settings["vae"]))
         shards = Shards(args.out, settings, len(samples))
         if args.redo:
             name = os.path.basename(args.redo)

@@ -132,9 +132,10 @@ class Unpickler(pickle.Unpickler):
 MAGIC = 0x1950a86a20f9469cfc6c          # what files from before PyTorch 1.6 begin with
 
 def load_old(path):
-    """A .pt file from before PyTorch 1.6: five pickles (a magic number, a version, the machine, the structure, the
-    storages' keys), then each storage, its length first. The structure is read twice, since it stands before the
-    numbers that its tensors are cut from: first with zeros, to learn each storage's type, then in earnest."""
+    """A .pt file from before PyTorch 1.6: five pickles (a magic number, a version, the machine, the
+    structure, the storages' keys), then each storage, its length first. The structure is read twice, since it
+    stands before the numbers that its tensors are cut from: first with zeros, to learn each storage's type,
+    then in earnest."""
     with open(path, "rb") as f:
         def plain():                    # a pickle of numbers, text, lists: nothing in it refers to anything
             return Unpickler(f, None).load()
@@ -163,8 +164,8 @@ def load_old(path):
         return Unpickler(f, lambda key, _: contents[key]).load()
 
 def load_pt(path):
-    """A .pt file since PyTorch 1.6: a zip archive of data.pkl, the structure, and data/0 ..., the numbers. An older
-    one, as the FID Inception's: see load_old."""
+    """A .pt file since PyTorch 1.6: a zip archive of data.pkl, the structure, and data/0 ..., the numbers. An
+    older one, as the FID Inception's: see load_old."""
     try:
         if os.path.isfile(path) and not zipfile.is_zipfile(path):
             return load_old(path)

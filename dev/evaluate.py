@@ -1,16 +1,18 @@
 #!/usr/bin/env python3
-"""Scores pictures against a reference batch: FID, sFID, Inception Score, precision and recall as ADM's evaluator
-defines them, FD-DINOv2 and KDD as dgm-eval does.
+"""Scores pictures against a reference batch: FID, sFID, Inception Score, precision and recall as ADM's
+evaluator defines them, FD-DINOv2 and KDD as dgm-eval does.
 
   python3 dev/evaluate.py samples.npz --ref VIRTUAL_imagenet256_labeled.npz \\
       --inception pt_inception-2015-12-05-6726825d.pth
-  python3 dev/evaluate.py samples.npz --ref ... --inception ... --dino dinov2_vitl14_pretrain.pth --dino-ref pictures/
+  python3 dev/evaluate.py samples.npz --ref ... --inception ... \\
+      --dino dinov2_vitl14_pretrain.pth --dino-ref pictures/
 
-Pictures are an .npz with arr_0, uint8 [N,H,W,3] (./sample --npz), or a folder of them. The reference's mu, sigma,
-mu_s, sigma_s are used where it has them, and its arr_0 for precision, recall and, without --dino-ref, DINOv2.
-Features stay in --cache under the hash of pictures and weights, so that a second call, or one with other metrics, is
-quick. Results go to stdout, and with --out FILE as JSON, with the hash of every file that they depend on. What it
-refuses to become: a judge of its own; every number has a published definition, and where ours differs the text says so.
+Pictures are an .npz with arr_0, uint8 [N,H,W,3] (./sample --npz), or a folder of them. The reference's mu,
+sigma, mu_s, sigma_s are used where it has them, and its arr_0 for precision, recall and, without --dino-ref,
+DINOv2. Features stay in --cache under the hash of pictures and weights, so that a second call, or one with
+other metrics, is quick. Results go to stdout, and with --out FILE as JSON, with the hash of every file that
+they depend on. What it refuses to become: a judge of its own; every number has a published definition, and
+where ours differs the text says so.
 """
 import argparse, hashlib, json, os, sys, time, zipfile
 
@@ -42,8 +44,8 @@ def moments(x, block=8192):
     return mean, covariance / max(n - 1, 1)
 
 def frechet(mean1, cov1, mean2, cov2):
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)). The root's trace is that of (A C2 A)^(1/2), A = C1^(1/2), whose
-    eigenvalues are those of C1 C2: both eigenproblems are symmetric, and nothing becomes complex."""
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)). The root's trace is that of (A C2 A)^(1/2), A = C1^(1/2),
+    whose eigenvalues are those of C1 C2: both eigenproblems are symmetric, and nothing becomes complex."""
     values, vectors = np.linalg.eigh(cov1)
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
     inner = root @ cov2 @ root
@@ -52,8 +54,8 @@ def frechet(mean1, cov1, mean2, cov2):
     return float(d @ d + np.trace(cov1) + np.trace(cov2) - 2 * np.sqrt(np.maximum(values, 0)).sum())
 
 def inception_score(pool, weight, split=5000, block=2048):
-    """exp of the mean KL between a picture's classes and their mean, over splits. weight: fc.weight [1008,D]; the
-    bias is left out, as ADM's evaluator leaves it out."""
+    """exp of the mean KL between a picture's classes and their mean, over splits. weight: fc.weight [1008,D];
+    the bias is left out, as ADM's evaluator leaves it out."""
     scores = []
     for i in range(0, len(pool), split):
         part = np.concatenate([log_softmax(pool[j:min(j + block, i + split, len(pool))] @ weight.T)
@@ -104,8 +106,8 @@ def precision_recall(reference, samples, device="cpu", block=2048):
     return float(in2.double().mean()), float(in1.double().mean())
 
 def kernel_distance(x, y):
-    """Squared maximum mean discrepancy, unbiased, of (<x,y> / D + 1)^3 -> mean and deviation over 100 random subsets
-    of 1000. x, y: features [n,D]."""
+    """Squared maximum mean discrepancy, unbiased, of (<x,y> / D + 1)^3 -> mean and deviation over 100 random
+    subsets of 1000. x, y: features [n,D]."""
     rng, n = np.random.RandomState(SUBSET_SEED), min(SUBSET, len(x), len(y))
     if n < 2:
         raise ValueError("KDD needs at least 2 pictures on each side")
@@ -134,10 +136,12 @@ class Pictures:
             with zipfile.ZipFile(path) as z, z.open("arr_0.npy") as f:
                 self.shape, order, self.dtype = header_of(f)
         except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
-            raise ValueError("%s: no .npz with an arr_0 (%s); an unfinished one goes on with the command that began it"
+            raise ValueError("%s: no .npz with an arr_0 (%s); an unfinished one goes on with the command "
+                             "that began it"
                              % (path, str(error).splitlines()[0]))
         if len(self.shape) != 4 or self.shape[3] != 3 or self.dtype != np.uint8 or order or not self.shape[0]:
-            raise ValueError("%s: arr_0 is %s %s where uint8 [N,H,W,3] is expected" % (path, self.dtype, self.shape))
+            raise ValueError("%s: arr_0 is %s %s where uint8 [N,H,W,3] is expected" %
+                             (path, self.dtype, self.shape))
         self.count = self.shape[0]
 
     def digest(self):
@@ -168,7 +172,8 @@ class Pictures:
                 except (zipfile.BadZipFile, EOFError, OSError):
                     data = b""
                 if len(data) != size:
-                    raise ValueError("%s: cut short or damaged at picture %d of %d" % (self.path, i, self.count))
+                    raise ValueError("%s: cut short or damaged at picture %d of %d" %
+                                     (self.path, i, self.count))
                 yield np.frombuffer(data, np.uint8).reshape(self.shape[1:])
 
     def batches(self, size):
@@ -204,8 +209,8 @@ class Features:
         return self.used[path]
 
     def of(self, path, weights, names, make):
-        """Arrays [N,D] of the pictures at `path`, one for each name. make() -> a function from U8 [B,H,W,3] to as
-        many arrays [B,D]."""
+        """Arrays [N,D] of the pictures at `path`, one for each name. make() -> a function from U8 [B,H,W,3]
+        to as many arrays [B,D]."""
         pictures = Pictures(path)
         if not os.path.isfile(weights):
             raise ValueError("%s: no such file; it should hold a network's weights" % weights)
@@ -283,7 +288,13 @@ def statistics(path, names, width):
     return mean, covariance
 
 def has_pictures(path):
-    return os.path.isdir(path) or "arr_0" in np.load(path, allow_pickle=False).files
+    if os.path.isdir(path):
+        return True
+    try:
+        with zipfile.ZipFile(path) as z:
+            return "arr_0.npy" in z.namelist()
+    except zipfile.BadZipFile:
+        raise ValueError("%s: not an .npz" % path)
 
 def evaluate(args):
     features, result = Features(args), {}
@@ -293,9 +304,10 @@ def evaluate(args):
         digest = networks.sha256_of(args.inception) if os.path.isfile(args.inception) else ""
         result["inception_is_published"] = digest.startswith(PUBLISHED)
         has = has_pictures(args.ref)
-        if has and min(samples.count, Pictures(args.ref).count) <= NEIGHBOURS:
-            raise ValueError("precision and recall need more than %d pictures on each side, and %s has fewer" % (
-                NEIGHBOURS, args.samples if samples.count <= NEIGHBOURS else args.ref))
+        for p in [samples, Pictures(args.ref)] if has else []:
+            if p.count <= NEIGHBOURS:
+                raise ValueError("%s: %d pictures; precision and recall need more than %d" % (
+                    p.path, p.count, NEIGHBOURS))
         pool, spatial = features.inception(args.samples)
         features.digest(args.ref, Pictures(args.ref) if has and os.path.isdir(args.ref) else None)
         reference = features.inception(args.ref) if has else [None, None]
@@ -323,14 +335,16 @@ def evaluate(args):
 
 def show(result):
     for key, name in (("fid", "FID"), ("sfid", "sFID"), ("inception_score", "Inception Score"),
-                      ("precision", "precision"), ("recall", "recall"), ("fd_dinov2", "FD-DINOv2"), ("kdd", "KDD")):
+                      ("precision", "precision"), ("recall", "recall"), ("fd_dinov2", "FD-DINOv2"),
+                      ("kdd", "KDD")):
         if key in result:
             print("%-16s %.6f" % (name, result[key]))
     if not result.get("inception_is_published", True):
-        print("warning: these Inception weights are not the published ones (their SHA-256 does not begin with %s): no "
-              "number of Inception's can be compared with anyone's" % PUBLISHED)
+        print("warning: these Inception weights are not the published ones (their SHA-256 does not begin "
+              "with %s): no number of Inception's can be compared with anyone's" % PUBLISHED)
     if result["pictures"] != 50000:
-        print("warning: %d pictures; published numbers are of 50000, and the distances shrink as pictures grow" %
+        print("warning: %d pictures; published numbers are of 50000, and the distances shrink as pictures "
+              "grow" %
               result["pictures"])
     for path, digest in sorted(result["sha256"].items()):
         print("sha256 %s  %s" % (digest, path))
@@ -340,9 +354,11 @@ def main(argv=None):
     p.add_argument("samples", help="an .npz with arr_0, or a folder of pictures")
     p.add_argument("--ref", required=True, metavar="FILE", help="ADM's reference batch, .npz; or a folder")
     p.add_argument("--inception", metavar="FILE", help="the FID Inception's weights")
-    p.add_argument("--dino", metavar="FILE", help="DINOv2's weights, for FD-DINOv2 and KDD (published: size L)")
+    p.add_argument("--dino", metavar="FILE",
+                   help="DINOv2's weights, for FD-DINOv2 and KDD (published: size L)")
     p.add_argument("--dino-ref", metavar="PATH", help="pictures that these two compare with [--ref]")
-    p.add_argument("--cache", default="out/features", metavar="DIR", help="where features are kept [%(default)s]")
+    p.add_argument("--cache", default="out/features", metavar="DIR",
+                   help="where features are kept [%(default)s]")
     p.add_argument("--batch", type=int, default=64, help="pictures at a time [%(default)s]")
     p.add_argument("--device", help="cuda, cuda:1, cpu [a GPU if there is one]")
     p.add_argument("--out", metavar="FILE", help="the result, as JSON")

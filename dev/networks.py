@@ -1,5 +1,5 @@
-"""The frozen networks of the ImageNet road, in PyTorch: the INVAE's encoder, DINOv2 and the FID Inception, each a
-function of its published weights, and what is done to pictures before they see them.
+"""The frozen networks of the ImageNet road, in PyTorch: the INVAE's encoder, DINOv2 and the FID Inception,
+each a function of its published weights, and what is done to pictures before they see them.
 
   load(path, needs)       weights in their public layout, .pt, .pth or .safetensors -> {name: float tensor}
   invae(w, x)             pictures -> mean and logarithm of the variance of their latents
@@ -32,7 +32,8 @@ def sha256_of(path):
     return digest.hexdigest()
 
 def load(path, needs, what, device="cpu"):
-    """The weights in a file; `needs` names tensors without which it is no `what`. ValueError says what is wrong."""
+    """The weights in a file; `needs` names tensors without which it is no `what`. ValueError says what is
+    wrong."""
     if not os.path.isfile(path):
         raise ValueError("%s: no such file; it should hold the weights of %s" % (path, what))
     try:
@@ -64,8 +65,8 @@ def guarded(path, what, network, *arguments):
 # ------------------------------------------------------------------------------- pictures before networks
 
 def center_crop(picture, size):
-    """PIL picture -> U8 [size,size,3], as ADM cuts ImageNet (arXiv 2105.05233): halved by boxes while twice too
-    large, the rest of the way by Pillow's bicubic, which antialiases, and the middle taken."""
+    """PIL picture -> U8 [size,size,3], as ADM cuts ImageNet (arXiv 2105.05233): halved by boxes while twice
+    too large, the rest of the way by Pillow's bicubic, which antialiases, and the middle taken."""
     picture = picture.convert("RGB")
     while min(picture.size) >= 2 * size:
         picture = picture.resize(tuple(x // 2 for x in picture.size), Image.BOX)
@@ -90,12 +91,13 @@ def dino_input(pixels, side, device):
                          align_corners=False)
 
 def dino_score_input(pixels):
-    """For FD-DINOv2 and KDD, as dgm-eval does it: Pillow's bicubic, WITH antialiasing, on bytes, to 224 x 224.
-    U8 [H,W,3] -> U8 [224,224,3]."""
+    """For FD-DINOv2 and KDD, as dgm-eval does it: Pillow's bicubic, WITH antialiasing, on bytes, to 224 x
+    224. U8 [H,W,3] -> U8 [224,224,3]."""
     return np.asarray(Image.fromarray(pixels).resize((224, 224), Image.BICUBIC))
 
 def tensorflow_matrix(size, out):
-    """[out,size]: bilinear as TensorFlow 1 places it: output i looks at i size / out, no half pixel, no antialias"""
+    """[out,size]: bilinear as TensorFlow 1 places it: output i looks at i size / out, no half pixel, no
+    antialias"""
     at = torch.arange(out, dtype=torch.float32) * (size / out)
     low = at.floor().long().clamp(max=size - 1)
     high, part = (low + 1).clamp(max=size - 1), at - low
@@ -129,14 +131,14 @@ def residual(w, name, x):                               # [B,Cin,h,w] -> [B,Cout
 def attention(w, name, x):                              # one head over the places of the map
     h = group_norm(w, name + ".norm", x)
     q, k, v = (convolution(w, "%s.%s" % (name, part), h).flatten(2) for part in "qkv")        # [B,C,hw]
-    a = torch.softmax(q.transpose(1, 2) @ k * x.shape[1] ** -0.5, dim=-1)                       # [B,query,key]
+    a = torch.softmax(q.transpose(1, 2) @ k * x.shape[1] ** -0.5, dim=-1)       # [B,query,key]
     return x + convolution(w, name + ".proj_out", (v @ a.transpose(1, 2)).view_as(x))
 
 INVAE = ("encoder.conv_in.weight", "encoder.conv_out.weight", "quant_conv.weight")
 
 def invae(w, x):
-    """[B,3,16h,16w] in -1 ... 1 -> (mean, log variance), each [B,z,h,w]; the latents before their scale. It is the
-    mirror of sample.c's decoder; a downsampling pads below and to the right only."""
+    """[B,3,16h,16w] in -1 ... 1 -> (mean, log variance), each [B,z,h,w]; the latents before their scale. It
+    is the mirror of sample.c's decoder; a downsampling pads below and to the right only."""
     h, level = convolution(w, "encoder.conv_in", x), 0
     while "encoder.down.%d.block.0.conv1.weight" % level in w:
         name, block = "encoder.down.%d" % level, 0
@@ -159,8 +161,8 @@ def invae(w, x):
 DINO = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.ls1.gamma", "norm.weight")
 
 def dino_positions(w, side, antialias=True):
-    """pos_embed [1,1+n*n,D] brought to side x side patches. antialias: as REPA does it (timm); without: as DINOv2's
-    own code, which asks for 0.1 of a patch more, does it (and so dgm-eval)."""
+    """pos_embed [1,1+n*n,D] brought to side x side patches. antialias: as REPA does it (timm); without: as
+    DINOv2's own code, which asks for 0.1 of a patch more, does it (and so dgm-eval)."""
     cls, grid = w["pos_embed"][:, :1], w["pos_embed"][:, 1:]
     n = math.isqrt(grid.shape[1])
     if n == side:
@@ -173,8 +175,8 @@ def dino_positions(w, side, antialias=True):
     return torch.cat([cls, grid.permute(0, 2, 3, 1).flatten(1, 2)], 1)
 
 def dino(w, x, positions):
-    """[B,3,14 side,14 side] normalised -> tokens [B,1+side*side,D] after the last norm, CLS first. Heads are 64 wide,
-    as in every published size."""
+    """[B,3,14 side,14 side] normalised -> tokens [B,1+side*side,D] after the last norm, CLS first. Heads are
+    64 wide, as in every published size."""
     def norm(name, x):
         return F.layer_norm(x, x.shape[-1:], w[name + ".weight"], w[name + ".bias"], 1e-6)
     def linear(name, x):
@@ -186,7 +188,8 @@ def dino(w, x, positions):
     i = 0
     while "blocks.%d.norm1.weight" % i in w:
         name = "blocks.%d" % i
-        q, k, v = linear(name + ".attn.qkv", norm(name + ".norm1", x)).view(B, T, 3, -1, 64).permute(2, 0, 3, 1, 4)
+        qkv = linear(name + ".attn.qkv", norm(name + ".norm1", x))
+        q, k, v = qkv.view(B, T, 3, -1, 64).permute(2, 0, 3, 1, 4)
         a = torch.softmax(q * 64 ** -0.5 @ k.transpose(-1, -2), -1) @ v                     # [B,H,T,64]
         x = x + w[name + ".ls1.gamma"] * linear(name + ".attn.proj", a.transpose(1, 2).reshape(B, T, -1))
         h = F.gelu(linear(name + ".mlp.fc1", norm(name + ".norm2", x)))
@@ -199,10 +202,11 @@ def dino(w, x, positions):
 INCEPTION = ("Conv2d_1a_3x3.conv.weight", "Mixed_7c.branch_pool.conv.weight", "fc.weight")
 
 def inception(w, x):
-    """[B,3,299,299] in -1 ... 1 -> (pool [B,2048], spatial [B,7*17*17]). The network of the 2015 TensorFlow graph
-    under the names that its PyTorch files have. Pooled is "pool_3:0"; spatial are the first seven channels of
-    "mixed_6/conv:0", channels last, as ADM's evaluator takes them for sFID. Three things differ from torchvision's
-    Inception: average pools do not count the border, the last block pools by maximum, and there are 1008 classes."""
+    """[B,3,299,299] in -1 ... 1 -> (pool [B,2048], spatial [B,7*17*17]). The network of the 2015 TensorFlow
+    graph under the names that its PyTorch files have. Pooled is "pool_3:0"; spatial are the first seven
+    channels of "mixed_6/conv:0", channels last, as ADM's evaluator takes them for sFID. Three things differ
+    from torchvision's Inception: average pools do not count the border, the last block pools by maximum, and
+    there are 1008 classes."""
     def conv(name, x, stride=1, padding=None):          # convolution, batch norm, ReLU
         x = convolution(w, name + ".conv", x, stride, padding)
         return F.relu(F.batch_norm(x, w[name + ".bn.running_mean"], w[name + ".bn.running_var"],
@@ -234,14 +238,16 @@ def inception(w, x):
     for name in ("Mixed_5b", "Mixed_5c", "Mixed_5d"):
         x = block_a(name, x)
     x = torch.cat([conv("Mixed_6a.branch3x3", x, 2, 0),
-                   conv("Mixed_6a.branch3x3dbl_3", chain("Mixed_6a", "branch3x3dbl_1 branch3x3dbl_2", x), 2, 0),
+                   conv("Mixed_6a.branch3x3dbl_3",
+                        chain("Mixed_6a", "branch3x3dbl_1 branch3x3dbl_2", x), 2, 0),
                    F.max_pool2d(x, 3, 2)], 1)
     x = block_c("Mixed_6c", block_c("Mixed_6b", x))
     spatial = conv("Mixed_6d.branch1x1", x)[:, :7].permute(0, 2, 3, 1).flatten(1)
     x = block_c("Mixed_6e", block_c("Mixed_6d", x))
     three = " ".join("branch7x7x3_%d" % i for i in range(1, 4))
     x = torch.cat([conv("Mixed_7a.branch3x3_2", chain("Mixed_7a", "branch3x3_1", x), 2, 0),
-                   conv("Mixed_7a.branch7x7x3_4", chain("Mixed_7a", three, x), 2, 0), F.max_pool2d(x, 3, 2)], 1)
+                   conv("Mixed_7a.branch7x7x3_4", chain("Mixed_7a", three, x), 2, 0),
+                   F.max_pool2d(x, 3, 2)], 1)
     x = block_e("Mixed_7b", x, average)
     x = block_e("Mixed_7c", x, lambda x: F.max_pool2d(x, 3, 1, 1))
     return x.mean((2, 3)), spatial

@@ -1,16 +1,15 @@
 #!/usr/bin/env python3
-"""Tests of the ImageNet road, from generated pictures to a score: data/imagenet.py, the trainer on the CPU and by
-emulation, ./sample with the decoder, dev/evaluate.py. The networks are small ones of the published layout with random
-weights, so every line runs but no number means anything.
+"""Tests of the ImageNet road, from generated pictures to a score: data/imagenet.py, the trainer on the CPU
+and by emulation, ./sample with the decoder, dev/evaluate.py. The networks are small ones of the published
+layout with random weights, so every line runs but no number means anything.
 
-  /usr/bin/python3 dev/test_imagenet.py             needs ./train_srdit, ./sample, torch, Pillow, scipy, scikit-learn
+  /usr/bin/python3 dev/test_imagenet.py         needs ./train_srdit, ./sample, torch, Pillow, scipy, sklearn
   /usr/bin/python3 dev/test_imagenet.py --emulated ./train_srdit_emu        the GPU trainer too, on the CPU
-  PYTHONPATH=... dev/test_imagenet.py --public      instead: the real sizes against timm, torchvision, pytorch-fid
 
 Nothing outside a temporary folder is touched. The exit status tells.
 """
-import argparse, errno, io, json, math, os, re, resource, shutil, signal, struct, subprocess, sys, tempfile, time
-import zipfile
+import argparse, errno, io, json, math, os, re, resource, shutil, signal, struct, subprocess, sys, tempfile
+import time
 import numpy as np
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -110,7 +109,8 @@ def inception_shapes(part=1):
         for branch, source, b, kernel in branches:
             conv("%s.%s" % (name, branch), width[source], b, kernel)
             width[branch] = b
-    for name, a, b, k in (("1a_3x3", 3, 32, 3), ("2a_3x3", 32, 32, 3), ("2b_3x3", 32, 64, 3), ("3b_1x1", 64, 80, 1),
+    for name, a, b, k in (("1a_3x3", 3, 32, 3), ("2a_3x3", 32, 32, 3), ("2b_3x3", 32, 64, 3),
+                          ("3b_1x1", 64, 80, 1),
                           ("4a_3x3", 80, 192, 3)):
         conv("Conv2d_" + name, a, b, k)
     for name, a, pool in (("5b", 192, 32), ("5c", 256, 64), ("5d", 288, 64)):
@@ -134,7 +134,8 @@ def inception_shapes(part=1):
         block("Mixed_" + name, a, ("branch1x1", "", 320, 1), ("branch3x3_1", "", 384, 1),
               ("branch3x3_2a", "branch3x3_1", 384, (1, 3)), ("branch3x3_2b", "branch3x3_1", 384, (3, 1)),
               ("branch3x3dbl_1", "", 448, 1), ("branch3x3dbl_2", "branch3x3dbl_1", 384, 3),
-              ("branch3x3dbl_3a", "branch3x3dbl_2", 384, (1, 3)), ("branch3x3dbl_3b", "branch3x3dbl_2", 384, (3, 1)),
+              ("branch3x3dbl_3a", "branch3x3dbl_2", 384, (1, 3)),
+              ("branch3x3dbl_3b", "branch3x3dbl_2", 384, (3, 1)),
               ("branch_pool", "", 192, 1))
     affine(s, "fc", 1008, 2048 // part)
     return s
@@ -204,13 +205,16 @@ def tree(folder):
 # -------------------------------------------------------------------------------------------- the pictures
 
 def make_pictures(folder):
-    """A dozen pictures of three classes, of many shapes: one grey, one CMYK, one with transparency, one palette"""
+    """A dozen pictures of three classes, of many shapes: one grey, one CMYK, one with transparency, one
+    palette"""
     rng, where = np.random.RandomState(7), []
-    shapes = [(64, 64), (70, 130), (200, 150), (129, 128), (64, 300), (333, 250), (90, 90), (128, 128), (65, 64),
+    shapes = [(64, 64), (70, 130), (200, 150), (129, 128), (64, 300), (333, 250), (90, 90), (128, 128),
+              (65, 64),
               (100, 140), (140, 100), (257, 259)]
     for i, (h, w) in enumerate(shapes):
         y, x = np.mgrid[0:h, 0:w] / 20
-        waves = np.stack([np.sin(x * rng.rand() * 3 + y * rng.rand() * 3 + rng.rand() * 6) for _ in range(3)], 2)
+        waves = np.stack([np.sin(x * rng.rand() * 3 + y * rng.rand() * 3 + rng.rand() * 6)
+                          for _ in range(3)], 2)
         picture = Image.fromarray(np.uint8(128 + 80 * waves + 20 * rng.rand(h, w, 3)))
         ending = ".JPEG" if i % 2 else ".png"
         picture = picture.convert({1: "CMYK", 2: "L", 4: "RGBA", 6: "P"}.get(i, "RGB"))
@@ -290,7 +294,8 @@ def metrics():
     want = np.mean([np.exp(np.mean([scipy.stats.entropy(row, p[i:i + 500].mean(0)) for row in p[i:i + 500]]))
                     for i in (0, 500)])
     close("Inception Score against scipy's entropy", evaluate.inception_score(x, weight, 500, 64), want, 1e-8)
-    check("of a class each: their number", abs(evaluate.inception_score(1e4 * np.eye(7), np.eye(7)) - 7) <= 1e-9)
+    got = evaluate.inception_score(1e4 * np.eye(7), np.eye(7))
+    check("of a class each: their number", abs(got - 7) <= 1e-9, got)
 
 def preprocessing():
     """Golden pictures: Pillow's and TensorFlow's resampling against their definitions, written out here"""
@@ -320,7 +325,8 @@ def preprocessing():
     want = pillow(bicubic(120, 85, -0.5), bicubic(90, 64, -0.5), picture)
     got = networks.center_crop(Image.fromarray(picture), 64)
     check("the crop: Pillow's antialiased bicubic, the middle of it",
-          got.shape == (64, 64, 3) and np.abs(got - want[:, 10:74]).max() <= 1, np.abs(got - want[:, 10:74]).max())
+          got.shape == (64, 64, 3) and np.abs(got - want[:, 10:74]).max() <= 1,
+          np.abs(got - want[:, 10:74]).max())
     big = rng.randint(0, 256, (256, 256, 3)).astype(np.uint8)
     half = lambda n: np.repeat(np.eye(n // 2), 2, 1) / 2
     box = lambda p: pillow(half(len(p)), half(len(p)), p)
@@ -342,9 +348,10 @@ def preprocessing():
         r1, c1, fy, fx = min(r + 1, 255), min(c + 1, 255), y - r, x - c
         want = (big[r, c] * (1 - fy) * (1 - fx) + big[r1, c] * fy * (1 - fx) + big[r, c1] * (1 - fy) * fx +
                 big[r1, c1] * fy * fx - 128) / 128
-        check("Inception's input at %d, %d: TensorFlow 1's bilinear" % (i, j), np.abs(got[:, i, j] - want).max() <= 1e-4)
-    check("pictures by truncation", reference.to_pixels(torch.tensor([[[[0.9999]], [[-2.0]], [[0.5]]]])).flatten()
-          .tolist() == [254, 0, 191])
+        check("Inception's input at %d, %d: TensorFlow 1's bilinear" % (i, j),
+              np.abs(got[:, i, j] - want).max() <= 1e-4)
+    pixels = reference.to_pixels(torch.tensor([0.9999, -2.0, 0.5]).view(1, 3, 1, 1))
+    check("pictures by truncation", pixels.flatten().tolist() == [254, 0, 191])
 
 def shards_of(folder):
     names = sorted(n for n in os.listdir(folder) if n.endswith(".safetensors"))
@@ -360,10 +367,12 @@ def chain(at, options):
     decoder.decoder = reference.Decoder(32, (1, 1, 2, 2, 4), 2, 32, 3, 32, 1e-6, (4,))
     torch.save({**vae, **decoder.state_dict()}, at("vae.pt"))
     torch.save(random_weights(dino_shapes(384, 2), 3), at("dino.pth"))
-    torch.save(random_weights(inception_shapes(16), 4), at("inception.pth"), _use_new_zipfile_serialization=False)
+    torch.save(random_weights(inception_shapes(16), 4), at("inception.pth"),
+               _use_new_zipfile_serialization=False)
     make_reference_layout(at("dataset"), at("train"), vae)
     one = 384 * 4 + 4 + 32 * 4 * 4 * 2 + 17 * 384
-    common = ["--classes", CLASSES, "--size", SIZE, "--dino", at("dino.pth"), "--encoder", "dinov2-s", "--batch", 4,
+    common = ["--classes", CLASSES, "--size", SIZE, "--dino", at("dino.pth"), "--encoder", "dinov2-s",
+              "--batch", 4,
               "--workers", 2, "--keep-every", 0, "--shard-gb", (7 * one + 100) / 1e9]
     ours = ["--source", at("train"), "--vae", at("vae.pt")] + common
     theirs = ["--source", at("dataset")] + common
@@ -386,16 +395,19 @@ def chain(at, options):
     # features, written out again without the program's own path
     w = networks.load(at("dino.pth"), networks.DINO, "DINOv2")
     samples = imagenet.find_samples(at("train"), CLASSES)
-    pixels = np.stack([networks.center_crop(Image.open(os.path.join(at("train"), s.picture)), SIZE) for s in samples])
+    pixels = np.stack([networks.center_crop(Image.open(os.path.join(at("train"), s.picture)), SIZE)
+                       for s in samples])
     with torch.no_grad():
-        tokens = networks.dino(w, networks.dino_input(pixels, 4, "cpu"), networks.dino_positions(w, 4)).numpy()
+        tokens = networks.dino(w, networks.dino_input(pixels, 4, "cpu"),
+                               networks.dino_positions(w, 4)).numpy()
     close("CLS in float", t["cls"], tokens[:, 0], 1e-5)
     off = np.abs(t["feats"].astype(int) - digits.to_int8(tokens.astype(np.float64)).astype(int)).max()
     check("features as digits.py's int8", off <= 1 and np.abs(t["feats"]).max(-1).min() == 127, off)
     mean = networks.invae(vae, networks.channels_first(pixels, "cpu") / 127.5 - 1)
     x = imagenet.floats(t["latents"]).reshape(COUNT, 32, 4, 4)
     z = (x - mean[0].detach().numpy()) / np.exp(mean[1].detach().numpy() / 2)
-    check("latents are one sample of the posterior", abs(z.mean()) <= 0.05 and abs(z.std() - 1) <= 0.05, (z.mean(), z.std()))
+    check("latents are one sample of the posterior", abs(z.mean()) <= 0.05 and abs(z.std() - 1) <= 0.05,
+          (z.mean(), z.std()))
 
     r = forked(imagenet.main, ours + ["--out", at("ours"), "--check"])
     check("--check", r.status == 0 and "2 of 2 shards are finished" in r.out, r)
@@ -406,18 +418,21 @@ def chain(at, options):
     check("made again: nothing is touched", r.status == 0 and tree(at("ours")) == whole, r)
 
     data = shards_of(at("ours"))
-    tiny = ["--steps", 3, "--batch", 4, "--depth", 3, "--num-f", 1, "--num-h", 1, "--hidden-size", 32, "--num-heads", 2,
+    tiny = ["--steps", 3, "--batch", 4, "--depth", 3, "--num-f", 1, "--num-h", 1, "--hidden-size", 32,
+            "--num-heads", 2,
             "--projector-dim", 16, "--sample-steps", 2, "--log-every", 1]
     said = program(options.train, "--data", *data, *tiny, "--out", at("run"))
     check("the trainer takes both shards", "12 samples in 2 files" in said and "3/3" in said, said)
     if options.emulated:
         emulated = program(options.emulated, "--data", *data, *tiny, "--out", at("emulated"))
         losses = [[float(v) for v in re.findall(r"^ *\d/3 +(\S+)", s, re.M)] for s in (said, emulated)]
-        check("and so does the GPU's, emulated, with the same losses", len(losses[0]) == 3 == len(losses[1]) and
+        check("and so does the GPU's, emulated, with the same losses",
+              len(losses[0]) == 3 == len(losses[1]) and
               np.abs(np.subtract(*losses)).max() <= 1e-3, losses)
     r = forked(convert.main, ["decoder", at("vae.pt"), at("decoder.safetensors")])
     check("convert.py takes the decoder from the same file", r.status == 0, r)
-    program(options.sample, at("run/checkpoint.safetensors"), "--decoder", at("decoder.safetensors"), "--num", 9,
+    program(options.sample, at("run/checkpoint.safetensors"), "--decoder", at("decoder.safetensors"),
+            "--num", 9,
             "--steps", 2, "--npz", at("samples.npz"))
     with np.load(at("samples.npz")) as f:
         check("pictures", f["arr_0"].shape == (9, SIZE, SIZE, 3) and f["arr_0"].dtype == np.uint8)
@@ -444,14 +459,14 @@ def evaluation(at, real, made):
         Image.fromarray(p).save(at("png/%06d.png" % i))
     dino = random_weights(dino_shapes(128, 1), 5)
     torch.save(dino, at("dino_l.pth"))
-    words = ["--ref", at("ref.npz"), "--inception", at("inception.pth"), "--dino", at("dino_l.pth"), "--cache",
+    words = ["--ref", at("ref.npz"), "--inception", at("inception.pth"), "--dino", at("dino_l.pth"),
+             "--cache",
              at("cache"), "--batch", 5]
     r = forked(evaluate.main, [at("samples.npz")] + words + ["--out", at("result.json")])
     check("scores", r.status == 0 and "not the published ones" in r.out, r)
     with open(at("result.json")) as f:
         result = json.load(f)
-    # the same by another road: whole arrays, scipy
-    import scipy.linalg
+    # the same by another road: whole arrays, singular values
     w = networks.load(at("inception.pth"), networks.INCEPTION, "Inception")
     with torch.no_grad():
         f1, f2 = ([y.numpy().astype(float) for y in networks.inception(w, networks.inception_input(x, "cpu"))]
@@ -474,15 +489,18 @@ def evaluation(at, real, made):
           tree(at("cache")) == cached and "left" not in again.err, again)
     r2 = forked(evaluate.main, [at("png")] + words)
     numbers = lambda text: re.findall(r"^(\S.*?) +(-?\d+\.\d+)$", text, re.M)
-    check("a folder of the same pictures scores the same", r2.status == 0 and numbers(r.out) == numbers(r2.out) and
+    check("a folder of the same pictures scores the same", r2.status == 0 and
+          numbers(r.out) == numbers(r2.out) and
           len(numbers(r.out)) == 7, r2)
     stats = [evaluate.moments(x) for x in f2]
     np.savez(at("stats.npz"), mu=stats[0][0], sigma=stats[0][1], mu_s=stats[1][0], sigma_s=stats[1][1])
-    r3 = forked(evaluate.main, [at("samples.npz"), "--ref", at("stats.npz"), "--inception", at("inception.pth"),
+    r3 = forked(evaluate.main, [at("samples.npz"), "--ref", at("stats.npz"), "--inception",
+                                at("inception.pth"),
                                 "--cache", at("cache")])
     both = dict(numbers(r3.out)), dict(numbers(r.out))
     check("a reference of statistics alone", r3.status == 0 and "precision" not in both[0] and
-          all(abs(float(both[0][n]) - float(both[1][n])) <= 1e-4 * float(both[1][n]) for n in ("FID", "sFID")), r3)
+          all(abs(float(both[0][n]) - float(both[1][n])) <= 1e-4 * float(both[1][n])
+              for n in ("FID", "sFID")), r3)
     with open(at("short.npz"), "wb") as f, open(at("samples.npz"), "rb") as g:
         f.write(g.read()[:30000])
     np.savez(at("odd.npz"), arr_0=np.zeros((2, 8, 8, 3)))
@@ -491,17 +509,20 @@ def evaluation(at, real, made):
     with open(at("broken/a.png"), "wb") as f:
         f.write(b"no picture")
     for name, pattern in (("short.npz", "short.npz: no .npz with an arr_0"), ("odd.npz", r"float64 .* uint8"),
-                          ("few.npz", "more than 3 pictures"), ("broken", "a.png: not a picture"),
+                          ("few.npz", "few.npz: 3 pictures; .* more than 3"), ("broken", "a.png: not a picture"),
                           ("nothing.npz", "no such file"), ("train", "picture 1 is .* and those before")):
         told("evaluate %s" % name, forked(evaluate.main, [at(name)] + words), pattern)
-    told("evaluate with another network's weights", forked(evaluate.main, [at("samples.npz"), "--ref", at("ref.npz"),
+    told("evaluate with another network's weights",
+         forked(evaluate.main, [at("samples.npz"), "--ref", at("ref.npz"),
          "--inception", at("dino.pth"), "--cache", at("cache")]), "dino.pth: it has no tensor Conv2d_1a_3x3")
     torch.save({n: x for n, x in random_weights(inception_shapes(16), 4).items() if "Mixed_6c" not in n},
                at("holes.pth"))
-    told("evaluate with a hole in the weights", forked(evaluate.main, [at("samples.npz"), "--ref", at("ref.npz"),
+    told("evaluate with a hole in the weights",
+         forked(evaluate.main, [at("samples.npz"), "--ref", at("ref.npz"),
          "--inception", at("holes.pth"), "--cache", at("cache")]), "holes.pth: it has no tensor 'Mixed_6c")
-    told("evaluate on a full disk", forked(evaluate.main, [at("samples.npz"), "--ref", at("ref.npz"), "--inception",
-         at("inception.pth"), "--cache", at("cache2")], limits=[(resource.RLIMIT_FSIZE, 1000)]), "cache2.*File too large")
+    r = forked(evaluate.main, [at("samples.npz"), "--ref", at("ref.npz"), "--inception", at("inception.pth"),
+                               "--cache", at("cache2")], limits=[(resource.RLIMIT_FSIZE, 1000)])
+    told("evaluate on a full disk", r, "File too large")
 
 def bad_input(at, ours, theirs, whole):
     """One sentence that names the file, and what is made is kept and used"""
@@ -522,15 +543,18 @@ def bad_input(at, ours, theirs, whole):
     good = os.path.join(at("train"), "n01440764/picture_0.png")
     with open(good, "rb") as f:
         data = f.read()
-    source("train", put("n01440764/picture_0.png", data[:len(data) // 2]), ours, "picture_0.png: not a picture")
+    source("train", put("n01440764/picture_0.png", data[:len(data) // 2]), ours,
+           "picture_0.png: not a picture")
     source("train", put("n01440765/empty.jpg", b""), ours, "empty.jpg: not a picture")
     source("train", put("loose.png", data), ours, "loose.png: a picture outside")
     source("train", lambda f: os.makedirs(os.path.join(f, "n9")), ours, "4 class folders where 3")
-    source("dataset", lambda f: os.remove(os.path.join(f, png % 3)), theirs, "11 pictures in images/ and 12 latents")
+    source("dataset", lambda f: os.remove(os.path.join(f, png % 3)), theirs,
+           "11 pictures in images/ and 12 latents")
     def renamed(folder):
         os.rename(os.path.join(folder, png % 3), os.path.join(folder, png % 99))
     source("dataset", renamed, theirs, "img00000004.png stands beside .*00000003.npy")
-    source("dataset", array(npy % 2, np.zeros((1, 32, 8, 8), "f4")), theirs, "00000002.npy: float32 .1, 32, 8, 8. where")
+    source("dataset", array(npy % 2, np.zeros((1, 32, 8, 8), "f4")), theirs,
+           "00000002.npy: float32 .1, 32, 8, 8. where")
     source("dataset", array(npy % 2, np.full((1, 32, 4, 4), np.nan, "f4")), theirs, "00000002.npy: .* finite")
     source("dataset", put(npy % 1, b"\x93NUMPY"), theirs, "00000001.npy: latents that cannot be read")
     small = io.BytesIO()
@@ -549,11 +573,15 @@ def bad_input(at, ours, theirs, whole):
             with open(path, "w") as f:
                 json.dump({"labels": pairs}, f)
         return act
-    source("dataset", labels(lambda p: p[2].__setitem__(1, 3)), theirs, "label of .*00000002.npy is 3, but there are 3")
-    source("dataset", labels(lambda p: p[2].__setitem__(1, 2)), theirs, "00000002.npy is 2, but that of images")
-    source("dataset", labels(lambda p: p.append(["x.npy", 1])), theirs, "labels a file that is not there, x.npy")
+    source("dataset", labels(lambda p: p[2].__setitem__(1, 3)), theirs,
+           "label of .*00000002.npy is 3, but there are 3")
+    source("dataset", labels(lambda p: p[2].__setitem__(1, 2)), theirs,
+           "00000002.npy is 2, but that of images")
+    source("dataset", labels(lambda p: p.append(["x.npy", 1])), theirs,
+           "labels a file that is not there, x.npy")
     source("dataset", labels(lambda p: p.append(p[0])), theirs, "names a file twice")
-    source("dataset", lambda f: os.remove(os.path.join(f, "vae-in/dataset.json")), theirs, "dataset.json: not there")
+    source("dataset", lambda f: os.remove(os.path.join(f, "vae-in/dataset.json")), theirs,
+           "dataset.json: not there")
 
     def with_words(what, pattern, *words, drop=()):
         base = list(ours)
@@ -580,7 +608,8 @@ def bad_input(at, ours, theirs, whole):
     torch.save(other, at("other.pt"))
     words = [at("other.pt") if w == at("vae.pt") else w for w in again]
     told("another VAE between sittings", forked(imagenet.main, words), "index.json: .* vae = ")
-    told("another seed", forked(imagenet.main, again + ["--seed", 1]), "index.json: .* seed = 0, and now it is 1")
+    told("another seed", forked(imagenet.main, again + ["--seed", 1]),
+         "index.json: .* seed = 0, and now it is 1")
     os.rename(at("train/n01440764/picture_0.png"), at("train/n01440764/a.png"))
     told("another list of pictures", forked(imagenet.main, again), "index.json: .* samples_sha256")
     os.rename(at("train/n01440764/a.png"), at("train/n01440764/picture_0.png"))
@@ -593,7 +622,8 @@ def bad_input(at, ours, theirs, whole):
     finished()
     os.rename(at("copy/" + first), at("copy/x"))
     shutil.copy(at("copy/" + second), at("copy/" + first))
-    told("a shard in another's place", forked(imagenet.main, again), first + ": .*(cut short or replaced|swapped)")
+    told("a shard in another's place", forked(imagenet.main, again),
+         first + ": .*(cut short or replaced|swapped)")
     finished()
     with open(at("copy/" + second), "r+b") as f:
         f.seek(len(whole[second]) - 100)
@@ -602,7 +632,8 @@ def bad_input(at, ours, theirs, whole):
     r = forked(imagenet.main, again + ["--redo", second])
     check("--redo makes it again, the same", r.status == 0 and tree(at("copy")) == whole, r)
     os.remove(at("copy/" + first))
-    told("a shard that is gone", forked(imagenet.main, again), first + ": listed in index.json, but not there")
+    told("a shard that is gone", forked(imagenet.main, again),
+         first + ": listed in index.json, but not there")
     r = forked(imagenet.main, again + ["--redo", first])
     check("and made again by --redo", r.status == 0 and tree(at("copy")) == whole, r)
     with open(at("copy/index.json"), "w") as f:
@@ -670,7 +701,8 @@ def interrupted(at, ours, whole):
     with open(broken, "wb") as f:
         f.write(b"\xff\xd8 nothing")
     told("a broken picture late", forked(imagenet.main, words), "picture_9.JPEG: not a picture")
-    check("keeps what was finished before it", len([k for k in tree(at("killed")) if k.endswith(".safetensors")]) == 1)
+    check("keeps what was finished before it",
+          len([k for k in tree(at("killed")) if k.endswith(".safetensors")]) == 1)
     os.replace(at("aside"), broken)
     r = forked(imagenet.main, words)
     check("and goes on when it is whole", r.status == 0 and tree(at("killed")) == whole, r)
@@ -686,11 +718,11 @@ def interrupted(at, ours, whole):
     os.kill(pid, signal.SIGKILL), os.waitpid(pid, 0)
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", default=os.path.join(ROOT, "train_srdit"))
     parser.add_argument("--sample", default=os.path.join(ROOT, "sample"))
     parser.add_argument("--emulated", help="the GPU trainer by emulation, ./train_srdit_emu")
-    parser.add_argument("--public", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     for program in (options.train, options.sample):
         if not os.access(program, os.X_OK):
