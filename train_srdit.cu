@@ -408,7 +408,7 @@ static void cast(floatX *out, const float *in, size_t n) {   // n is a multiple 
 typedef struct {
     int M, N, K, lda, ldb, ldc;           // C[M,N] (+)= op(A)[M,K] op(B)[K,N], row-major; ld: from row to row
     int ta, tb, add, float_out;           // op transposes where ta, tb; C is float or floatX
-    int epilogue, aux_ld, align, batch;   // align: of the pointers; batch products, each stepa ... further
+    int epilogue, aux_ld, align, batch;   // align: of all pointers; batch products, each stepa ... further
     int64_t stepa, stepb, stepc, step_bias;
 } GemmKey;
 typedef struct {
@@ -607,6 +607,8 @@ static void profile_product(const GemmKey *k) {
 
 static GemmPlan *plan_of(GemmKey *k, void *C, const floatX *A, const floatX *B, const void *bias, void *aux) {
     uintptr_t bits = (uintptr_t)A | (uintptr_t)B | (uintptr_t)C | 256;
+    bits |= (uintptr_t)(k->stepa | k->stepb) * sizeof(floatX) |
+            (uintptr_t)k->stepc * (k->float_out ? 4 : sizeof(floatX));
     k->align = (int)(bits & (~bits + 1));
     for (int i = 0; i < plan_count; i++)
         if (!memcmp(&plans[i]->key, k, sizeof(*k))) return plans[i];
@@ -3668,7 +3670,7 @@ typedef struct {
 } LossSums;
 __global__ void __launch_bounds__(256) loss_sums_kernel(const LossSums all) {
     __shared__ double sums[256];
-    const LossSum one = all.of[blockIdx.x];
+    const LossSum &one = all.of[blockIdx.x];
     double sum = 0;
     for (int i = threadIdx.x; i < one.count; i += 256) sum += one.parts[i];
     sums[threadIdx.x] = sum;
