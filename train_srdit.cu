@@ -214,6 +214,8 @@ static double peak_bandwidth(void) {
 
 static int div_up(int a, int b) { return (a + b - 1) / b; }
 static size_t largest(size_t a, size_t b) { return a > b ? a : b; }
+// From one matrix to the next where several lie one behind the other, so that each is aligned
+__host__ __device__ static inline size_t step_of(size_t count) { return (count + 127) / 128 * 128; }
 
 // ----------------------------------------------------------------------------------------------------------
 // Small pieces for kernels
@@ -764,8 +766,8 @@ static void linear_backward_weight(float *dw, const floatX *dout, const floatX *
     k.add = add;
     if (count > 1) {
         k.batch = count;
-        k.stepa = (int64_t)N * O;
-        k.stepb = (int64_t)N * I;
+        k.stepa = (int64_t)step_of((size_t)N * O);
+        k.stepb = (int64_t)step_of((size_t)N * I);
         k.stepc = step;
     }
     matmul<float>(k, dw, dout, in, NULL);
@@ -1117,7 +1119,7 @@ __global__ void __launch_bounds__(256)
     __shared__ float sums[8][32][W];
     int lane = threadIdx.x % 32, y = threadIdx.x / 32, c = (blockIdx.x * 32 + lane) * W;
     int r0 = blockIdx.y * chunk, r1 = min(r0 + chunk, rows);
-    size_t matrix = (size_t)blockIdx.z * rows * cols;
+    size_t matrix = blockIdx.z * step_of((size_t)rows * cols);
     float sum[W] = {};
     for (int r = r0 + y; W == 4 && r < r1 && c < cols; r += 32) {   // four rows' loads first
         Raw4 d[4] = {};
@@ -2944,7 +2946,7 @@ static void acts_layout(Acts *a, DeviceArena *m, const Config *c, int B) {
     take(a->mod, m, L * b * 6 * D);
     take(a->final_mod, m, b * 2 * D);
     take(a->fused, m, N * D);
-    size_t most_rows = 0;
+    size_t most_D = 0, most_F = 0, most_3D = 0;   // of a run
     for (int i = 0; i < c->depth + (c->num_h == 0); i++) {
         BlockActs *k = &a->block[i];
         int shared_by_g = c->num_h ? c->depth - 1 : c->depth;   // in evaluation
@@ -2959,18 +2961,21 @@ static void acts_layout(Acts *a, DeviceArena *m, const Config *c, int B) {
         take(k->proj, m, n * D);
         take(k->fc1, m, n * Fi);
         take(k->fc2, m, n * D);
+        size_t nD = step_of(n * D), nF = step_of(n * Fi);
         BlockRun run = run_of(c, i);   // what the weights' gradients read lies one behind the other in a run
         if (i > run.first) {
             const BlockActs *before = k - 1;
-            k->h1 = before->h1 + n * D, k->a = before->a + n * D, k->h2 = before->h2 + n * D;
-            k->gelu = before->gelu + n * Fi;
+            k->h1 = before->h1 + nD, k->a = before->a + nD, k->h2 = before->h2 + nD;
+            k->gelu = before->gelu + nF;
             continue;
         }
-        most_rows = largest(most_rows, run.count * n);
-        take(k->h1, m, run.count * n * D);
-        take(k->a, m, run.count * n * D);
-        take(k->h2, m, run.count * n * D);
-        take(k->gelu, m, run.count * n * Fi);
+        most_D = largest(most_D, run.count * nD);
+        most_F = largest(most_F, run.count * nF);
+        most_3D = largest(most_3D, run.count * step_of(n * 3 * D));
+        take(k->h1, m, run.count * nD);
+        take(k->a, m, run.count * nD);
+        take(k->h2, m, run.count * nD);
+        take(k->gelu, m, run.count * nF);
     }
     take(a->E, m, N * D);
     take(a->E_low, m, N * D);
@@ -2992,10 +2997,10 @@ static void acts_layout(Acts *a, DeviceArena *m, const Config *c, int B) {
     take(a->d_v1, m, N * D);
     take(a->d_g, m, pad * D);
     size_t wide = largest(D, c->align ? M : 0), wide2 = largest(wide, c->align ? Z : 0);
-    take(a->d_run.fc2, m, most_rows * D);
-    take(a->d_run.fc1, m, most_rows * F);
-    take(a->d_run.proj, m, most_rows * D);
-    take(a->d_run.qkv, m, most_rows * 3 * D);
+    take(a->d_run.fc2, m, most_D);
+    take(a->d_run.fc1, m, most_F);
+    take(a->d_run.proj, m, most_D);
+    take(a->d_run.qkv, m, most_3D);
     take(a->dy, m, N * D);
     take(a->dh, m, N * D);
     take(a->dG, m, pad * D);
@@ -3159,12 +3164,12 @@ static Residual block_forward(GpuModel *g, int i, BlockActs *k, const Residual &
 static BlockGrads block_grads(const GpuModel *g, int i, int B) {
     const Config *c = &g->base.c;
     size_t D = (size_t)c->hidden_size, rows = (size_t)(B * (is_sparse(c, i) ? kept_of(c) : tokens_of(c)));
-    size_t at = (size_t)(i - run_of(c, i).first) * rows;
+    size_t at = (size_t)(i - run_of(c, i).first);
     BlockGrads d = g->a.d_run;
-    d.fc2 += at * D;
-    d.fc1 += at * (size_t)hidden_of(c, i);
-    d.proj += at * D;
-    d.qkv += at * 3 * D;
+    d.fc2 += at * step_of(rows * D);
+    d.fc1 += at * step_of(rows * (size_t)hidden_of(c, i));
+    d.proj += at * step_of(rows * D);
+    d.qkv += at * step_of(rows * 3 * D);
     return d;
 }
 // The backward of a norm that reads n tokens a sample, before its caller says what it read
@@ -3213,7 +3218,7 @@ static void run_weights_backward(GpuModel *g, int i, int B, int n) {
     for (int j = 0, end; j < run.count; j = imax(end, j + 1)) {   // all in one launch, if they are all due
         for (end = j; end < run.count && g->bias_due[run.first + end]; end++) continue;
         if (end == j) continue;
-        bias_backward(dw[j].fc1_b, &g->sums, d->fc1 + (size_t)j * N * F, N, F, end - j,
+        bias_backward(dw[j].fc1_b, &g->sums, d->fc1 + j * step_of((size_t)N * F), N, F, end - j,
                       (size_t)(next->fc1_b - dw->fc1_b));
     }
 }
