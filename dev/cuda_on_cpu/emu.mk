@@ -127,6 +127,7 @@ test_srdit_on_cpu:
 	$(call trainer_run,trainer in bf16,,plain,bf16)
 	$(call trainer_run,reverse order,CUDA_CPU_ORDER=rev,plain,bf16,"65 tokens")
 	$(call trainer_run,random order,CUDA_CPU_ORDER=rand CUDA_CPU_SEED=1,plain,bf16,"65 tokens")
+	$(call trainer_run,two multiprocessors,CUDA_CPU_SMS=2,plain,bf16,"65 tokens")
 	$(call trainer_run,random order$(COMMA) in float,CUDA_CPU_ORDER=rand CUDA_CPU_SEED=2,plain,fp32,"path drop")
 	$(call trainer_run,late streams,CUDA_CPU_ASYNC=1,plain,fp32,"path drop")
 	$(call trainer_run,strict cuBLASLt$(COMMA) in float,CUDA_CPU_CUBLAS=strict,plain,fp32,"65 tokens")
