@@ -681,10 +681,11 @@ static void ode_step(SamplerWork *w, GpuModel *g, const Sampling *s, int heun, i
 // state so far on the device. Not 0: stop here.
 typedef int StepEnded(int step, const double *x, void *user);
 
-// n samples, s->first and their classes y on, from noise to w->x. The host stays AHEAD steps before the
-// device and hears of each that has ended. Returns 0 where `ended` stopped it.
+// n samples, s->first and their classes y on, from noise to w->x. The host stays `ahead` steps, at most
+// AHEAD, before the device and hears of each that has ended; with 1, the state is then the one after that
+// step. Returns 0 where `ended` stopped it.
 static int sample(SamplerWork *w, Model *m, const Sampling *s, const char *sampler, const int *y, int n,
-                  StepEnded *ended, void *user) {
+                  int ahead, StepEnded *ended, void *user) {
     GpuModel *g = gpu_of(m);
     int stopped = 0;
     double *t = (double *)alloc_zero((size_t)s->steps + 1, sizeof(double));
@@ -695,11 +696,11 @@ static int sample(SamplerWork *w, Model *m, const Sampling *s, const char *sampl
     CHECK(cudaMemcpyAsync(g->in.y, classes, (size_t)n * (s->cfg > 1 ? 2 : 1) * sizeof(int),
                           cudaMemcpyHostToDevice, stream));
     sampler_noise(w, &m->c, s, n);
-    for (int i = 0; i < s->steps + AHEAD && !stopped; i++) {
-        cudaEvent_t done = w->step_done[i % AHEAD];
-        if (i >= AHEAD) {
+    for (int i = 0; i < s->steps + ahead && !stopped; i++) {
+        cudaEvent_t done = w->step_done[i % ahead];
+        if (i >= ahead) {
             CHECK(cudaEventSynchronize(done));
-            if (ended) stopped = ended(i - AHEAD + 1, w->x, user);
+            if (ended) stopped = ended(i - ahead + 1, w->x, user);
         }
         if (i >= s->steps || stopped) continue;
         if (!strcmp(sampler, "em")) euler_maruyama_step(w, g, s, t, i, n);
@@ -839,7 +840,7 @@ static double draw_all(Outputs *o, const Backend *backend, Model *m, Sampling *s
     for (int i = o->first, turn = 0; i < num; i += d.w.n, turn = !turn) {
         d.w.n = imin(batch, num - i);
         d.w.done = s->first = i;
-        sample(work, m, s, o->r->sampler, o->classes->y + i, d.w.n, step_ended, &d);
+        sample(work, m, s, o->r->sampler, o->classes->y + i, d.w.n, d.w.draw ? 1 : AHEAD, step_ended, &d);
         made_queue(&d.made[turn], decoder, source, work->x, i, d.w.n);
         d.before = &d.made[turn];
     }

@@ -2396,7 +2396,7 @@ static void compare_sampler(const char *sampler, double cfg, double cls_cfg, int
             else sample_ode(x, x + latent, which, model, &s, heun, y, n, NULL, NULL);
         } else {
             gpu::SamplerWork *w = gpu::sampler_work(&c, n);
-            gpu::sample(w, m, &s, sampler, y, n, ends, &last);
+            gpu::sample(w, m, &s, sampler, y, n, n == 1 ? 1 : gpu::AHEAD, ends, &last);
             CHECK(cudaMemcpy(x, w->x, latent * sizeof(double), cudaMemcpyDeviceToHost));
             CHECK(cudaMemcpy(x + latent, w->cls, Z * sizeof(double), cudaMemcpyDeviceToHost));
             gpu::sampler_work_free(w);
