@@ -294,6 +294,10 @@ def metrics():
     want = np.mean([np.exp(np.mean([scipy.stats.entropy(row, p[i:i + 500].mean(0)) for row in p[i:i + 500]]))
                     for i in (0, 500)])
     close("Inception Score against scipy's entropy", evaluate.inception_score(x, weight, 500, 64), want, 1e-8)
+    many, few = rng.randn(10000, 4), rng.randn(7, 4)
+    halves = [evaluate.inception_score(many[i:i + 5000], few, 10000) for i in (0, 5000)]
+    got = evaluate.inception_score(many, few)
+    check("splits are of 5000", abs(got - np.mean(halves)) <= 1e-12 < abs(halves[0] - halves[1]), got)
     got = evaluate.inception_score(1e4 * np.eye(7), np.eye(7))
     check("of a class each: their number", abs(got - 7) <= 1e-9, got)
 
@@ -506,8 +510,9 @@ def evaluation(at, real, made):
     np.savez(at("odd.npz"), arr_0=np.zeros((2, 8, 8, 3)))
     np.savez(at("few.npz"), arr_0=made[:3])
     os.makedirs(at("broken"))
-    with open(at("broken/a.png"), "wb") as f:
-        f.write(b"no picture")
+    for name in "abcd":
+        with open(at("broken/%s.png" % name), "wb") as f:
+            f.write(b"no picture")
     for name, pattern in (("short.npz", "short.npz: no .npz with an arr_0"), ("odd.npz", r"float64 .* uint8"),
                           ("few.npz", "few.npz: 3 pictures; .* more than 3"), ("broken", "a.png: not a picture"),
                           ("nothing.npz", "no such file"), ("train", "picture 1 is .* and those before")):
