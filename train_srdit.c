@@ -109,7 +109,8 @@ static const Option config_options[] = {
     CHOOSE(optimizer, "adamw muon", 1, FIXED | LATER, "muon: for matrices, and AdamW for what is left"),
     CHOOSE(muon, "split srdit13", 1, FIXED | LATER,
            "which matrices: split (the blocks' and the fusion's, q, k and v apart) or srdit13 (all)"),
-    SETTING(muon_lr, NUMBER, 1e-3, 0, 1e6, LATER, "Muon's learning rate"),
+    SETTING(muon_lr, NUMBER, 1e-3, 0, 1e6, LATER,
+            "Muon's learning rate (default for nano and fashion: 0.02)"),
     SETTING(muon_momentum, NUMBER, 0.95, 0, 0.9999999, LATER, "Muon's momentum"),
     SETTING(align_depths, SERIES, 0, 1, MAX_DEPTH, FIXED | LATER,
             "align the outputs of these blocks, counted from 1: 2,4,6 (default: block Lf's alone)"),
@@ -1588,10 +1589,13 @@ static const double muon_classic[5][3] = {{3.4445, -4.7750, 2.0315},   // the ba
 // X[m,n] <- its polynomials, m <= n; work [m n + 4 m m]. Where n is well above m all but the first and the
 // last product are made small, by way of R = X X^T alone (the Gram form): as everything is a polynomial of R,
 // and so commutes, X <- P X makes R <- P R P, and the result is the product Q of all P times X. That takes
-// 4 m^2 n + 34 m^3 multiplications in place of 20 m^2 n + 10 m^3: fewer from n = 1.5 m on.
+// 4 m^2 n + 34 m^3 FLOP in place of 20 m^2 n + 10 m^3: fewer from n = 1.5 m on.
 static void newton_schulz(real *X, real *work, const double poly[5][3], size_t m, size_t n) {
     real *R = work, *P = R + m * m, *Q = P + m * m, *T = Q + m * m, *Y = T + m * m;
     int gram = 2 * n > 3 * m;
+#ifdef TEST_CUDA
+    gram &= !matmul_rounds;   // the GPU's form
+#endif
     for (int k = 0; k < 5; k++) {
         if (!k || !gram) matmul(R, X, X, NULL, m, m, n, 0, 1, 0);
         matmul(P, R, R, NULL, m, m, m, 0, 0, 0);
@@ -2436,6 +2440,8 @@ static void recipe_preset(Config *c, const char *name) {
 static void recipe_settle(Config *c, const Run *run, const OptionTable *config) {
     if (c->optimizer == MUON && c->muon == SRDIT13 && !config->given[option_find(config, "eps")])
         c->eps = 1e-15;
+    if (c->optimizer == MUON && !strchr(run->model, '/') && !config->given[option_find(config, "muon_lr")])
+        c->muon_lr = 0.02;   // of a model for minutes on a CPU (dev/README.md)
     if (!run->recipe || strcmp(run->recipe, "srdit13") || !c->align || c->align_depths.count) return;
     for (int depth = 2; depth <= 6 && depth <= c->depth - c->num_h; depth += 2)
         c->align_depths.x[c->align_depths.count++] = depth;
