@@ -2609,6 +2609,7 @@ typedef struct {   // laid out alike in pinned host memory and on the device
     float *noise, *noise_cls;   // copied if the batch brings them, else drawn here
     int *ids;
     float *x, *v_before;   // only on the device: from x_stored
+    int *nearest;          // [B+1] immiscible noise's candidates of the samples, then of the one before
 } Input;
 // Bytes up to the stored samples, up to what is drawn, and of all that comes from the host
 typedef struct {
@@ -2634,6 +2635,7 @@ static InputBytes input_layout(Input *in, DeviceArena *m, const Config *c, int B
     bytes.host = m->used;
     take(in->x, m, b * latent);
     take(in->v_before, m, latent);
+    take(in->nearest, m, b + 1);
     return bytes;
 }
 
@@ -2675,20 +2677,57 @@ static void latents_convert(const Input *in, const Batch *batch, size_t latent) 
 
 // Standard normals of samples first + y, as fill_normal: noise [B,latent], noise_cls [B,Z]; and v_before
 // [latent] += those of sample first - 1. y counts the samples, then that one, then the samples once more for
-// CLS; a thread draws four. 4 bytes written an element; bound by the arithmetic of Philox and Box-Muller.
-__global__ void __launch_bounds__(256) noise_kernel(float *noise, float *v_before, float *noise_cls,
-                                                    const Draw *draw, int B, int latent, int Z) {
+// CLS; nearest [B+1] (NULL: the first) says which candidate's the noise is. A thread draws four. 4 bytes written
+// an element; bound by the arithmetic of Philox and Box-Muller.
+__global__ void __launch_bounds__(256)
+    noise_kernel(float *noise, float *v_before, float *noise_cls, const int *nearest, const Draw *draw, int B,
+                 int latent, int Z) {
     int y = blockIdx.y, cls = y > B, b = cls ? y - B - 1 : y, before = y == B, n = cls ? Z : latent;
     uint32_t i = blockIdx.x * 256 + threadIdx.x,
              sample = (draw->first + (before ? draw->whole - 1 : (uint32_t)b)) % draw->whole;
     if (i * 4 >= (uint32_t)n) return;
-    Philox r = draw4(draw->seed, cls ? STREAM_NOISE_CLS : STREAM_NOISE, draw->step, sample, i);
+    uint32_t which = cls ? STREAM_NOISE_CLS : nearest ? noise_stream(nearest[y]) : STREAM_NOISE;
+    Philox r = draw4(draw->seed, which, draw->step, sample, i);
     float z[4], *out = before ? v_before : (cls ? noise_cls : noise) + (size_t)b * n;
     normal2(z, r.v[0], r.v[1]), normal2(z + 2, r.v[2], r.v[3]);
     for (int j = 0; j < 4 && (int)i * 4 + j < n; j++) {
         float *to = out + i * 4 + j;
         *to = before ? *to + z[j] : z[j];
     }
+}
+
+// nearest[B+1]: which of the candidates' noises [n] is the nearest to x [B,n], then to the sample before the
+// first, of which minus_before holds -x (draw_noise of train_srdit.c). A block a sample; no candidate is
+// stored. Reads x once a candidate, from the cache after the first; bound by the arithmetic of Philox and
+// Box-Muller: 16.8 million normals at batch 256 of B/1 with 8 candidates.
+__global__ void __launch_bounds__(256) nearest_kernel(int *nearest, const float *x, const float *minus_before,
+                                                      int n, const Draw *draw, int candidates) {
+    __shared__ double sums[256];
+    int before = blockIdx.x + 1 == gridDim.x;
+    uint32_t sample = (draw->first + (before ? draw->whole - 1 : blockIdx.x)) % draw->whole;
+    const float *own = before ? minus_before : x + (size_t)blockIdx.x * n;
+    double least = 0;
+    int best = 0;
+    for (int k = 0; k < candidates; k++) {
+        double sum = 0;
+        for (int i = threadIdx.x; i * 4 < n; i += 256) {
+            Philox r = draw4(draw->seed, noise_stream(k), draw->step, sample, (uint32_t)i);
+            float z[4];
+            normal2(z, r.v[0], r.v[1]), normal2(z + 2, r.v[2], r.v[3]);
+            for (int j = 0; j < 4 && i * 4 + j < n; j++) {
+                double d = (double)z[j] - (before ? -own[i * 4 + j] : own[i * 4 + j]);
+                sum += d * d;
+            }
+        }
+        sums[threadIdx.x] = sum;
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            for (int i = 1; i < 256; i++) sum += sums[i];
+            if (k == 0 || sum < least) least = sum, best = k;
+        }
+        __syncthreads();
+    }
+    if (threadIdx.x == 0) nearest[blockIdx.x] = best;
 }
 
 // ids[B,k]: for each sample its k of T tokens with the smallest random keys, in rising order, as draw_kept. A
@@ -2807,7 +2846,14 @@ static void batch_done(InputQueue *q) { CHECK(cudaEventRecord(q->done[!q->turn],
 static void draw_on_device(const Input *in, const Config *c, int B) {
     int latent = latent_of(c), T = tokens_of(c), Z = c->cls ? c->z_dim : 0;
     dim3 grid((unsigned)div_up(imax(latent, Z), 1024), (unsigned)(B + 1 + (Z ? B : 0)));
-    noise_kernel<<<grid, 256, 0, stream>>>(in->noise, in->v_before, in->noise_cls, in->draw, B, latent, Z);
+    const int *nearest = c->immiscible > 1 ? in->nearest : NULL;
+    if (nearest) {
+        nearest_kernel<<<(unsigned)B + 1, 256, 0, stream>>>(in->nearest, in->x, in->v_before, latent,
+                                                            in->draw, c->immiscible);
+        LAUNCHED();
+    }
+    noise_kernel<<<grid, 256, 0, stream>>>(in->noise, in->v_before, in->noise_cls, nearest, in->draw, B,
+                                           latent, Z);
     LAUNCHED();
     size_t keys = 2 * (size_t)T * sizeof(uint32_t);
     route_kernel<<<(unsigned)B, 256, keys, stream>>>(in->ids, in->draw, kept_of(c), T);
@@ -2851,7 +2897,18 @@ typedef struct {
     floatX *mix;   // [B,T,3D], where attention is plain
 } Acts;
 
-enum { LOSS_BLOCKS = 512, NORM_BLOCKS = 1024 };
+enum { LOSS_BLOCKS = 512, NORM_BLOCKS = 1024, MUON_BLOCKS = 64 };
+// A matrix [rows,cols] that Muon takes, and where it begins among the trained numbers
+typedef struct {
+    size_t at;
+    int rows, cols;
+    float factor;   // max(1, fan_out / fan_in)^1/2
+} MuonMatrix;
+// Those of one shape, lying: m <= n; `count` of them from `first` on
+typedef struct {
+    int m, n, first, count;
+} MuonGroup;
+enum { MAX_GROUPS = 32 };
 // Sums over the steps since they were read, the last step's gradient norm, and the first step that was not
 // finite (0: none) with what of it was not, which stay
 typedef struct {
@@ -2892,6 +2949,11 @@ typedef struct {
     float *loss_parts, *norm_parts;   // [4, ...], [NORM_BLOCKS]
     Sums sums;                        // of this step's backward
     int bias_due[MAX_DEPTH];          // 1: so far fc1's bias has no gradient of it
+    MuonMatrix *muon, *muon_there;    // by group, on the host and on the device
+    MuonGroup group[MAX_GROUPS];
+    int groups, matrices;
+    float *muon_parts;               // [matrices, MUON_BLOCKS]
+    floatX *muon_X[2], *muon_R[2];   // a group's [count,m,n] and [count,m,m], twice
     InputQueue queue;
     Input in;   // the one of this step
     Recording recordings[MAX_RECORDINGS];
@@ -3031,6 +3093,39 @@ static void acts_layout(Acts *a, DeviceArena *m, const Config *c, int B) {
     take(a->mix, m, plain * N * 3 * D);
 }
 
+// Sorts Muon's matrices into groups of one shape, on the host
+static void muon_groups(GpuModel *g) {
+    const Table *table = &g->base.table;
+    int count = 0;
+    for (int i = 0; i < table->count; i++) count += table->tensors[i].muon;
+    g->muon = (MuonMatrix *)alloc_zero((size_t)count + 1, sizeof(MuonMatrix));
+    g->matrices = count;
+    g->groups = 0;
+    for (int i = 0; i < table->count; i++) {   // the groups' shapes
+        const Tensor *t = &table->tensors[i];
+        if (!t->muon) continue;
+        int rows = t->shape[0] / t->muon, cols = (int)(t->size / (size_t)t->shape[0]), k = 0;
+        MuonGroup own = {imin(rows, cols), imax(rows, cols), 0, 0};
+        while (k < g->groups && (g->group[k].m != own.m || g->group[k].n != own.n)) k++;
+        if (k == MAX_GROUPS) die("Muon on the GPU takes at most %d shapes of matrices", MAX_GROUPS);
+        if (k == g->groups) g->group[g->groups++] = own;
+        g->group[k].count += t->muon;
+    }
+    for (int k = 1; k < g->groups; k++) g->group[k].first = g->group[k - 1].first + g->group[k - 1].count;
+    int filled[MAX_GROUPS] = {0};
+    for (int i = 0; i < table->count; i++) {
+        const Tensor *t = &table->tensors[i];
+        if (!t->muon) continue;
+        int rows = t->shape[0] / t->muon, cols = (int)(t->size / (size_t)t->shape[0]), k = 0;
+        double ratio = (double)t->shape[t->ndim - 2] / t->muon / t->shape[t->ndim - 1];
+        while (g->group[k].m != imin(rows, cols) || g->group[k].n != imax(rows, cols)) k++;
+        for (int p = 0; p < t->muon; p++) {
+            MuonMatrix one = {t->offset + (size_t)p * rows * cols, rows, cols, (float)sqrt(fmax(1, ratio))};
+            g->muon[g->group[k].first + filled[k]++] = one;
+        }
+    }
+}
+
 // All device memory of a model but its input, walked twice: first to count, then to set the pointers.
 // Returns the parameters' share.
 static size_t memory_layout(GpuModel *g, DeviceArena *m, int B) {
@@ -3048,6 +3143,15 @@ static size_t memory_layout(GpuModel *g, DeviceArena *m, int B) {
     take(g->constants, m, 1);
     take(g->loss_parts, m, 4 * loss_parts_of(c, B));
     take(g->norm_parts, m, NORM_BLOCKS);
+    size_t most_X = 0, most_R = 0;
+    for (int k = 0; k < g->groups; k++) {
+        const MuonGroup *one = &g->group[k];
+        most_X = largest(most_X, (size_t)one->count * one->m * one->n);
+        most_R = largest(most_R, (size_t)one->count * one->m * one->m);
+    }
+    take(g->muon_there, m, (size_t)g->matrices);
+    take(g->muon_parts, m, (size_t)g->matrices * MUON_BLOCKS);
+    for (int k = 0; k < 2; k++) take(g->muon_X[k], m, most_X), take(g->muon_R[k], m, most_R);
     acts_layout(&g->a, m, c, B);
     g->sums.parts = g->a.sums;
     g->sums.room = g->a.sums_room;
@@ -3099,17 +3203,22 @@ static size_t block_stride(const GpuModel *g) {
     return g->base.c.depth > 1 ? (size_t)(g->w.block[1].adaln_w - g->w.block[0].adaln_w) : 0;
 }
 
+// With MLPs of different widths (--mlp-widths) blocks do not lie at equal steps: their layers go one by one
+static int blocks_at_once(const Config *c) { return c->mlp_widths.count ? 1 : c->depth; }
+
 // mod[L,B,6D] = cond_silu adaln_w^T + adaln_b for all blocks at once
 static void adaln_forward(GpuModel *g, const Params *w, int B) {
     place(CONDITION);
     const Config *c = &g->base.c;
     Acts *a = &g->a;
-    int D = c->hidden_size;
+    int D = c->hidden_size, each = blocks_at_once(c);
     GemmKey k = gemm_key(B, 6 * D, D, 0, 1);
-    k.batch = c->depth;
+    k.batch = each;
     k.stepb = k.step_bias = (int64_t)block_stride(g);
     k.stepc = (int64_t)B * 6 * D;
-    matmul<float>(k, a->mod, a->cond_silu, low(g, w->block[0].adaln_w), w->block[0].adaln_b);
+    for (int i = 0; i < c->depth; i += each)
+        matmul<float>(k, a->mod + i * k.stepc, a->cond_silu, low(g, w->block[i].adaln_w),
+                      w->block[i].adaln_b);
 }
 
 // The gradients of those layers from a->d_mod, all blocks at once; into a->d_cond_parts [L,B,D] each block's
@@ -3117,23 +3226,25 @@ static void adaln_forward(GpuModel *g, const Params *w, int B) {
 static void adaln_backward(GpuModel *g, int B) {
     place(CONDITION);
     Acts *a = &g->a;
-    int D = g->base.c.hidden_size, L = g->base.c.depth, add = !g->fresh;
-    const BlockParams *w = &g->w.block[0], *dw = &g->dw.block[0];
+    int D = g->base.c.hidden_size, L = g->base.c.depth, add = !g->fresh, each = blocks_at_once(&g->base.c);
     size_t step = block_stride(g), mod_step = (size_t)B * 6 * D;
-    GemmKey k = gemm_key(6 * D, D, B, 1, 0);
-    k.add = add;
-    k.batch = L;
-    k.stepa = (int64_t)mod_step;
-    k.stepc = (int64_t)step;
-    matmul<float>(k, dw->adaln_w, a->d_mod, a->cond_silu, NULL);
+    for (int i = 0; i < L; i += each) {
+        const floatX *d_mod = a->d_mod + i * mod_step;
+        GemmKey k = gemm_key(6 * D, D, B, 1, 0);
+        k.add = add;
+        k.batch = each;
+        k.stepa = (int64_t)mod_step;
+        k.stepc = (int64_t)step;
+        matmul<float>(k, g->dw.block[i].adaln_w, d_mod, a->cond_silu, NULL);
+        k = gemm_key(B, D, 6 * D, 0, 0);
+        k.batch = each;
+        k.stepa = (int64_t)mod_step;
+        k.stepb = (int64_t)step;
+        k.stepc = (int64_t)B * D;
+        matmul<float>(k, a->d_cond_parts + i * k.stepc, d_mod, low(g, g->w.block[i].adaln_w), NULL);
+    }
     for (int i = 0; i < L; i++)
         sum_later(&g->sums, g->dw.block[i].adaln_b, a->d_mod + i * mod_step, B, 6 * D, 6 * D);
-    k = gemm_key(B, D, 6 * D, 0, 0);
-    k.batch = L;
-    k.stepa = (int64_t)mod_step;
-    k.stepb = (int64_t)step;
-    k.stepc = (int64_t)B * D;
-    matmul<float>(k, a->d_cond_parts, a->d_mod, low(g, w->adaln_w), NULL);
 }
 
 // Block i on n tokens a sample: its output is the returned residual. v1: block 0's qkv, NULL
@@ -3918,6 +4029,134 @@ __global__ void __launch_bounds__(256)
     if (weights) store4(weights + i, p);
 }
 
+// What Muon's kernels share: places on the device, constants of the run
+typedef struct {
+    float *params, *m, *ema, *parts;
+    floatX *weights, *X;
+    const float *grads;
+    const MuonMatrix *matrix;   // of the group; blockIdx.y counts them
+    const DeviceLosses *losses;
+    const StepConstants *constants;
+    float mu, one_mu, rate, decay;
+    int lying;   // m n
+} MuonStep;
+__device__ static float clip_of(const MuonStep &k) {
+    double clip = k.constants->max_norm / (k.losses->grad_norm + 1e-6);
+    return (float)(clip < 1 ? clip : 1);
+}
+// Nesterov's momentum of element i, from the buffer as it is after the step's gradient
+__device__ static float momentum_of(const MuonStep &k, size_t i, float clip) {
+    return k.mu * k.m[i] + k.one_mu * (k.grads[i] * clip);
+}
+// The buffer, and parts[blockIdx.y][MUON_BLOCKS] of |G|^2. Reads 8, writes 4 bytes an element; bound by
+// memory, as are the next two.
+__global__ void __launch_bounds__(256) muon_momentum_kernel(const MuonStep k) {
+    __shared__ float sums[8];
+    size_t at = k.matrix[blockIdx.y].at;
+    float clip = clip_of(k), sum = 0;
+    for (int i = blockIdx.x * 256 + threadIdx.x; i < k.lying && !k.losses->bad_step; i += MUON_BLOCKS * 256) {
+        k.m[at + i] = k.mu * k.m[at + i] + k.one_mu * (k.grads[at + i] * clip);
+        float g = momentum_of(k, at + i, clip);
+        sum += g * g;
+    }
+    sum = sum_block(sum, sums);
+    if (threadIdx.x == 0) k.parts[blockIdx.y * MUON_BLOCKS + blockIdx.x] = sum;
+}
+// The place of element i of a matrix in its lying copy
+__device__ static size_t lying_place(const MuonMatrix &w, int i) {
+    return w.rows > w.cols ? (size_t)(i % w.cols) * w.rows + i / w.cols : (size_t)i;
+}
+// X = G / |G|, lying. Reads 8, writes 2 bytes an element
+__global__ void __launch_bounds__(256) muon_start_kernel(const MuonStep k) {
+    const MuonMatrix w = k.matrix[blockIdx.y];
+    float clip = clip_of(k), sum = 0;
+    for (int i = 0; i < MUON_BLOCKS; i++) sum += k.parts[blockIdx.y * MUON_BLOCKS + i];
+    float inverse = 1 / (sqrtf(sum) + 1e-7f);
+    for (int i = blockIdx.x * 256 + threadIdx.x; i < k.lying; i += gridDim.x * 256)
+        store(k.X + (size_t)blockIdx.y * k.lying + lying_place(w, i),
+              momentum_of(k, w.at + i, clip) * inverse);
+}
+// P = a I + b R + c P, where P comes in as R^2; [count,m,m]
+__global__ void __launch_bounds__(256)
+    muon_poly_kernel(floatX *P, const floatX *R, int m, size_t count, float a, float b, float c) {
+    size_t i = (size_t)blockIdx.x * 256 + threadIdx.x;
+    if (i >= count) return;
+    size_t in_matrix = i % ((size_t)m * m);
+    store(P + i, b * to_float(R[i]) + c * to_float(P[i]) + (in_matrix % (m + 1) ? 0 : a));
+}
+// The step and the moving average. Reads 10, writes 8 + 2 bytes an element
+__global__ void __launch_bounds__(256) muon_step_kernel(const MuonStep k) {
+    const MuonMatrix w = k.matrix[blockIdx.y];
+    const StepConstants o = *k.constants;
+    if (k.losses->bad_step) return;
+    for (int i = blockIdx.x * 256 + threadIdx.x; i < k.lying; i += gridDim.x * 256) {
+        float x = to_float(k.X[(size_t)blockIdx.y * k.lying + lying_place(w, i)]);
+        float p = k.params[w.at + i] * k.decay - k.rate * w.factor * x;
+        k.params[w.at + i] = p;
+        k.ema[w.at + i] = o.ema * k.ema[w.at + i] + o.one_ema * p;
+        if (k.weights) store(k.weights + w.at + i, p);
+    }
+}
+// All of Muon's matrices, group by group: newton_schulz of train_srdit.c in its plain form, since in bf16 the
+// small matrix that the Gram form goes by loses what lies below its rounding
+static void muon_update(GpuModel *g) {
+    const Config *c = &g->base.c;
+    for (int i = 0; i < g->groups; i++) {
+        const MuonGroup *one = &g->group[i];
+        int m = one->m, n = one->n;
+        MuonStep k = {g->params,
+                      g->m,
+                      g->ema,
+                      g->muon_parts,
+                      g->weights,
+                      g->muon_X[0],
+                      g->grads,
+                      g->muon_there + one->first,
+                      g->losses,
+                      g->constants,
+                      (float)c->muon_momentum,
+                      (float)(1 - c->muon_momentum),
+                      (float)c->muon_lr,
+                      (float)(1 - c->muon_lr * c->weight_decay),
+                      m * n};
+        dim3 grid(MUON_BLOCKS, (unsigned)one->count);
+        muon_momentum_kernel<<<grid, 256, 0, stream>>>(k);
+        LAUNCHED();
+        muon_start_kernel<<<grid, 256, 0, stream>>>(k);
+        LAUNCHED();
+        GemmKey small = gemm_key(m, m, n, 0, 1), square = gemm_key(m, m, m, 0, 0),
+                wide = gemm_key(m, n, m, 0, 0);
+        small.batch = square.batch = wide.batch = one->count;
+        small.stepa = small.stepb = wide.stepb = wide.stepc = (int64_t)m * n;
+        small.stepc = square.stepa = square.stepb = square.stepc = wide.stepa = (int64_t)m * m;
+        floatX *R = g->muon_R[0], *P = g->muon_R[1], *X = g->muon_X[0], *Y = g->muon_X[1];
+        size_t count = (size_t)one->count * m * m;
+        for (int j = 0; j < 5; j++) {
+            matmul<floatX>(small, R, X, X, NULL);
+            matmul<floatX>(square, P, R, R, NULL);
+            const double *of = muon_classic[j];
+            muon_poly_kernel<<<(unsigned)((count + 255) / 256), 256, 0, stream>>>(
+                P, R, m, count, (float)of[0], (float)of[1], (float)of[2]);
+            LAUNCHED();
+            matmul<floatX>(wide, Y, P, X, NULL);
+            floatX *swap = X;
+            X = Y, Y = swap;
+        }
+        k.X = X;
+        muon_step_kernel<<<grid, 256, 0, stream>>>(k);
+        LAUNCHED();
+    }
+}
+// AdamW for the trained numbers begin ... end, multiples of 64
+static void adamw_update(GpuModel *g, size_t begin, size_t end) {
+    size_t n = end - begin;
+    if (!n) return;
+    adamw_kernel<<<(unsigned)((n / 4 + 255) / 256), 256, 0, stream>>>(
+        g->params + begin, g->m + begin, g->v + begin, g->ema + begin, g->weights ? g->weights + begin : NULL,
+        g->grads + begin, g->losses, g->constants, n);
+    LAUNCHED();
+}
+
 static void update(Model *model, int step) {
     GpuModel *g = gpu_of(model);
     StepKind kind;
@@ -3935,9 +4174,15 @@ static void update(Model *model, int step) {
         LAUNCHED();
         root_kernel<<<1, 256, 0, stream>>>(g->losses, g->norm_parts, NORM_BLOCKS, g->constants);
         LAUNCHED();
-        adamw_kernel<<<(unsigned)((n / 4 + 255) / 256), 256, 0, stream>>>(
-            g->params, g->m, g->v, g->ema, g->weights, g->grads, g->losses, g->constants, n);
-        LAUNCHED();
+        size_t done = 0;   // AdamW takes all that lies between two of Muon's tensors at once
+        for (int i = 0; i < model->table.count; i++) {
+            const Tensor *t = &model->table.tensors[i];
+            if (!t->muon) continue;
+            adamw_update(g, done, t->offset);
+            done = t->offset + (t->size + 63) / 64 * 64;
+        }
+        adamw_update(g, done, n);
+        muon_update(g);
     });
     profile_step();
 }
@@ -4170,17 +4415,15 @@ static Model *model_create(const Config *c, int max_batch, uint64_t seed) {
     if (c->hidden_size / c->num_heads > 128)
         die("a head width of %d: the GPU's kernels take at most 128", c->hidden_size / c->num_heads);
     if (tokens_of(c) > 6000) die("%d tokens: the GPU's kernels take at most 6000", tokens_of(c));
-    if (c->optimizer == MUON || c->align_depths.count || c->immiscible > 1)
-        die("%s is not on the GPU yet; the CPU's trainer has it (make train_srdit)",
-            c->optimizer == MUON    ? "--optimizer muon"
-            : c->align_depths.count ? "--align-depths"
-                                    : "--immiscible");
+    if (c->align_depths.count)
+        die("--align-depths is not on the GPU yet; the CPU's trainer has it (make train_srdit)");
     if (!stream) device_open();
     GpuModel *g = (GpuModel *)alloc_zero(1, sizeof(GpuModel));
     Model *m = &g->base;
     m->c = *c;
     m->max_batch = max_batch;
     m->table = params_table(&g->w, c, NULL);
+    muon_groups(g);
     MemoryPlan plan = memory_plan(g, max_batch);
     memory_check(g, &plan, max_batch);
     if (verbose) attention_report(stdout, c);
@@ -4189,6 +4432,8 @@ static Model *model_create(const Config *c, int max_batch, uint64_t seed) {
     DeviceArena arena = {NULL, plan.all - plan.input, 0, NULL};
     g->memory = memory_take(&arena, g);
     memory_layout(g, &arena, max_batch);
+    CHECK(
+        cudaMemcpy(g->muon_there, g->muon, (size_t)g->matrices * sizeof(MuonMatrix), cudaMemcpyHostToDevice));
     queue_create(&g->queue, c, max_batch);
     g->in = g->queue.on_device[0];
     free(m->table.tensors);
@@ -4336,7 +4581,7 @@ static void model_destroy(Model *m) {
         if (g->recordings[i].graph) CHECK(cudaGraphExecDestroy(g->recordings[i].graph));
     queue_destroy(&g->queue);
     memory_free(g->memory, g);
-    free(g->host), free(m->table.tensors), free(g);
+    free(g->host), free(g->muon), free(m->table.tensors), free(g);
 }
 
 }   // namespace gpu
