@@ -14,6 +14,7 @@ once.
 """
 import argparse, collections, concurrent.futures, contextlib, ctypes, fcntl, hashlib, itertools, json
 import multiprocessing, os
+from concurrent.futures.process import BrokenProcessPool
 import re, signal, struct, sys, time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -652,7 +653,7 @@ def work(argv):
 def main(argv=None):
     try:
         work(argv)
-    except (ValueError, concurrent.futures.process.BrokenProcessPool) as error:
+    except (ValueError, BrokenProcessPool) as error:
         sys.exit("error: %s" % error)
     except OSError as error:
         sys.exit("error: %s: %s; what is finished is kept, and the same command goes on" % (
