@@ -1352,9 +1352,9 @@ __global__ void __launch_bounds__(256)
 }
 
 // rows[B T]: the row of G that each token reads: its own if g kept it, else the mask token's, which is row
-// `mask`. ids [B,n] (NULL: all tokens, in order); of samples from `whole` on: none. A block a sample; those that
-// follow write what stands behind the `mask` rows of g's output [padded,D]: the mask token, once more, and zeros
-// up to a multiple of 64 rows.
+// `mask`. ids [B,n] (NULL: all tokens, in order); of samples from `whole` on: none. A block a sample; those
+// that follow write what stands behind the `mask` rows of g's output [padded,D]: the mask token, once more,
+// and zeros up to a multiple of 64 rows.
 __global__ void __launch_bounds__(256) rows_kernel(int *rows, floatX *g, const float *token, const int *ids,
                                                    int n, int T, int mask, int whole, int B, int D) {
     int b = blockIdx.x;
@@ -2677,8 +2677,8 @@ static void latents_convert(const Input *in, const Batch *batch, size_t latent) 
 
 // Standard normals of samples first + y, as fill_normal: noise [B,latent], noise_cls [B,Z]; and v_before
 // [latent] += those of sample first - 1. y counts the samples, then that one, then the samples once more for
-// CLS; nearest [B+1] (NULL: the first) says which candidate's the noise is. A thread draws four. 4 bytes written
-// an element; bound by the arithmetic of Philox and Box-Muller.
+// CLS; nearest [B+1] (NULL: the first) says which candidate's the noise is. A thread draws four. 4 bytes
+// written an element; bound by the arithmetic of Philox and Box-Muller.
 __global__ void __launch_bounds__(256)
     noise_kernel(float *noise, float *v_before, float *noise_cls, const int *nearest, const Draw *draw, int B,
                  int latent, int Z) {
