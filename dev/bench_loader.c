@@ -9,6 +9,7 @@
 // it follows that advice.
 #define TRAIN_SRDIT_NO_MAIN
 #pragma GCC diagnostic ignored "-Wunused-function"   // a program takes what it needs
+#pragma GCC diagnostic ignored "-Warray-bounds"      // gcc 12: an option of any kind might be a Series
 #include "../train_srdit.c"
 #include <sys/resource.h>
 
