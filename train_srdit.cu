@@ -2686,7 +2686,7 @@ __global__ void __launch_bounds__(256)
     uint32_t i = blockIdx.x * 256 + threadIdx.x,
              sample = (draw->first + (before ? draw->whole - 1 : (uint32_t)b)) % draw->whole;
     if (i * 4 >= (uint32_t)n) return;
-    uint32_t which = cls ? STREAM_NOISE_CLS : nearest ? noise_stream(nearest[y]) : STREAM_NOISE;
+    uint32_t which = cls ? (uint32_t)STREAM_NOISE_CLS : noise_stream(nearest ? nearest[y] : 0);
     Philox r = draw4(draw->seed, which, draw->step, sample, i);
     float z[4], *out = before ? v_before : (cls ? noise_cls : noise) + (size_t)b * n;
     normal2(z, r.v[0], r.v[1]), normal2(z + 2, r.v[2], r.v[3]);
