@@ -997,7 +997,7 @@ static void copy(void *to, const void *from, size_t n, cudaMemcpyKind kind) {
 #endif
         (void)VALGRIND_CHECK_MEM_IS_DEFINED(from, n);
     }
-    memcpy(to, from, n);
+    if (n) memcpy(to, from, n);   // an empty copy may have no address
     device_memory(false);
 }
 
