@@ -108,7 +108,7 @@ static const Option config_options[] = {
     ON_OFF(ema, FREE, "moving average of the weights"),
     CHOOSE(optimizer, "adamw muon", 1, FIXED | LATER, "muon: for matrices, and AdamW for what is left"),
     CHOOSE(muon, "split srdit13", 1, FIXED | LATER,
-           "which matrices: split (the blocks' and the fusion's, q, k and v apart) or srdit13 (all)"),
+           "which matrices: split (attention's, the MLPs', the fusion's; q, k, v apart) or srdit13 (all)"),
     SETTING(muon_lr, NUMBER, 1e-3, 0, 1e6, LATER,
             "Muon's learning rate (default for nano and fashion: 0.02)"),
     SETTING(muon_momentum, NUMBER, 0.95, 0, 0.9999999, LATER, "Muon's momentum"),
@@ -2467,8 +2467,8 @@ static SafeFile *start_resumed(Config *c, Run *run, int *step) {
     run->model = name ? name : "custom";
     OptionTable config = config_table(c);
     int missing = 0;
-    for (int i = 0; i < config.count;
-         i++) {   // from a program that did not know the setting, or kept it apart
+    // what is missing: from a program that did not know the setting, or kept it apart
+    for (int i = 0; i < config.count; i++) {
         const char *key = config.options[i].name;
         if (safe_metadata(f, key) || (!strcmp(key, "align_coeff") && safe_metadata(f, "proj_coeff")))
             continue;
@@ -2521,12 +2521,17 @@ static void check_resumed(const SafeFile *f, const OptionTable *config, const Co
             data_path, d->scale, d->offset);
 }
 
-// Muon's flags need Muon
-static void muon_check(const Config *c, const OptionTable *config) {
+// Flags that others leave without effect: Muon's need Muon, and a ratio is not for MLPs of given widths.
+static void flags_check(const Config *c, const OptionTable *config) {
     static const char *const names[] = {"muon", "muon_lr", "muon_momentum"};
     for (int k = 0; k < 3 && c->optimizer != MUON; k++)
-        if (config->given[option_find(config, names[k])])
-            die("%s is Muon's, and the optimizer is AdamW; give --optimizer muon too", names[k]);
+        if (config->given[option_find(config, names[k])]) {
+            char flag[FLAG_BYTES];
+            flag_of(flag, &config->options[option_find(config, names[k])]);
+            die("%s is for --optimizer muon, and this one is AdamW", flag);
+        }
+    if (c->mlp_widths.count && config->given[option_find(config, "mlp_ratio")])
+        die("--mlp-ratio and --mlp-widths exclude each other: both say how wide the MLPs are");
 }
 
 // What the data dictates, where no flag says otherwise
@@ -2850,8 +2855,8 @@ static Training training_open(const Config *c, const Run *run, const Backend *ba
     t.first = t.step = step;
     t.saved = -1;
     t.folder = folder_open(run->out, run->resume, run->overwrite);
-    struct stat
-        st;   // only now is the folder ours: another run may have gone on in it since the file was opened
+    // Only now is the folder ours: another run may have gone on in it since the file was opened.
+    struct stat st;
     if (resume && (stat(run->resume, &st) || st.st_dev != resume->device || st.st_ino != resume->inode))
         die("%s: another run has just gone on from it; start again to go on from there", run->resume);
     if (run->steps > step) {   // better to know now than after the training
@@ -2940,7 +2945,7 @@ static int train_main(int argc, char **argv, const Backend *backend) {
     if (resume) check_resumed(resume, &config, &before, d, run.data.items[0]);
     else take_sizes(&config, d);
     config_check(&c, "the model");
-    muon_check(&c, &config);
+    flags_check(&c, &config);
     data_check(d, &c);
     Training t = training_open(&c, &run, backend, d, resume, step);
     print_start(&t);

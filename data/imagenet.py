@@ -198,7 +198,7 @@ def batches(pool, ahead, source, samples, ranges, *more):
 class Encoder:
     """The frozen networks, from their files, on the device that there is."""
     def __init__(self, args, encode):
-        self.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = networks.device_of(args.device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = False
         self.vae = self.dino = None
@@ -607,11 +607,23 @@ def parse_arguments(argv):
                        ("workers", args.workers > 0),
                        ("seed", 0 <= args.seed < 2 ** 32), ("shard-gb", args.shard_gb > 0)):
         if not good:
-            raise ValueError("--%s: %s is not usable (a size is a multiple of 16 times the patch)" % (
-                name, getattr(args, name.replace("-", "_"))))
+            raise ValueError("--%s: %s is not usable%s" % (
+                name, getattr(args, name.replace("-", "_")),
+                " (a multiple of 16 times the patch)" * (name == "size")))
     if bool(args.dino) == args.no_cls:
         raise ValueError("--dino FILE is needed, DINOv2's weights" if not args.dino else
                          "--no-cls leaves DINOv2 out, so --dino makes no sense")
+    if args.check and args.self_check:
+        raise ValueError("--check and --self-check exclude each other")
+    if (args.check or args.redo) and not os.path.isdir(args.out):
+        raise ValueError("--out %s: there is no such folder of shards" % args.out)
+    if os.path.exists(args.out) and not os.path.isdir(args.out):
+        raise ValueError("--out %s: it is a file, and a folder is wanted" % args.out)
+    for path in (args.vae, args.dino):
+        if path and not os.path.isfile(path):
+            raise ValueError("%s: no such file" % path)
+    if args.vae_sha256 and not re.fullmatch("[0-9a-fA-F]{64}", args.vae_sha256):
+        raise ValueError("--vae-sha256 %s: a SHA-256 has 64 hexadecimal digits" % args.vae_sha256)
     return args
 
 def work(argv):

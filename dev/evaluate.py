@@ -196,7 +196,7 @@ def header_of(f):
 class Features:
     """Features of pictures by frozen networks, computed once: in --cache, a file each, mapped."""
     def __init__(self, args):
-        self.args, self.device = args, args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.args, self.device = args, networks.device_of(args.device)
         self.used = {}          # path -> SHA-256 of everything that the result depends on
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         os.makedirs(args.cache, exist_ok=True)
@@ -216,7 +216,10 @@ class Features:
         files = [os.path.join(self.args.cache, "%s-%s.npy" % (key, name)) for name in names]
         if not all(os.path.exists(f) for f in files):
             self.compute(pictures, files, make())
-        out = [np.load(f, mmap_mode="r") for f in files]
+        try:
+            out = [np.load(f, mmap_mode="r") for f in files]
+        except ValueError as error:
+            raise ValueError("%s: damaged features (%s); delete them" % (files[0], error))
         if any(len(x) != pictures.count for x in out):
             raise ValueError("%s: not the features of %d pictures; delete it" % (files[0], pictures.count))
         return out
@@ -283,6 +286,8 @@ def statistics(path, names, width):
     if mean.shape != (width,) or covariance.shape != (width, width):
         raise ValueError("%s: its statistics are %s and %s where features are %d wide" % (
             path, mean.shape, covariance.shape, width))
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise ValueError("%s: its %s or %s holds numbers that are not finite" % ((path,) + names))
     return mean, covariance
 
 def has_pictures(path):
@@ -324,6 +329,9 @@ def evaluate(args):
         ref = args.dino_ref or args.ref
         if not has_pictures(ref):
             raise ValueError("%s: it has no arr_0, and DINOv2 needs pictures: --dino-ref" % ref)
+        for q in (samples, Pictures(ref)):
+            if q.count < 2:
+                raise ValueError("%s: %d picture; the distances need at least 2" % (q.path, q.count))
         x, y = features.dino(args.samples), features.dino(ref)
         result["fd_dinov2"] = frechet(*moments(x), *moments(y))
         result["kdd"], result["kdd_deviation"] = kernel_distance(y, x)
@@ -336,7 +344,7 @@ def show(result):
                       ("precision", "precision"), ("recall", "recall"), ("fd_dinov2", "FD-DINOv2"),
                       ("kdd", "KDD")):
         if key in result:
-            print("%-16s %.6f" % (name, result[key]))
+            print("%-16s %.6f" % (name, result[key] + 0.0 if abs(result[key]) > 5e-7 else 0))
     if not result.get("inception_is_published", True):
         print("warning: these Inception weights are not the published ones (their SHA-256 does not begin "
               "with %s): no number of Inception's can be compared with anyone's" % PUBLISHED)
@@ -365,8 +373,16 @@ def main(argv=None):
         for path in (args.samples, args.ref, args.dino_ref):
             if path and not os.path.exists(path):
                 raise ValueError("%s: no such file" % path)
-        if not (args.inception or args.dino) or args.batch < 1:
-            raise ValueError("--inception FILE or --dino FILE is needed, and a --batch of at least 1")
+        if not (args.inception or args.dino):
+            raise ValueError("--inception FILE or --dino FILE is needed")
+        if args.dino_ref and not args.dino:
+            raise ValueError("--dino-ref is for --dino FILE")
+        if args.batch < 1:
+            raise ValueError("--batch %d: at least 1" % args.batch)
+        if args.out and os.path.isdir(args.out):
+            raise ValueError("--out %s: it is a folder" % args.out)
+        if args.out:
+            open(args.out + ".part", "w").close()   # before hours of work
         result = evaluate(args)
         if args.out:
             with open(args.out + ".part", "w") as f:

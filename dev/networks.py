@@ -251,3 +251,13 @@ def inception(w, x):
     x = block_e("Mixed_7b", x, average)
     x = block_e("Mixed_7c", x, lambda x: F.max_pool2d(x, 3, 1, 1))
     return x.mean((2, 3)), spatial
+
+def device_of(name):
+    """The torch device of that name, without one a GPU if there is one; ValueError where it cannot be used"""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).split("\n")[0].strip(".")
+        raise ValueError("--device %s: torch cannot use it (%s)" % (name, why))
+    return name
