@@ -1142,7 +1142,10 @@ static void test_mistakes(void) {
     snprintf(adamw, PATH_MAX, "%s", in_folder("a/checkpoint.safetensors"));
     expect("no such recipe", run_self(0, "--as-trainer --recipe x"), "there are paper and srdit13");
     expect("no such optimizer", run_self(0, "--as-trainer --optimizer sgd"), "there are: adamw muon");
-    expect("Muon's option without it", run_self(0, "--as-trainer --muon-lr 0.1"), "give --optimizer muon");
+    expect("Muon's option without it", run_self(0, "--as-trainer --muon-lr 0.1"),
+           "--muon-lr is for --optimizer");
+    expect("two widths of the MLP", run_self(0, "--as-trainer --mlp-widths 2,6 --mlp-ratio 3"),
+           "exclude each other");
     expect("a depth outside", run_self(0, "--as-trainer --align-depths 2,7"), "blocks 1 to 6");
     expect("a depth of 0", run_self(0, "--as-trainer --align-depths 0,2"), "not a number from 1");
     expect("half a depth", run_self(0, "--as-trainer --align-depths 2.5"), "align_depths has 2.5");
