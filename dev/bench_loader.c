@@ -4,7 +4,8 @@
 //
 //   make bench_loader && ./bench_loader [--data my.safetensors] [--model B/1] [--batch 256] [--threads 2]
 //
-// Without --data it makes a shard of ImageNet's shapes and of no meaning, build/bench_loader.safetensors, once.
+// Without --data it makes a shard of ImageNet's shapes and of no meaning, once:
+// build/bench_loader.safetensors.
 // Each line is of a pass over the data, the best of three: seconds by the clock, and of the processor, all
 // threads together. "From the disk" empties the system's cache of the file first (posix_fadvise), as far as
 // it follows that advice.
