@@ -108,7 +108,8 @@ static const Option config_options[] = {
     ON_OFF(ema, FREE, "moving average of the weights"),
     CHOOSE(optimizer, "adamw muon", 1, FIXED | LATER, "muon: for matrices, and AdamW for what is left"),
     CHOOSE(muon, "split srdit13", 1, FIXED | LATER,
-           "which matrices: split (attention's, the MLPs', the fusion's; q, k, v apart) or srdit13 (all)"),
+           "which matrices: split (attention's, the MLPs', the fusion's; q, k, v apart) or srdit13 (all; "
+           "--eps is 1e-15)"),
     SETTING(muon_lr, NUMBER, 1e-3, 0, 1e6, LATER,
             "Muon's learning rate (default for nano and fashion: 0.02)"),
     SETTING(muon_momentum, NUMBER, 0.95, 0, 0.9999999, LATER, "Muon's momentum"),
@@ -1577,9 +1578,9 @@ static void adamw_update(Model *model, const AdamW *o, real scale, size_t begin,
 // direction is too small to be learned. No decomposition is needed: an odd polynomial of a matrix acts on its
 // singular values alone, since with X = U S V^T
 //   a X + b (X X^T) X + c (X X^T)^2 X = U (a S + b S^3 + c S^5) V^T,
-// and where s -> a s + b s^3 + c s^5 has a slope a > 1 at 0 and maps (0, 1] into a band around 1, five times
-// of it drive every s that is not very small there (Newton-Schulz; dev/pictures/muon.png). Divided by its
-// Frobenius norm, G has no s above 1.
+// and where s -> a s + b s^3 + c s^5 has a slope a > 1 at 0 and carries a band around 1 into itself, a small
+// s grows nearly a-fold each time until it is in the band: five times do for all that are not very small
+// (Newton-Schulz; dev/pictures/muon.png). Divided by its Frobenius norm, G has no s above 1.
 static const double muon_classic[5][3] = {{3.4445, -4.7750, 2.0315},   // the band is 0.7 ... 1.2
                                           {3.4445, -4.7750, 2.0315},
                                           {3.4445, -4.7750, 2.0315},
@@ -1623,7 +1624,8 @@ static void muon_matrix(Model *model, const AdamW *o, real scale, size_t at, siz
                         double shape_factor) {
     const Config *c = &model->c;
     size_t count = rows * cols, m = rows < cols ? rows : cols, n = rows < cols ? cols : rows;
-    real *X = model->a.muon, *work = X + count, *buffer = model->m + at, *p = model->params + at;
+    real *buffer = model->m + at;   // the momentum lies where AdamW has its first moment
+    real *X = model->a.muon, *work = X + count, *p = model->params + at;
     real *ema = model->ema + at, mu = (real)c->muon_momentum, one_mu = (real)(1 - c->muon_momentum);
     double sum = 0;
     for (size_t i = 0; i < count; i++) {
@@ -1631,7 +1633,7 @@ static void muon_matrix(Model *model, const AdamW *o, real scale, size_t at, siz
         buffer[i] = mu * buffer[i] + one_mu * g;
         g = mu * buffer[i] + one_mu * g;
         sum += (double)g * g;
-        X[rows > cols ? i % cols * rows + i / cols : i] = g;   // lying
+        X[rows > cols ? i % cols * rows + i / cols : i] = g;   // turned, if it has more rows
     }
     real inverse = (real)(1 / (sqrt(sum) + 1e-7));
     for (size_t i = 0; i < count; i++) X[i] *= inverse;
@@ -1643,7 +1645,8 @@ static void muon_matrix(Model *model, const AdamW *o, real scale, size_t at, siz
         ema[i] = e * ema[i] + one_e * p[i];
     }
 }
-// fan_out and fan_in are a tensor's last two sizes, as its author has it: for patches p and p
+// fan_out and fan_in are a tensor's last two sizes, as Muon's author has it: p and p of a patch embedding
+// [D,C,p,p], although its matrix is D x C p p. q, k and v, where apart, are three matrices of a tensor.
 static void muon_update(Model *model, const AdamW *o, real scale, const Tensor *t) {
     size_t parts = (size_t)t->muon, rows = (size_t)t->shape[0] / parts, cols = t->size / parts / rows;
     double ratio = (double)t->shape[t->ndim - 2] / (double)parts / t->shape[t->ndim - 1];
