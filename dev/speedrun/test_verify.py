@@ -466,15 +466,15 @@ def test_targets(logs, work):
     check("sigma", abs(sigma - verify.deviation_of(scores)) < 1e-3, sigma)
     table = os.path.join(work, "tracks.h")
     shutil.copy(os.path.join(HERE, "tracks.h"), table)
-    targets.write("digits", target, sigma, table)
+    targets.write("practice-ratio", target, sigma, table)
     with open(table) as f:
         rules = verify.rules_of(f.read())
     check("the table has them",
-          float(rules["digits"]["target"]) == target and rules["practice"]["target"] == "not fixed yet",
-          rules["digits"])
-    check("it is read as numbers", verify.target_of(rules["digits"]) == (target, sigma))
+          float(rules["practice-ratio"]["target"]) == target and rules["practice"]["target"] == "not fixed yet",
+          rules["practice-ratio"])
+    check("it is read as numbers", verify.target_of(rules["practice-ratio"]) == (target, sigma))
     try:
-        targets.write("digits", 1, 1, table)
+        targets.write("practice-ratio", 1, 1, table)
         check("a target is not moved", False, "it was")
     except verify.Refusal as refusal:
         check("a target is not moved", "fixed already" in str(refusal), refusal)
