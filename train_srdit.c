@@ -184,7 +184,7 @@ static int most_hidden_of(const Config *c) { return imax(hidden_of(c, 0), hidden
 static int latent_of(const Config *c) { return c->in_channels * c->input_size * c->input_size; }
 static int patch_dim_of(const Config *c) { return c->in_channels * c->patch_size * c->patch_size; }
 static int is_sparse(const Config *c, int block) { return block >= c->num_f && block < c->depth - c->num_h; }
-// The k-th depth, from 0, that is aligned: that many blocks, the last of which's output; 0 after the last
+// Which block's output the k-th alignment (k from 0) is of; blocks are counted from 1 here. 0: there is none
 static int align_depth(const Config *c, int k) {
     if (!c->align) return 0;
     return c->align_depths.count ? k < c->align_depths.count ? (int)c->align_depths.x[k] : 0
@@ -685,8 +685,8 @@ typedef struct {
 // trained, total: elements of the trained tensors, which come first, and of all, with pads
 typedef struct {
     Tensor *tensors;
-    int count, room, block,
-        all_muon;   // of two or more dimensions, 1: all are Muon's, 0: by the column, -1: none
+    int count, room, block;
+    int all_muon;   // of tensors of two or more dimensions 1: all are Muon's, 0: by their column, -1: none
     size_t trained, total;
     real *base;
 } Table;
@@ -1375,13 +1375,13 @@ static void network_backward(Model *model, const int *y, const int *ids, int pat
     // kept tokens pass theirs to g; what is left is the mask's
     real *dG = a->wide + D;   // in rows of 2D
     size_t kept = path_drop ? 0 : B * Tb;
-    if (path_drop) memset(a->d_kept, 0, sizeof(real) * B * Tb * D);
-    else gather_rows(a->d_kept, D, dG, 2 * D, ids, B, Tb, T, D);
+    int end = end_of_g(c, 1, path_drop);
+    if (path_drop && end > c->num_f) memset(a->d_kept, 0, sizeof(real) * B * Tb * D);
+    if (!path_drop) gather_rows(a->d_kept, D, dG, 2 * D, ids, B, Tb, T, D);
 #pragma omp parallel for
     for (size_t i = 0; i < kept; i++) memset(dG + (i / Tb * T + (size_t)ids[i]) * 2 * D, 0, sizeof(real) * D);
     column_sums(dw->mask_token, dG, 2 * D, N, D);
     // sparse middle g, on a path-drop step with no gradient but alignment's
-    int end = end_of_g(c, 1, path_drop);
     for (int i = end - 1; i >= c->num_f; i--) {
         align_backward(a->d_kept, dw, a, w, i, c, B * Tb);
         block_backward(a->d_kept, dw, a, w, i, ids, c, threads, B, Tb);
