@@ -21,6 +21,7 @@ static const struct {
     {"*", "log_every", "10"},
     {"*", "recipe",
      "lr beta1 beta2 eps weight_decay max_grad_norm ema_decay ema_warmup drop_ratio "
+     "optimizer muon muon_lr muon_momentum align_depths immiscible mlp_widths "
      "class_dropout_prob path_drop_prob cls_coeff align_coeff cfm_coeff shift_base "
      "routing path_drop align cls cfm qk_norm rope value_residual time_shift label_dropout ema"},
     {"*", "sizes", "depth hidden_size num_heads patch_size projector_dim num_f num_h mlp_ratio"},
