@@ -12,8 +12,9 @@ OPENMP   ?= $(if $(call probe,$(empty_main),-fopenmp),yes,no)
 NATIVE   ?= $(if $(call probe,$(empty_main),$(OPTIMIZE)),yes,no)
 NVCC     ?= $(shell command -v nvcc 2>/dev/null || ls /usr/local/cuda/bin/nvcc 2>/dev/null)
 
-# -fno-math-errno lets sqrt be one instruction; nothing here reads errno after it. No fast-math: NaN must stay NaN.
-CFLAGS   := -std=gnu11 -g $(if $(filter yes,$(NATIVE)),$(OPTIMIZE),-O3) -fno-math-errno $(WARN)
+# -fno-math-errno lets sqrt be one instruction, and -fno-trapping-math lets gcc turn a comparison of floats into a
+# vector's (AVX2 has no masks): nothing here reads errno or the exception flags. No fast-math: NaN must stay NaN.
+CFLAGS   := -std=gnu11 -g $(if $(filter yes,$(NATIVE)),$(OPTIMIZE),-O3) -fno-math-errno -fno-trapping-math $(WARN)
 CFLAGS   += $(if $(filter yes,$(OPENMP)),-fopenmp,-Wno-unknown-pragmas)
 LDLIBS   := -lm -pthread
 LIB      := $(wildcard dev/lib/*.h)
@@ -66,7 +67,7 @@ GPU_CAP  ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/
 ARCH     ?= $(if $(GPU_CAP),-gencode arch=compute_$(GPU_CAP)$(COMMA)code=sm_$(GPU_CAP),\
               -gencode arch=compute_80$(COMMA)code=sm_80 -gencode arch=compute_90$(COMMA)code=sm_90)
 COMMA    := ,
-HOST      = -O3$(if $(filter yes,$(NATIVE)),$(COMMA)-march=native)$(COMMA)-fno-math-errno$(COMMA)-Wall$(COMMA)-Wextra
+HOST      = -O3$(if $(filter yes,$(NATIVE)),$(COMMA)-march=native)$(COMMA)-fno-math-errno$(COMMA)-fno-trapping-math$(COMMA)-Wall$(COMMA)-Wextra
 HOST     += $(if $(filter yes,$(OPENMP)),-Xcompiler -fopenmp,-Xcompiler -Wno-unknown-pragmas)
 NVFLAGS   = -O3 -std=c++17 -lineinfo $(ARCH) -Xcompiler $(HOST) $(if $(FP32),-DFP32)
 .PHONY: nvcc_found

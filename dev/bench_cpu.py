@@ -67,7 +67,7 @@ def progress(text):                             # not part of the result
 def build():
     out = os.path.join(ROOT, "build", "bench_cpu.so")
     os.makedirs(os.path.dirname(out), exist_ok=True)
-    command = [os.environ.get("CC", "cc"), "-std=gnu11", "-O3", "-march=native", "-fno-math-errno",
+    command = [os.environ.get("CC", "cc"), "-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math",
                "-fopenmp", "-shared", "-fPIC", os.path.join(HERE, "bench_cpu.c"), "-o", out, "-lm"]
     if subprocess.run(command).returncode:
         sys.exit("the C part could not be built: " + " ".join(command))

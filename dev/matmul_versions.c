@@ -1,7 +1,7 @@
 // The matrix product by versions, from the three loops of the definition to the one in train_srdit.c: what
 // each idea brings. The results on one machine stand in dev/README.md.
 //
-//   cc -O3 -march=native -std=gnu11 -fno-math-errno -fopenmp dev/matmul_versions.c -o build/versions -lm
+//   cc -O3 -march=native -std=gnu11 -fno-math-errno -fno-trapping-math -fopenmp dev/matmul_versions.c -o build/versions -lm
 //   ./build/versions                  all versions, checked against the first
 //   ./build/versions 4 2000           only version 4, for two seconds a shape (as `perf record` wants it)
 //

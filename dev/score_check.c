@@ -1,6 +1,6 @@
 // dev/lib/score.h at work on files, for dev/test_score.py; also an example of how it is called.
 //
-//   cc -std=gnu11 -O3 -march=native -fno-math-errno -fopenmp dev/score_check.c -o build/score_check -lm
+//   cc -std=gnu11 -O3 -march=native -fno-math-errno -fno-trapping-math -fopenmp dev/score_check.c -o build/score_check -lm
 //   build/score_check scores SETS.safetensors        every score that the file has tensors for, one a line
 //   build/score_check judge JUDGE.safetensors SHARD.safetensors [N]     features and logits of N latents
 //   build/score_check pictures JUDGE SHARD SAMPLES   a table for what ./sample --latents SAMPLES wrote
