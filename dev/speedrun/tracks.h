@@ -27,7 +27,7 @@ static const struct {
     {"*", "sizes", "depth hidden_size num_heads patch_size projector_dim num_f num_h mlp_ratio"},
     {"*", "always", "track seed out"},
 
-    // A few seconds, for trying the tools; these two have no board.
+    // A few seconds, for trying the tools; what is called practice has no board.
     {"practice", "rank", "none"},
     {"practice", "runs", "3"},
     {"practice", "model", "nano"},
@@ -87,6 +87,26 @@ static const struct {
     {"digits", "copies", "0.02"},
     {"digits", "parameters", "600000"},
     {"digits", "memory_mb", "2000"},
+
+    // Minutes, for trying an idea before a race: fewer pictures, so that scores lie higher than there
+    {"practice-fashion", "rank", "none"},
+    {"practice-fashion", "runs", "5"},
+    {"practice-fashion", "model", "fashion"},
+    {"practice-fashion", "may_set", "recipe sizes batch steps threads accum"},
+    {"practice-fashion", "data", "data/fashion_mnist.safetensors"},
+    {"practice-fashion", "data_sha256", "2c416317282a8acb7f8d1db2da486e5ef95b3af0c44906ead853f6903a167084"},
+    {"practice-fashion", "judge", "data/fashion_mnist_judge.safetensors"},
+    {"practice-fashion", "judge_sha256", "cce3542feb3f955cf21842f670f36669532ebcfe5f53b6242905d4e1afa55e1b"},
+    {"practice-fashion", "baseline", "steps=500 batch=32 lr=0.002"},
+    {"practice-fashion", "pictures", "1500"},
+    {"practice-fashion", "sampler", "heun"},
+    {"practice-fashion", "sample_steps", "6"},
+    {"practice-fashion", "metric", "frechet"},
+    {"practice-fashion", "target", "not fixed yet"},
+    {"practice-fashion", "sigma", "not measured yet"},
+    {"practice-fashion", "copies", "0.02"},
+    {"practice-fashion", "parameters", "3000000"},
+    {"practice-fashion", "memory_mb", "16000"},
 
     // Teacher and judge are two networks that share nothing but the training pictures (data/README.md).
     {"fashion-steps", "rank", "samples"},
