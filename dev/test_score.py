@@ -307,6 +307,14 @@ def test_memorisation():
         close("ratio of medians", s["ratio"], np.median(want) / np.median(other), CLOSED)
         check("share nearer than the first percentile",
               s["nearer"] == (want < np.quantile(other, 0.01)).mean(), s["nearer"])
+    far = rng.standard_normal((300, 48))                        # distances that float cannot tell apart
+    far *= (5 + 1e-9 * np.arange(300)[:, None]) / np.linalg.norm(far, axis=1, keepdims=True)
+    s = scores(made_pixels=far[:8] * 0, held_pixels=held, train_pixels=far)
+    close("nearest of nearly equal distances", s["nearest"], np.full(8, 5.), CLOSED)
+    for size in (1e-30, 1e30):                                  # beyond what float holds
+        s = scores(made_pixels=made * size, held_pixels=held * size, train_pixels=train * size)
+        want = scipy.spatial.distance.cdist(made, train).min(1)
+        close("nearest of numbers times %g" % size, s["nearest"][30:] / size, want[30:], 1e-9)
     x = np.round(rng.standard_normal((64, 30)))                 # many equal distances
     s = scores(made_pixels=x, held_pixels=x[:1] + 7, train_pixels=x[:5])
     close("nearest of whole numbers", s["nearest"], scipy.spatial.distance.cdist(x, x[:5]).min(1), CLOSED)
@@ -596,8 +604,11 @@ MUTANTS = (
     ("distances: cancellation kept", "< 1e-5 * squares", "< 0 * squares"),
     ("distances: cross term once", "squares - 2 * *distance", "squares - *distance"),
     ("distances: columns past the end", "size_min(o->rows.n - p * DNR, count * DNR)", "count * DNR"),
-    ("nearest: squared", "sqrt(least) < *mine ? sqrt(least) : *mine", "least < *mine ? least : *mine"),
-    ("nearest: the last part wins", "sqrt(least) < *mine ? sqrt(least) : *mine", "sqrt(least)"),
+    ("nearest: squared", "sqrt(square) < best[i] ? sqrt(square) : best[i]", "square < best[i] ? square : best[i]"),
+    ("nearest: the last part wins", "sqrt(square) < best[i] ? sqrt(square) : best[i]", "sqrt(square)"),
+    ("nearest: no scale", "largest > 0 ? 1 / largest : 1;", "1;"),
+    ("nearest: no slack", "least + 2 * slack", "least"),
+    ("nearest: |y|^2 whole", "0.5 * y_square[j] - (double)dot[j] > least", "y_square[j] - (double)dot[j] > least"),
     ("memorisation: upside down", "score_quantile(made, n, 0.5) / usual",
      "usual / score_quantile(made, n, 0.5)"),
     ("memorisation: the 10th percentile", "score_quantile(held_out, m, 0.01)",

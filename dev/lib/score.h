@@ -71,7 +71,8 @@ enum {
     DNR = 2 * DVL,       // rows in a panel
     SCORE_TILE = 64,     // rows of x that are compared with
     SCORE_PANELS = 16,   // so many panels of y at a time
-    SCORE_ROW = SCORE_PANELS * DNR
+    SCORE_ROW = SCORE_PANELS * DNR,
+    NEAREST_ROOM = 1 << 22   // numbers of memory for nearest's products
 };
 
 static size_t panel_count(size_t n) { return (n + DNR - 1) / DNR; }
@@ -501,28 +502,61 @@ static void precision_recall(double *precision, double *recall, Features made, F
     }
 }
 
+// x[n,d] less center, times scale, as `real`; square[i] = its squared length
+static real *scaled_rows(Features x, const double *center, double scale, double *square) {
+    real *copy = (real *)score_memory(x.n * x.d, sizeof(real));
+#pragma omp parallel for
+    for (size_t i = 0; i < x.n; i++) {
+        square[i] = 0;
+        for (size_t k = 0; k < x.d; k++) {
+            real c = copy[i * x.d + k] = (real)((x.x[i * x.d + k] - center[k]) * scale);
+            square[i] += (double)c * (double)c;
+        }
+    }
+    return copy;
+}
+
 // best[i] = the smaller of itself and the distance of row i of x to the nearest row of y. Start with INFINITY
 // and call once, or once for each part of a y that need not be in memory as a whole.
+// Most of the work is done in `real`, by the trainer's product: |y|^2 / 2 - x.y is least for the nearest y. It
+// is off by at most d + 8 roundings of (|x| + |y|)^2, and all rows that lie so near to the least are measured
+// in double.
 static void nearest(double *best, Features x, Features y) {
     features_check(x, 1), features_check(y, 1), features_match(x, y);
-    Others o = others_open(y);
-#pragma omp parallel for schedule(dynamic)
-    for (size_t t = 0; t < tile_count(x.n); t++) {
-        Tile *tile = tile_open(&o, x, t);
-        for (size_t p = 0; p < panel_count(y.n); p += SCORE_PANELS) {
-            size_t cols = tile_distances(tile, &o, x, p);
-            for (size_t i = 0; i < tile->rows; i++) {
-                double least = INFINITY, *mine = &best[tile->first + i];
-                for (size_t j = 0; j < cols; j++) {
-                    double distance = tile->out[i * SCORE_ROW + j];
-                    least = distance < least ? distance : least;
-                }
-                *mine = sqrt(least) < *mine ? sqrt(least) : *mine;
+    size_t d = x.d, rows = size_min(x.n, 1 + NEAREST_ROOM / y.n);
+    double *center = (double *)score_memory(d, sizeof(double)), largest = 0, y_most = 0;
+    double *x_square = (double *)score_memory(x.n, sizeof(double));
+    double *y_square = (double *)score_memory(y.n, sizeof(double));
+    real *product = (real *)score_memory(rows * y.n, sizeof(real));
+    for (size_t i = 0; i < y.n; i++)
+        for (size_t k = 0; k < d; k++) center[k] += y.x[i * d + k] / (double)y.n;
+    for (size_t i = 0; i < x.n * d; i++) largest = fmax(largest, fabs(x.x[i] - center[i % d]));
+    for (size_t i = 0; i < y.n * d; i++) largest = fmax(largest, fabs(y.x[i] - center[i % d]));
+    double scale = largest > 0 ? 1 / largest : 1;   // float holds the squares of numbers up to 1
+    real *xs = scaled_rows(x, center, scale, x_square), *ys = scaled_rows(y, center, scale, y_square);
+    for (size_t j = 0; j < y.n; j++) y_most = fmax(y_most, y_square[j]);
+    for (size_t first = 0; first < x.n; first += rows) {
+        size_t count = size_min(rows, x.n - first);
+        matmul(product, xs + first * d, ys, NULL, count, y.n, d, 0, 1, 0);   // product[i,j] = x_i.y_j
+#pragma omp parallel for schedule(dynamic, 16)
+        for (size_t i = first; i < first + count; i++) {
+            const real *dot = product + (i - first) * y.n;
+            double reach = sqrt(x_square[i]) + sqrt(y_most), least = INFINITY;
+            double slack = (double)(d + 8) * (sizeof(real) == 4 ? FLT_EPSILON : DBL_EPSILON) * reach * reach;
+            for (size_t j = 0; j < y.n; j++) {
+                double score = 0.5 * y_square[j] - (double)dot[j];
+                least = score < least ? score : least;
+            }
+            for (size_t j = 0; j < y.n; j++) {
+                if (0.5 * y_square[j] - (double)dot[j] > least + 2 * slack) continue;
+                double square = 0;
+                for (size_t k = 0; k < d; k++)
+                    square += (x.x[i * d + k] - y.x[j * d + k]) * (x.x[i * d + k] - y.x[j * d + k]);
+                best[i] = sqrt(square) < best[i] ? sqrt(square) : best[i];
             }
         }
-        tile_close(tile);
     }
-    others_close(o);
+    free(center), free(x_square), free(y_square), free(product), free(xs), free(ys);
 }
 
 // The q-quantile of x[n], numpy's default: between the two places around (n - 1) q, linearly
