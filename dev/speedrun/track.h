@@ -125,15 +125,20 @@ static Track *track_begin(Run *run, const OptionTable *tables, int argc, char **
 // "name=value ...": what the baseline has where it differs from the preset, and an entry that does not
 // say otherwise
 static void track_baseline(const char *words, const OptionTable *tables, int argc, char **argv) {
-    char name[64], flag[FLAG_BYTES];
-    double value;
-    for (int used; sscanf(words, " %63[a-z_0-9]=%lf%n", name, &value, &used) == 2; words += used)
+    char name[64], value[TEXT_OF_OPTION], flag[FLAG_BYTES];
+    const char *where = "dev/speedrun/tracks.h";
+    for (int used; sscanf(words, " %63[a-z_0-9]=%199s%n", name, value, &used) == 2; words += used) {
+        int found = 0;
         for (int i = 0; i < 2; i++) {
             int at = option_find(&tables[i], name);
-            if (at >= 0) flag_of(flag, &tables[i].options[at]);
-            if (at >= 0 && !text_after(flag, argc, argv))
-                option_set(&tables[i], at, value, "dev/speedrun/tracks.h", name);
+            if (at < 0) continue;
+            found = 1;
+            flag_of(flag, &tables[i].options[at]);
+            if (!text_after(flag, argc, argv)) option_put(&tables[i], at, value, where, name);
         }
+        if (!found) die("%s: a baseline names %s, and there is no such setting", where, name);
+    }
+    if (words[strspn(words, " ")]) die("%s: a baseline has \"%s\", which is no NAME=VALUE", where, words);
 }
 
 // After the command line was read. Without --seed the operating system draws one.
