@@ -210,6 +210,9 @@ def test_entry(logs, work):
            "rule pictures")
     broken("a rule of all tracks changed", edited(a, b'{"*", "log_every", "10"}',
                                                   b'{"*", "log_every", "20"}'), "rule log_every")
+    broken("a setting more allowed", edited(a, b'"lr beta1 beta2 ', b'"lr beta1 pictures beta2 '), "rule recipe")
+    sentence, said = call(*BASE, "--one", save(work, edited(a, b'"lr beta1 beta2 ', b'"lr beta2 ')))
+    check("a setting that was allowed later is no change of rules", sentence == "", sentence)
     sentence, said = call(*BASE, "--one", save(work, edited(a, b"// Optimizer\n", b"// Optimizer, ours\n")))
     check("an entry's change is named", sentence == "" and "changed" in said and "train_srdit.c" in said,
           sentence + said)
