@@ -1600,7 +1600,8 @@ static const Acts *rounded_acts;
 static int stored_in_bf16(const real *C) {
     const Acts *a = rounded_acts;
     int stored = C == a->wide || C == a->wide2 || C == a->patch_tokens;
-    for (int k = 0; k < MAX_SERIES; k++) stored |= C == a->align[k].zs;
+    for (int k = 0; k < MAX_SERIES; k++)
+        stored |= C == a->align[k].p0 || C == a->align[k].p2 || C == a->align[k].zs;
     for (int i = 0; i < MAX_DEPTH; i++) {
         const BlockActs *k = &a->block[i];
         stored |= C == k->qkv || C == k->proj || C == k->fc2;
@@ -1741,6 +1742,15 @@ static Config long_config(int side, int width, int heads) {
     return c;
 }
 
+// All that --recipe srdit13 adds, but the noise, which is the batch's: f's blocks are 1 and 2, g's 3 to 5
+static Config later_config(void) {
+    static const Series depths = {3, {2, 4, 6}}, widths = {2, {2, 8}};
+    Config c = small_config();
+    c.depth = 7, c.align_depths = depths, c.mlp_widths = widths;
+    c.optimizer = MUON, c.muon = SRDIT13, c.muon_lr = 0.05, c.eps = 1e-15;
+    return c;
+}
+
 // `only`: the tests whose names contain it
 static void compare_all(const char *only) {
     struct {
@@ -1787,6 +1797,22 @@ static void compare_all(const char *only) {
     at[-1].c.depth = at[-1].c.num_f = 1, at[-1].c.num_h = 0;
     CASE("MLP widths", small_config(), 2, 0, 1);
     at[-1].c.mlp_widths.count = 2, at[-1].c.mlp_widths.x[0] = 2, at[-1].c.mlp_widths.x[1] = 8;
+    for (int k = 0; k < 12; k++) {   // f: blocks 1, 2; g: 3 to 5 (without a decoder: to 7); h: 6, 7
+        static const Series depths[] = {{3, {2, 4, 6}}, {2, {1, 4}}, {2, {3, 7}}, {2, {2, 7}}};
+        static char text[12][96];
+        const Series *own = &depths[k / 3];
+        int drop = k % 3 > 0;
+        snprintf(text[k], sizeof(text[k]), "%s%saligned at %g and %g%s", k % 3 == 2 ? "65 tokens, " : "",
+                 k / 3 == 3 ? "no decoder, " : "", own->x[0], own->x[own->count - 1],
+                 drop ? ", path drop" : "");
+        CASE(text[k], k % 3 == 2 ? long_config(8, 128, 2) : small_config(), 2, drop, 1 + (k % 3 == 1));
+        at[-1].c.depth = 7, at[-1].c.num_f = 2, at[-1].c.num_h = k / 3 == 3 ? 0 : 2;
+        at[-1].c.align_depths = *own;
+    }
+    CASE("recipe srdit13", later_config(), 2, 0, 2);
+    CASE("recipe srdit13, path drop", later_config(), 2, 1, 2);
+    CASE("Muon, two micro-batches", small_config(), 2, 0, 2);
+    at[-1].c.optimizer = MUON, at[-1].c.muon_lr = 0.05;
     for (int k = 0; k < 4; k++) {
         static const char *const muon[] = {"Muon", "Muon for all", "Muon, path drop", "Muon, 65 tokens"};
         CASE(muon[k], k == 3 ? long_config(8, 128, 2) : small_config(), 2, k == 2, 1);
@@ -1975,20 +2001,19 @@ static void test_stored(void) {
 
 // Steps as recorded graphs leave the bits that launch by launch leaves: parts of a batch, paths dropped, both
 // buffers of the input, learning rates that change
-static void test_graph(void) {
-    Config c = small_config();
+static void compare_graphs(const char *name, const Config *c) {
     real *end[2];
     Losses losses[2];
     size_t bytes = 0;
     int recorded = 0, graphs = 0;
     for (int on = 0; on < 2; on++) {
         gpu::use_graph = on;
-        Model *m = gpu_backend.create(&c, 3, 1);
+        Model *m = gpu_backend.create(c, 3, 1);
         randomize(m, 5);
         for (int step = 1; step <= 6; step++) {
             gpu_backend.zero_gradients(m);
             for (int part = 0; part < 2; part++) {
-                Batch *b = random_batch(&c, 3, 3 * part, 6, (uint64_t)step, step % 3 == 0);
+                Batch *b = random_batch(c, 3, 3 * part, 6, (uint64_t)step, step % 3 == 0);
                 gpu_backend.forward_backward(m, b);
                 batch_free(b);
             }
@@ -1996,19 +2021,28 @@ static void test_graph(void) {
         }
         losses[on] = gpu_backend.read_losses(m);
         bytes = m->table.total * sizeof(real);
-        end[on] = (real *)alloc_zero(2, bytes);
-        gpu_backend.get_block(end[on], m, PARAMS);
-        gpu_backend.get_block(end[on] + m->table.total, m, EMA);
+        end[on] = (real *)alloc_zero(4, bytes);
+        static const enum Block blocks[] = {PARAMS, EMA, ADAM_M, ADAM_V};
+        for (int i = 0; i < 4; i++) gpu_backend.get_block(end[on] + i * m->table.total, m, blocks[i]);
         recorded = gpu::gpu_of(m)->recorded;
         for (int i = 0; i < recorded; i++) graphs += gpu::gpu_of(m)->recordings[i].graph != NULL;
         gpu_backend.destroy(m);
     }
-    int same = !memcmp(end[0], end[1], 2 * bytes) && !memcmp(&losses[0], &losses[1], sizeof(Losses));
-    result(same && graphs == 5 && recorded == 5, "graphs",
+    int same = !memcmp(end[0], end[1], 4 * bytes) && !memcmp(&losses[0], &losses[1], sizeof(Losses));
+    result(same && graphs == 5 && recorded == 5, name,
            "6 steps, %d of %d kinds replayed: %s those of single launches", graphs, recorded,
            same ? "the bits are" : "NOT");
     gpu::use_graph = 1;
     free(end[0]), free(end[1]);
+}
+static void test_graph(void) {
+    Config c = small_config();
+    compare_graphs("graphs", &c);
+    c = later_config();
+    compare_graphs("graphs, recipe srdit13", &c);
+    c = small_config();
+    c.optimizer = MUON, c.muon_lr = 0.05;
+    compare_graphs("graphs, Muon split", &c);
 }
 
 // --profile changes no bits, and every launch is in its table: what was timed, and the operations of the
@@ -2457,26 +2491,32 @@ static void test_old_card(const char *program) {
 
 #ifdef CUDA_ON_CPU
 // How many kernels and matrix products a training step of B/1's twelve blocks is; their width does not count
-static void test_launches(void) {
-    Config c = long_config(4, 64, 1);
-    c.depth = 12, c.num_f = c.num_h = 2;
-    Model *m = gpu_backend.create(&c, 1, 1);
+static void count_launches(const char *name, const Config *c, long most) {
+    Model *m = gpu_backend.create(c, 1, 1);
     long launches[2], products[2];
     for (int step = 1; step <= 3; step++) {   // the first also rounds the weights
         int drop = step == 3;
-        Batch *b = random_batch(&c, 1, 0, 1, 1, drop);
+        Batch *b = random_batch(c, 1, 0, 1, 1, drop);
         b->on_device = 1;
         cuda_cpu::launches = cuda_cpu::products = 0;
         gpu_backend.zero_gradients(m), gpu_backend.forward_backward(m, b), gpu_backend.update(m, step);
         launches[drop] = cuda_cpu::launches, products[drop] = cuda_cpu::products;
         batch_free(b);
     }
-    long most = sizeof(gpu::floatX) == 2 ? MOST_LAUNCHES
-                                         : MOST_LAUNCHES_PLAIN;   // float: plain attention, GELU apart
-    result(launches[0] + products[0] <= most, "launches a step",
+    result(launches[0] + products[0] <= most, name,
            "%ld kernels, %ld products; %ld and %ld where the sparse path is dropped", launches[0],
            products[0], launches[1], products[1]);
     gpu_backend.destroy(m);
+}
+static void test_launches(void) {
+    static const Series depths = {3, {2, 4, 6}};
+    Config c = long_config(4, 64, 1);
+    c.depth = 12, c.num_f = c.num_h = 2;
+    long most = sizeof(gpu::floatX) == 2 ? MOST_LAUNCHES
+                                         : MOST_LAUNCHES_PLAIN;   // float: plain attention, GELU apart
+    count_launches("launches a step", &c, most);
+    c.align_depths = depths;   // more: roundings, losses, inputs' gradients, weights' as one run more
+    count_launches("launches, three depths", &c, most + 2 * 3 + 5);
 }
 #endif
 
@@ -2528,14 +2568,7 @@ int main(int argc, char **argv) {
 #endif
             glob_t g;
             if (in_float && glob("dev/ref/*.safetensors", 0, NULL, &g) == 0) {
-                for (size_t i = 0; i < g.gl_pathc; i++) {
-                    SafeFile *f = safe_open(g.gl_pathv[i]);
-                    int depths = safe_metadata(f, "align_depths") != NULL;
-                    safe_close(f);
-                    if (depths)
-                        printf("     %s: the GPU has no --align-depths: not replayed\n", g.gl_pathv[i]);
-                    else replay(g.gl_pathv[i], 0, 0);
-                }
+                for (size_t i = 0; i < g.gl_pathc; i++) replay(g.gl_pathv[i], 0, 0);
                 globfree(&g);
             }
         }

@@ -2878,15 +2878,15 @@ typedef struct {
     float *t0, *cond, *mod, *final_mod;         // [B,D], [B,D], [L,B,6D], [B,2D]
     BlockActs block[MAX_DEPTH + 1];             // one more for evaluation, if h is empty
     float *E;                                   // [B,T,D] f's output, in float
-    floatX *E_low, *g_out;                      // [B,T,D] rounded; [B Tk + mask + pads, D]
+    floatX *E_low, *g_out;                      // [align_row,D] rounded; [B Tk + mask + pads, D]
     int *rows;                                  // [B,T] row of g_out that a token reads
     float *fused, *last, *final_r;              // [B,T,D], [B,T,D], [B,T]
-    floatX *p0, *p0_silu, *p2, *p2_silu, *zs;   // [B,T,M] four times, [B,T,Z]
+    floatX *p0, *p0_silu, *p2, *p2_silu, *zs;   // of all aligned rows: [...,M] four times, [...,Z]
     floatX *final_h;                            // [B,T,D], patches first
     float *out_patches, *cls_out;               // [B,P,X], [B,Z]
     // gradients, and scratch that all share
     float *dx, *d_E, *d_v1, *d_g;                      // [B,T,D] three times, [B Tk + ..., D]
-    floatX *dy, *dh, *dG, *wide, *wide2;               // [B,T,D] twice, as g_out, [B,T,D|M|Z]
+    floatX *dy, *dh, *dG, *wide, *wide2;               // [B,T,D] twice, as g_out, [B,T,D] or [...,M|Z]
     BlockGrads d_run;                                  // of the blocks of a run, one behind the other
     floatX *d_mod, *d_final_mod, *d_out, *d_cls_out;   // [L,B,6D], [B,2D], [B,P,X], [B,Z]
     floatX *d_cond, *d_t0;                             // [B,D] twice
@@ -2964,8 +2964,35 @@ typedef struct {
 } GpuModel;
 static GpuModel *gpu_of(Model *m) { return (GpuModel *)m; }
 
-static size_t loss_parts_of(const Config *c, int B) {
-    return (size_t)imax(LOSS_BLOCKS, div_up(B * tokens_of(c), 8));
+// Tokens a sample of block i
+static int tokens_in(const Config *c, int i) { return is_sparse(c, i) ? kept_of(c) : tokens_of(c); }
+
+// The projector takes the aligned outputs of all depths at once, one below the other in a->E_low: E comes
+// first, aligned or not, then the others as they rise. Here begin the rows of the k-th alignment; k =
+// align_count: all end.
+static int align_row(const Config *c, int k, int B) {
+    int row = B * tokens_of(c);
+    if (align_depth(c, k) == c->num_f) return 0;
+    for (int j = 0; j < k; j++)
+        if (align_depth(c, j) != c->num_f) row += B * tokens_in(c, align_depth(c, j) - 1);
+    return row;
+}
+// Which alignment the output of block i has; -1: none
+static int align_of(const Config *c, int i) {
+    for (int k = 0; align_depth(c, k); k++)
+        if (align_depth(c, k) == i + 1) return k;
+    return -1;
+}
+// The first of the projector's rows, which is row 0 of zs; and how many they are
+static int align_first(const Config *c, int B) {
+    return align_of(c, c->num_f - 1) >= 0 ? 0 : B * tokens_of(c);
+}
+static int align_rows(const Config *c, int B) {
+    return c->align ? align_row(c, align_count(c), B) - align_first(c, B) : 0;
+}
+
+static size_t loss_parts_of(const Config *c, int B) {   // of a depth: one for each 8 rows
+    return (size_t)imax(LOSS_BLOCKS, div_up(B * tokens_of(c) + align_rows(c, B), 8) + MAX_SERIES);
 }
 // Rows of g_out: g's, the mask token twice, zeros
 static int padded_rows(int rows) { return (rows + 2 + 63) / 64 * 64; }
@@ -2978,9 +3005,13 @@ typedef struct {
 } BlockRun;
 static BlockRun run_of(const Config *c, int i) {
     int first_h = c->depth - c->num_h;
-    int begin = i < c->num_f ? 0 : i < first_h ? c->num_f : first_h;
-    int end = i < c->num_f ? c->num_f : i < first_h ? first_h : c->depth + (c->num_h == 0);
-    int most = 2 * tokens_of(c) / (is_sparse(c, i) ? kept_of(c) : tokens_of(c));
+    int aligned = end_of_g(c, 1, 1);   // which a path-drop step runs alone
+    int begin = i < c->num_f ? 0 : i < aligned ? c->num_f : i < first_h ? aligned : first_h;
+    int end = i < c->num_f  ? c->num_f
+              : i < aligned ? aligned
+              : i < first_h ? first_h
+                            : c->depth + (c->num_h == 0);
+    int most = 2 * tokens_of(c) / tokens_in(c, i);
     if (c->mlp_widths.count) most = 1;   // no two have the same shapes
     BlockRun run;
     run.first = begin + (i - begin) / most * most;
@@ -3040,12 +3071,12 @@ static void acts_layout(Acts *a, DeviceArena *m, const Config *c, int B) {
         take(k->gelu, m, run.count * nF);
     }
     take(a->E, m, N * D);
-    take(a->E_low, m, N * D);
+    take(a->E_low, m, (size_t)align_row(c, align_count(c), B) * D);
     take(a->g_out, m, pad * D);
     take(a->rows, m, N);
     take(a->last, m, c->num_h ? N * D : 0);
     take(a->final_r, m, N);
-    size_t n_align = c->align ? N : 0;
+    size_t n_align = (size_t)align_rows(c, B);
     take(a->p0, m, n_align * M);
     take(a->p0_silu, m, n_align * M);
     take(a->p2, m, n_align * M);
@@ -3058,7 +3089,7 @@ static void acts_layout(Acts *a, DeviceArena *m, const Config *c, int B) {
     take(a->d_E, m, N * D);
     take(a->d_v1, m, N * D);
     take(a->d_g, m, pad * D);
-    size_t wide = largest(D, c->align ? M : 0), wide2 = largest(wide, c->align ? Z : 0);
+    size_t wide = largest(N * D, n_align * M), wide2 = largest(wide, n_align * Z);
     take(a->d_run.fc2, m, most_D);
     take(a->d_run.fc1, m, most_F);
     take(a->d_run.proj, m, most_D);
@@ -3066,8 +3097,8 @@ static void acts_layout(Acts *a, DeviceArena *m, const Config *c, int B) {
     take(a->dy, m, N * D);
     take(a->dh, m, N * D);
     take(a->dG, m, pad * D);
-    take(a->wide, m, N * wide + 64 * D);
-    take(a->wide2, m, N * wide2 + 64 * D);
+    take(a->wide, m, wide + 64 * D);
+    take(a->wide2, m, wide2 + 64 * D);
     take(a->d_mod, m, L * b * 6 * D);
     take(a->d_final_mod, m, b * 2 * D);
     take(a->d_out, m, b * P * X);
@@ -3274,7 +3305,7 @@ static Residual block_forward(GpuModel *g, int i, BlockActs *k, const Residual &
 // Where the gradients of block i's products lie
 static BlockGrads block_grads(const GpuModel *g, int i, int B) {
     const Config *c = &g->base.c;
-    size_t D = (size_t)c->hidden_size, rows = (size_t)(B * (is_sparse(c, i) ? kept_of(c) : tokens_of(c)));
+    size_t D = (size_t)c->hidden_size, rows = (size_t)(B * tokens_in(c, i));
     size_t at = (size_t)(i - run_of(c, i).first);
     BlockGrads d = g->a.d_run;
     d.fc2 += at * step_of(rows * D);
@@ -3332,6 +3363,59 @@ static void run_weights_backward(GpuModel *g, int i, int B, int n) {
         bias_backward(dw[j].fc1_b, &g->sums, d->fc1 + j * step_of((size_t)N * F), N, F, end - j,
                       (size_t)(next->fc1_b - dw->fc1_b));
     }
+}
+
+// zs = p4(silu(p2(silu(p0(x))))) of all aligned blocks' outputs x: what is compared with the frozen encoder's
+// features
+static void projector_forward(GpuModel *g, const Params *w, int B) {
+    place(PROJECTOR);
+    const Config *c = &g->base.c;
+    Acts *a = &g->a;
+    int D = c->hidden_size, M = c->projector_dim, Z = c->z_dim, N = align_rows(c, B);
+    const floatX *x = a->E_low + (size_t)align_first(c, B) * D;
+    linear_forward<floatX>(a->p0, x, low(g, w->p0_w), low(g, w->p0_b), N, D, M);
+    silu_forward<floatX>(a->p0_silu, a->p0, (size_t)N * M);
+    linear_forward<floatX>(a->p2, a->p0_silu, low(g, w->p2_w), low(g, w->p2_b), N, M, M);
+    silu_forward<floatX>(a->p2_silu, a->p2, (size_t)N * M);
+    linear_forward<floatX>(a->zs, a->p2_silu, low(g, w->p4_w), low(g, w->p4_b), N, M, Z);
+}
+// From the gradient of zs in a->wide2 those of the weights; a->wide2 leaves as that of p0's output, for
+// align_backward
+static void projector_backward(GpuModel *g, int B) {
+    place(PROJECTOR);
+    const Config *c = &g->base.c;
+    Acts *a = &g->a;
+    const Params *w = &g->w, *dw = &g->dw;
+    int D = c->hidden_size, M = c->projector_dim, Z = c->z_dim, N = align_rows(c, B), add = !g->fresh;
+    const floatX *x = a->E_low + (size_t)align_first(c, B) * D;
+    linear_backward_weight(dw->p4_w, a->wide2, a->p2_silu, N, M, Z, add);
+    bias_backward(dw->p4_b, &g->sums, a->wide2, N, Z);
+    linear_backward_input<floatX>(a->wide, a->wide2, low(g, w->p4_w), N, M, Z, 0);
+    activation_backward<SILU, floatX>(a->wide, dw->p2_b, &g->sums, a->wide, a->p2, N, M);
+    linear_backward_weight(dw->p2_w, a->wide, a->p0_silu, N, M, M, add);
+    linear_backward_input<floatX>(a->wide2, a->wide, low(g, w->p2_w), N, M, M, 0);
+    activation_backward<SILU, floatX>(a->wide2, dw->p0_b, &g->sums, a->wide2, a->p0, N, M);
+    linear_backward_weight(dw->p0_w, a->wide2, x, N, D, M, add);
+}
+// Both for block i's output x, where that is aligned: it is rounded for the projector, which runs when it has
+// all of them
+static void align_forward(GpuModel *g, const Params *w, int i, const Residual &x, int B) {
+    const Config *c = &g->base.c;
+    int k = align_of(c, i);
+    if (k < 0) return;
+    if (i != c->num_f - 1)   // E's is there
+        norm_modulate_forward(NULL, g->a.E_low + (size_t)align_row(c, k, B) * c->hidden_size, NULL, x, NULL,
+                              NULL, 0, -1, B, tokens_in(c, i), c->hidden_size);
+    if (k == align_count(c) - 1) projector_forward(g, w, B);
+}
+// dx (+)= what alignment asks of block i's output
+static void align_backward(GpuModel *g, float *dx, int i, int add, int B) {
+    const Config *c = &g->base.c;
+    int k = align_of(c, i), D = c->hidden_size, M = c->projector_dim;
+    if (k < 0) return;
+    place(PROJECTOR);
+    size_t row = (size_t)(align_row(c, k, B) - align_first(c, B));
+    linear_backward_input<float>(dx, g->a.wide2 + row * M, low(g, g->w.p0_w), B * tokens_in(c, i), D, M, add);
 }
 
 // Block i: dx [B,n,D] comes in as the gradient of its output and leaves as that of its input; that of fc2's
@@ -3395,42 +3479,13 @@ static void block_backward(GpuModel *g, int i, float *dx, const floatX *v1, cons
     nb.dshift = d_mod;
     nb.dscale = d_mod + D;
     if (before >= 0) {
+        align_backward(g, dx, before, 1, B);
         norm_backward_behind(&nb, g, before, B);
         return;
     }
     nb.dy_cls = dy_cls;
     if (db) nb.bias = sum_parts(&g->sums, db, B, D);
     norm_modulate_backward(&nb, B);
-}
-
-// zs [B,T,Z] = p4(silu(p2(silu(p0(E))))): what is compared with the frozen encoder's features
-static void projector_forward(GpuModel *g, const Params *w, int N) {
-    place(PROJECTOR);
-    const Config *c = &g->base.c;
-    Acts *a = &g->a;
-    int D = c->hidden_size, M = c->projector_dim, Z = c->z_dim;
-    linear_forward<floatX>(a->p0, a->E_low, low(g, w->p0_w), low(g, w->p0_b), N, D, M);
-    silu_forward<floatX>(a->p0_silu, a->p0, (size_t)N * M);
-    linear_forward<floatX>(a->p2, a->p0_silu, low(g, w->p2_w), low(g, w->p2_b), N, M, M);
-    silu_forward<floatX>(a->p2_silu, a->p2, (size_t)N * M);
-    linear_forward<floatX>(a->zs, a->p2_silu, low(g, w->p4_w), low(g, w->p4_b), N, M, Z);
-}
-// a->d_E = its gradient, from that of zs in a->wide2
-static void projector_backward(GpuModel *g, int N) {
-    place(PROJECTOR);
-    const Config *c = &g->base.c;
-    Acts *a = &g->a;
-    const Params *w = &g->w, *dw = &g->dw;
-    int D = c->hidden_size, M = c->projector_dim, Z = c->z_dim, add = !g->fresh;
-    linear_backward_weight(dw->p4_w, a->wide2, a->p2_silu, N, M, Z, add);
-    bias_backward(dw->p4_b, &g->sums, a->wide2, N, Z);
-    linear_backward_input<floatX>(a->wide, a->wide2, low(g, w->p4_w), N, M, Z, 0);
-    activation_backward<SILU, floatX>(a->wide, dw->p2_b, &g->sums, a->wide, a->p2, N, M);
-    linear_backward_weight(dw->p2_w, a->wide, a->p0_silu, N, M, M, add);
-    linear_backward_input<floatX>(a->wide2, a->wide, low(g, w->p2_w), N, M, M, 0);
-    activation_backward<SILU, floatX>(a->wide2, dw->p0_b, &g->sums, a->wide2, a->p0, N, M);
-    linear_backward_weight(dw->p0_w, a->wide2, a->E_low, N, D, M, add);
-    linear_backward_input<float>(a->d_E, a->wide2, low(g, w->p0_w), N, D, M, 0);
 }
 
 // c = mlp(e(t)) + label, and silu(c), which all adaLN layers read
@@ -3486,7 +3541,7 @@ static Residual fusion_forward(GpuModel *g, const Params *w, floatX *g_out, cons
     x.y_rows = a->rows;
     return x;
 }
-// From a->dy, the gradient of the fused tokens: a->d_E (added to, if the projector has been there) and
+// From a->dy, the gradient of the fused tokens: a->d_E (added to, if E is aligned) and
 // a->d_g, of g_out's rows. The bias's gradient is taken by the norm that read the sum.
 static void fusion_backward(GpuModel *g, int rows, int N) {
     place(FUSION);
@@ -3503,7 +3558,7 @@ static void fusion_backward(GpuModel *g, int rows, int N) {
     LAUNCHED();
     linear_backward_weight(dw->fusion_w, a->dy, a->E_low, N, D, D, add, 2 * D);
     linear_backward_weight(dw->fusion_w + D, a->dG, a->g_out, padded, D, D, add, 2 * D);
-    linear_backward_input<float>(a->d_E, a->dy, w1, N, D, D, c->align, 2 * D);
+    linear_backward_input<float>(a->d_E, a->dy, w1, N, D, D, align_of(c, c->num_f - 1) >= 0, 2 * D);
     linear_backward_input<float>(a->d_g, a->dG, w2, padded, D, D, 0, 2 * D);
     sum_later(&g->sums, dw->mask_token, a->d_g + (size_t)rows * D, 2, D,
               D);   // (nobody writes them any more)
@@ -3512,7 +3567,7 @@ static void fusion_backward(GpuModel *g, int rows, int N) {
 // Velocity of the input at its times and labels into a->out_patches, a->cls_out. training: x_t is made from x
 // and noise, g runs on the kept tokens, the projector runs too; else x is x_t, g runs on all tokens, in one
 // block's memory. g runs on the first `whole` samples; every one of its tokens of the others is the mask
-// token (path drop).
+// token (path drop), though in training those of its blocks that alignment asks for run on all.
 static void network_forward(GpuModel *g, const Params *w, int training, int whole, int B) {
     const Config *c = &g->base.c;
     Acts *a = &g->a;
@@ -3541,25 +3596,28 @@ static void network_forward(GpuModel *g, const Params *w, int training, int whol
     // encoder f on all tokens
     const floatX *v1 = c->value_residual ? a->block[0].qkv : NULL;
     Residual x = residual_of(a->block[0].x, NULL, 0, NULL);
-    for (int i = 0; i < c->num_f; i++)
+    for (int i = 0; i < c->num_f; i++) {
         x = block_forward(g, i, &a->block[i], x, i ? v1 : NULL, NULL, w, B, B, T);
-    norm_modulate_forward(a->E, a->E_low, NULL, x, NULL, NULL, 0, -1, B, T, D);
-    if (training && c->align) projector_forward(g, w, N);
+        if (i == c->num_f - 1) norm_modulate_forward(a->E, a->E_low, NULL, x, NULL, NULL, 0, -1, B, T, D);
+        if (training) align_forward(g, w, i, x, B);
+    }
     // sparse middle g on the kept tokens; its first norm gathers them
     floatX *g_out = training ? a->g_out : a->wide2;
-    if (whole) {
-        x = residual_of(a->E, NULL, 0, NULL);
-        x.x_ids = ids;
-        x.x_tokens = T;
-        for (int i = c->num_f; i < first_h; i++) {
-            BlockActs *k = training ? &a->block[i] : &a->block[c->num_h ? c->depth - 1 : c->depth];
-            x = block_forward(g, i, k, x, v1, ids, w, B, whole, n);
-        }
-        norm_modulate_forward(NULL, g_out, NULL, x, NULL, NULL, 0, -1, whole, n, D);
+    x = residual_of(a->E, NULL, 0, NULL);
+    x.x_ids = ids;
+    x.x_tokens = T;
+    for (int i = c->num_f; i < end_of_g(c, training, !whole); i++) {
+        BlockActs *k = training ? &a->block[i] : &a->block[c->num_h ? c->depth - 1 : c->depth];
+        x = block_forward(g, i, k, x, v1, ids, w, B, whole ? whole : B, n);
+        if (training) align_forward(g, w, i, x, B);
     }
+    if (whole) norm_modulate_forward(NULL, g_out, NULL, x, NULL, NULL, 0, -1, whole, n, D);
     x = fusion_forward(g, w, g_out, ids, whole, n, B);
     // decoder h on all tokens
-    for (int i = first_h; i < c->depth; i++) x = block_forward(g, i, &a->block[i], x, v1, NULL, w, B, B, T);
+    for (int i = first_h; i < c->depth; i++) {
+        x = block_forward(g, i, &a->block[i], x, v1, NULL, w, B, B, T);
+        if (training) align_forward(g, w, i, x, B);
+    }
     // final layer: out = linear(final_h[patches]), cls_out = linear_cls(final_h[CLS]); patches lie first
     place(INPUT);
     linear_forward<float>(a->final_mod, a->cond_silu, low(g, w->final_adaln_w), w->final_adaln_b, B, D,
@@ -3573,20 +3631,23 @@ static void network_forward(GpuModel *g, const Params *w, int training, int whol
 }
 
 // Zeros where a step's backward writes nothing or only adds: labels' gradients, values' where no block writes
-// them first, and, where the sparse path was dropped, all of g's
+// them first, and, where the sparse path was dropped, those of g's blocks that did not run
 static void clear_gradients(GpuModel *g, int path_drop, int B) {
     const Config *c = &g->base.c;
     const Table *table = &g->base.table;
     size_t D = (size_t)c->hidden_size, N = (size_t)B * (size_t)tokens_of(c), mod = (size_t)B * 6 * D;
-    int first_h = c->depth - c->num_h, sparse = first_h - c->num_f;
+    int end = end_of_g(c, 1, path_drop), left_out = c->depth - c->num_h - end;
     if (c->value_residual && v1_begins_at(c) < 0)
         CHECK(cudaMemsetAsync(g->a.d_v1, 0, N * D * sizeof(float), stream));
     if (g->fresh)
         CHECK(cudaMemsetAsync(g->dw.label, 0, (size_t)(c->num_classes + 1) * D * sizeof(float), stream));
-    if (!path_drop || !sparse) return;
-    CHECK(cudaMemsetAsync(g->a.d_mod + c->num_f * mod, 0, sparse * mod * sizeof(floatX), stream));
+    if (!left_out) return;
+    CHECK(cudaMemsetAsync(g->a.d_mod + end * mod, 0, left_out * mod * sizeof(floatX), stream));
     for (int i = 0, next; i < table->count && g->fresh; i = next) {   // neighbours in the table at once
-        for (next = i; next < table->count && is_sparse(c, table->tensors[next].block); next++) continue;
+        next = i;
+        while (next < table->count && table->tensors[next].block >= end &&
+               is_sparse(c, table->tensors[next].block))
+            next++;
         if (next == i) {
             next++;
             continue;
@@ -3612,7 +3673,8 @@ static void network_backward(GpuModel *g, int path_drop, int B) {
     size_t patches = (size_t)B * P * D;   // CLS's rows lie behind those
     clear_gradients(g, path_drop, B);
     sums_begin(&g->sums, add);
-    if (c->align) projector_backward(g, N);
+    if (c->align) projector_backward(g, B);
+    align_backward(g, a->d_E, c->num_f - 1, 0, B);
     // final layer: out = linear(final_h[patches]), cls_out = linear_cls(final_h[CLS])
     place(INPUT);
     linear_backward_weight(dw->final_w, a->d_out, a->final_h, B * P, D, X, add);
@@ -3623,8 +3685,10 @@ static void network_backward(GpuModel *g, int path_drop, int B) {
         sum_later(&g->sums, dw->final_cls_b, a->d_cls_out, B, Z, Z);
         linear_backward_input<floatX>(a->dh + patches, a->d_cls_out, low(g, w->final_cls_w), B, D, Z, 0);
     }
+    int aligned = c->num_h && align_of(c, last) >= 0;   // what the final layer reads
+    if (aligned) align_backward(g, a->dx, last, 0, B);
     NormBackward nb = norm_backward_of(g, a->dx, T);
-    nb.fresh = 1;
+    nb.fresh = !aligned;
     nb.dh = a->dh;
     nb.dh_cls = c->cls;
     nb.x = c->num_h ? a->last : a->fused;
@@ -3646,16 +3710,25 @@ static void network_backward(GpuModel *g, int path_drop, int B) {
     for (int i = last; i >= first_h; i--)
         block_backward(g, i, a->dx, v1, NULL, B, T, i > first_h ? i - 1 : -1, -1, dw->fusion_b);
     fusion_backward(g, rows, N);
-    // sparse middle g, on a path-drop step without gradient
-    if (!path_drop && first_h > c->num_f) {
-        nb = norm_backward_of(g, a->d_g, n);
-        norm_backward_behind(&nb, g, first_h - 1, B);
-        for (int i = first_h - 1; i >= c->num_f; i--)
-            block_backward(g, i, a->d_g, v1, in->ids, B, n, i > c->num_f ? i - 1 : -1, -1, NULL);
+    // sparse middle g, on a path-drop step with no gradient but alignment's, for which a->dx is free now
+    // (d_g has the mask token's) and a->rows must tell where the kept tokens lie
+    int end = end_of_g(c, 1, path_drop);
+    float *d_g = path_drop ? a->dx : a->d_g;
+    if (end > c->num_f) {
+        align_backward(g, d_g, end - 1, !path_drop, B);
+        nb = norm_backward_of(g, d_g, n);
+        norm_backward_behind(&nb, g, end - 1, B);
+        for (int i = end - 1; i >= c->num_f; i--)
+            block_backward(g, i, d_g, v1, in->ids, B, n, i > c->num_f ? i - 1 : -1, -1, NULL);
+        if (path_drop) {
+            rows = B * n;
+            rows_kernel<<<(unsigned)B, 256, 0, stream>>>(a->rows, NULL, NULL, in->ids, n, T, rows, B, B, D);
+            LAUNCHED();
+        }
     }
     // encoder f; the gradient of the gathered tokens comes back here
     nb = norm_backward_of(g, a->d_E, T);
-    nb.dx2 = a->d_g;
+    nb.dx2 = d_g;
     nb.dx2_rows = a->rows;
     nb.dx2_count = rows;
     norm_backward_behind(&nb, g, c->num_f - 1, B);
@@ -3726,21 +3799,33 @@ template <int V, class S> __device__ __forceinline__ void load_some(float (&x)[V
         for (int j = 0; j < 4; j++) x[j] = v.x[j];
     } else x[0] = to_float(*p);
 }
-// Cosine loss of zs [rows,Z] against feats, as they are stored, and its gradient, a warp a row, V numbers at
+// One depth's alignment: its zs [rows,Z], and where their gradient and the partial sums go; its tokens are
+// those of ids [B,n] (NULL: all T). weight: what a term counts, 1 where all tokens of one depth alone are
+// aligned; scale: the gradient's
+typedef struct {
+    floatX *dz;
+    float *parts;
+    const floatX *zs;
+    const int *ids;
+    double scale;
+    float weight;
+    int rows, n, T, Z;
+} AlignLoss;
+// Cosine loss of zs against feats [B,T,Z], as they are stored, and its gradient, a warp a row, V numbers at
 // once; the second reading comes from the cache. Reads 2 + 1 (feats in 8 bits), writes 2 bytes an element;
 // bound by memory: 0.25 GB in B/1.
 template <class S, int V>
-__global__ void __launch_bounds__(256) align_loss_kernel(floatX *dz, float *parts, const floatX *zs,
-                                                         const S *feats, double scale, int rows, int Z) {
+__global__ void __launch_bounds__(256) align_loss_kernel(const AlignLoss a, const S *feats) {
     __shared__ float cosines[8];
     int n = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
     float cosine = 0, f[V], z[V];
-    if (n < rows) {
-        size_t row = (size_t)n * Z;
+    if (n < a.rows) {
+        size_t row = (size_t)n * a.Z;
+        feats += a.ids ? ((size_t)(n / a.n) * a.T + a.ids[n]) * a.Z : row;
         float ff = 0, zz = 0, fz = 0;
-        for (int i = lane * V; i < Z; i += 32 * V) {
-            load_some<V>(f, feats + row + i);
-            load_some<V>(z, zs + row + i);
+        for (int i = lane * V; i < a.Z; i += 32 * V) {
+            load_some<V>(f, feats + i);
+            load_some<V>(z, a.zs + row + i);
             for (int j = 0; j < V; j++) {
                 ff += f[j] * f[j];
                 zz += z[j] * z[j];
@@ -3750,29 +3835,26 @@ __global__ void __launch_bounds__(256) align_loss_kernel(floatX *dz, float *part
         ff = fmaxf(sqrtf(sum_lanes<32>(ff)), 1e-12f);
         zz = fmaxf(sqrtf(sum_lanes<32>(zz)), 1e-12f);
         cosine = sum_lanes<32>(fz) / (ff * zz);
-        float k = (float)(scale / zz);
-        for (int i = lane * V; i < Z; i += 32 * V) {
-            load_some<V>(f, feats + row + i);
-            load_some<V>(z, zs + row + i);
+        float k = (float)(a.scale / zz);
+        for (int i = lane * V; i < a.Z; i += 32 * V) {
+            load_some<V>(f, feats + i);
+            load_some<V>(z, a.zs + row + i);
             for (int j = 0; j < V; j++) f[j] = k * (f[j] / ff - cosine * z[j] / zz);
-            if constexpr (V == 4) store4(dz + row + i, {{f[0], f[1], f[2], f[3]}});
-            else store(dz + row + i, f[0]);
+            if constexpr (V == 4) store4(a.dz + row + i, {{f[0], f[1], f[2], f[3]}});
+            else store(a.dz + row + i, f[0]);
         }
     }
     if (lane == 0) cosines[threadIdx.x / 32] = cosine;
     __syncthreads();
     float sum = 0;
     for (int i = 0; i < 8 && threadIdx.x == 0; i++) sum -= cosines[i];
-    if (threadIdx.x == 0) parts[blockIdx.x] = sum;
+    if (threadIdx.x == 0) a.parts[blockIdx.x] = sum * a.weight;
 }
-template <class S>
-static void align_loss(floatX *dz, float *parts, const floatX *zs, const void *feats, double scale, int rows,
-                       int Z) {
-    unsigned blocks = (unsigned)div_up(rows, 8);
+template <class S> static void align_loss(const AlignLoss &a, const void *feats) {
+    unsigned blocks = (unsigned)div_up(a.rows, 8);
     const S *stored = (const S *)feats;
-    if (Z % 4 == 0)
-        align_loss_kernel<S, 4><<<blocks, 256, 0, stream>>>(dz, parts, zs, stored, scale, rows, Z);
-    else align_loss_kernel<S, 1><<<blocks, 256, 0, stream>>>(dz, parts, zs, stored, scale, rows, Z);
+    if (a.Z % 4 == 0) align_loss_kernel<S, 4><<<blocks, 256, 0, stream>>>(a, stored);
+    else align_loss_kernel<S, 1><<<blocks, 256, 0, stream>>>(a, stored);
     LAUNCHED();
 }
 // Each part of the loss += scale * sum of parts[count], in double and in a fixed order; a block a part
@@ -3820,18 +3902,30 @@ static void loss_and_gradients(GpuModel *g, const Batch *batch) {
         LAUNCHED();
         all.of[sums++] = {&g->losses->cls, of_cls, parts + 2 * room, blocks};
     }
-    if (c->align) {
+    float *cosines = parts + 3 * room;
+    for (int k = 0, done = 0; align_depth(c, k); k++, done += blocks) {   // in zs's place a->wide2 gets dz
         place(PROJECTOR);
-        blocks = div_up(B * T, 8);
-        double scale = -c->align_coeff * of_align;
-        float *cosines = parts + 3 * room;
+        int i = align_depth(c, k) - 1, n = tokens_in(c, i), depths = align_count(c);
+        size_t at = (size_t)(align_row(c, k, B) - align_first(c, B)) * Z;
+        double weight = (double)T / (n * depths);
+        blocks = div_up(B * n, 8);
+        AlignLoss one = {a->wide2 + at,
+                         cosines + done,
+                         a->zs + at,
+                         is_sparse(c, i) ? in->ids : NULL,
+                         -c->align_coeff * of_align * weight,
+                         (float)weight,
+                         B * n,
+                         n,
+                         T,
+                         Z};
         switch (batch->feats_type) {
-            case I8: align_loss<int8_t>(a->wide2, cosines, a->zs, in->feats, scale, B * T, Z); break;
-            case F16: align_loss<Half>(a->wide2, cosines, a->zs, in->feats, scale, B * T, Z); break;
-            case BF16: align_loss<bf16>(a->wide2, cosines, a->zs, in->feats, scale, B * T, Z); break;
-            default: align_loss<float>(a->wide2, cosines, a->zs, in->feats, scale, B * T, Z);
+            case I8: align_loss<int8_t>(one, in->feats); break;
+            case F16: align_loss<Half>(one, in->feats); break;
+            case BF16: align_loss<bf16>(one, in->feats); break;
+            default: align_loss<float>(one, in->feats);
         }
-        all.of[sums++] = {&g->losses->align, of_align, cosines, blocks};
+        if (k == depths - 1) all.of[sums++] = {&g->losses->align, of_align, cosines, done + blocks};
     }
     loss_sums_kernel<<<sums, 256, 0, stream>>>(all);
     LAUNCHED();
@@ -4253,8 +4347,10 @@ static const real *activation(Model *m, const char *name) {
     } else if (!strcmp(name, "embed")) x = a->block[0].x;
     else if (!strcmp(name, "cond")) x = a->cond;
     else if (!strcmp(name, "fused")) x = a->fused;
-    else if (!strcmp(name, "zs")) rounded = a->zs;
-    else if (!strcmp(name, "cls_out")) x = a->cls_out;
+    else if (!strncmp(name, "zs", 2)) {   // zs, or zs.2 and so on
+        int k = sscanf(name, "zs.%d", &block) == 1 ? align_of(c, block - 1) : 0;
+        rounded = a->zs + (size_t)(align_row(c, k, m->max_batch) - align_first(c, m->max_batch)) * c->z_dim;
+    } else if (!strcmp(name, "cls_out")) x = a->cls_out;
     else if (!strcmp(name, "out")) {
         x = g->in.noise;   // (not needed any more)
         unpatchify_kernel<<<(unsigned)((count + 255) / 256), 256, 0, stream>>>(
@@ -4415,8 +4511,6 @@ static Model *model_create(const Config *c, int max_batch, uint64_t seed) {
     if (c->hidden_size / c->num_heads > 128)
         die("a head width of %d: the GPU's kernels take at most 128", c->hidden_size / c->num_heads);
     if (tokens_of(c) > 6000) die("%d tokens: the GPU's kernels take at most 6000", tokens_of(c));
-    if (c->align_depths.count)
-        die("--align-depths is not on the GPU yet; the CPU's trainer has it (make train_srdit)");
     if (!stream) device_open();
     GpuModel *g = (GpuModel *)alloc_zero(1, sizeof(GpuModel));
     Model *m = &g->base;
@@ -4494,7 +4588,8 @@ static void end(Model *m) {
     const Config *c = &m->c;
     double steps = profile.steps - 2, B = (double)profile.samples / profile.steps, f = sizeof(floatX);
     double T = tokens_of(c), Tk = kept_of(c), D = c->hidden_size, Z = c->z_dim;
-    double flops = peak_flops(), memory = peak_bandwidth(), M = c->align ? c->projector_dim : 0;
+    double flops = peak_flops(), memory = peak_bandwidth(), M = c->projector_dim;
+    double aligned = align_rows(c, 1) * B;
     double to_flops = 1 / (REACHED_FLOPS * (flops ? flops : 989.4e12));
     double to_bytes = 1 / (REACHED_BYTES * (memory ? memory : 3.35e12));
     // what the passes of a step move at least
@@ -4511,8 +4606,8 @@ static void end(Model *m) {
     least[INPUT][OTHER] = B * T * D * (4 + f + 8 + 2 * f) + B * latent_of(c) * 20.0;
     least[INPUT][OTHER_BACK] = B * T * D * (12 + 3 * f) + B * latent_of(c) * (16 + f);
     least[FUSION][OTHER_BACK] = B * (T + Tk) * D * f;
-    least[PROJECTOR][OTHER] = B * T * M * 4 * f;
-    least[PROJECTOR][OTHER_BACK] = B * T * (M * 6 * f + (c->align ? Z * (2 * f + 1) : 0));
+    least[PROJECTOR][OTHER] = aligned * M * 4 * f;
+    least[PROJECTOR][OTHER_BACK] = aligned * (M * 6 * f + Z * (2 * f + 1));
     least[OPTIMIZER][OTHER] = (double)m->table.trained * (24 + 16 + (f == 2 ? 2 : 0));
     static const struct {
         const char *name;

@@ -5,6 +5,8 @@ In every __global__ and __device__ function of FILE, one at a time:
   barrier   a `__syncthreads();` or `__syncwarp();` is removed
   guard     a comparison in an `if (... < n)` becomes true, in an `if (... >= n)` false
   mask      a full mask 0xffffffff of a shuffle or vote becomes 0x0000ffff
+and of train_srdit.cu, on the host's side too:
+  planted   one of PLANTED, below
 The mutants are built by the project's Makefile in a copy of the working tree, and run on the CPU (see
 dev/cuda_on_cpu): in the thread orders fwd, rev and rand, and under address and thread sanitizer. A test that
 ends with another status than 0, or does not end, has caught the mutant.
@@ -22,6 +24,17 @@ from queue import Queue
 MODES = {"fwd": ("plain", {"CUDA_CPU_ORDER": "fwd"}), "rev": ("plain", {"CUDA_CPU_ORDER": "rev"}),
          "rand": ("plain", {"CUDA_CPU_ORDER": "rand", "CUDA_CPU_SEED": "1"}), "asan": ("asan", {}),
          "tsan": ("tsan", {})}
+
+# Of alignment at several depths: --kinds planted with the test './test_srdit_emu aligned'
+PLANTED = [
+    ("the features of the first tokens", "a.ids[n]) * a.Z", "n % a.n) * a.Z"),
+    ("all depths weigh as one", "(double)T / (n * depths)", "(double)T / n"),
+    ("the first depth's gradient for all", "size_t row = (size_t)(align_row(c, k, B) -",
+     "size_t row = (size_t)(align_row(c, 0, B) -"),
+    ("path drop: E gets no gradient of g's", "rows = B * n;\n            rows_kernel",
+     "rows = 0;\n            rows_kernel"),
+    ("path drop: a run over its end", "int aligned = end_of_g(c, 1, 1);", "int aligned = c->num_f;"),
+]
 
 def closing(text, at, pair="()"):
     """Where the bracket that opens at `at` closes."""
@@ -44,7 +57,7 @@ def only_code(text):
     blank = lambda m: re.sub(r"[^\n]", " ", m.group(0))
     return re.sub(r"//[^\n]*|/\*.*?\*/|\"(?:\\.|[^\"\\\n])*\"|(?m:^[ \t]*#[^\n]*)", blank, text, flags=re.S)
 
-def mutants(text):
+def mutants(text, file):
     """[(line, kind, what, mutated text)], in the order of the file."""
     code, found = only_code(text), {}
     comparison = re.compile(r"[^<>=!?{}]* (<|>=) [\w.>()-]+\s*")
@@ -64,6 +77,11 @@ def mutants(text):
                     start = at + len(part) - len(part.lstrip())
                     add("guard", start, at + len(part.rstrip()), "true" if " < " in part else "false")
                 at += len(part)
+    for what, old, new in PLANTED if file.endswith("train_srdit.cu") else []:
+        if text.count(old) != 1:
+            sys.exit(f"{file}: the place of \"{what}\" is there {text.count(old)} times")
+        at = text.index(old)
+        found[at, at + len(old)] = text[:at].count("\n") + 1, "planted", what, text.replace(old, new)
     return [found[key] for key in sorted(found)]
 
 def copy_tree(to):
@@ -119,7 +137,8 @@ def main():
     parser.add_argument("test", metavar="COMMAND", help="the test; status 0: passed")
     parser.add_argument("--make", required=True, metavar="TARGET", help="what to make before the test")
     parser.add_argument("--modes", default=",".join(MODES), help="of fwd, rev, rand, asan, tsan [all]")
-    parser.add_argument("--kinds", default="barrier,guard,mask", help="of barrier, guard, mask [all]")
+    parser.add_argument("--kinds", default="barrier,guard,mask,planted",
+                        help="of barrier, guard, mask, planted [all]")
     parser.add_argument("--lines", default="1-1000000000", metavar="FROM-TO", help="only mutants there")
     parser.add_argument("--jobs", type=int, default=1, help="mutants at a time, in a tree each [1]")
     parser.add_argument("--first", action="store_true", help="a mutant that one mode has caught is done")
@@ -132,7 +151,7 @@ def main():
                             check=True).stdout.strip())
     with open(args.file) as f:
         original = f.read()
-    todo = [m for m in mutants(original) if m[1] in args.kinds.split(",") and low <= m[0] <= high]
+    todo = [m for m in mutants(original, args.file) if m[1] in args.kinds.split(",") and low <= m[0] <= high]
     if args.list:
         for line, kind, what, _ in todo:
             print(f"{args.file}:{line}: {kind}: {what}")
