@@ -2045,6 +2045,82 @@ static void test_graph(void) {
     compare_graphs("graphs, Muon split", &c);
 }
 
+// The form that newton_schulz has on the GPU, in the type it has there, is no worse than twice the plain one:
+// as far from the polynomial in double, of matrices whose singular values fall off evenly, by 1000 in all, and
+// of such as have a few large ones above noise.
+static double *plain_poly(const double *of, int m, int n, int rounds) {
+    size_t wide = (size_t)(m * n), square = (size_t)(m * m);
+    double *X = (double *)alloc_zero(wide, sizeof(double)), *Y = (double *)alloc_zero(wide, sizeof(double)),
+           *R = (double *)alloc_zero(square, sizeof(double)),
+           *P = (double *)alloc_zero(square, sizeof(double));
+    auto stored = [=](double x) { return rounds ? (double)(float)(gpu::floatX)(float)x : x; };
+    auto product = [=](double *C, const double *A, const double *B, int width, int inner, int turned) {
+        for (int i = 0; i < m; i++)
+            for (int j = 0; j < width; j++) {
+                double sum = 0;
+                for (int k = 0; k < inner; k++) {
+                    sum += A[i * inner + k] * B[turned ? j * inner + k : k * width + j];
+                    if (rounds) sum = (float)sum;
+                }
+                C[i * width + j] = stored(sum);
+            }
+    };
+    memcpy(X, of, sizeof(double) * wide);
+    for (int step = 0; step < 5; step++) {
+        const double *poly = muon_classic[step];
+        product(R, X, X, m, n, 1);
+        product(P, R, R, m, m, 0);
+        for (int i = 0; i < m * m; i++)
+            P[i] = stored(poly[1] * R[i] + poly[2] * P[i] + (i % (m + 1) ? 0 : poly[0]));
+        product(Y, P, X, n, m, 0);
+        memcpy(X, Y, sizeof(double) * wide);
+    }
+    free(Y), free(R), free(P);
+    return X;
+}
+static void test_muon_form(void) {
+    using gpu::check_cuda;   // CHECK calls it
+    enum { m = 32, n = 128, few = 4 };
+    Config c = small_config();
+    c.hidden_size = m, c.num_heads = 4, c.optimizer = MUON;   // whose fc1 has this shape
+    Model *model = gpu_backend.create(&c, 1, 1);
+    gpu::GpuModel *g = gpu::gpu_of(model);
+    real *a = (real *)alloc_zero(m * n, sizeof(real)), *b = (real *)alloc_zero(m * m, sizeof(real));
+    double *G = (double *)alloc_zero(m * n, sizeof(double)), share = 0, off[2] = {0, 0};
+    gpu::floatX *low = (gpu::floatX *)alloc_zero(m * n, sizeof(gpu::floatX));
+    for (int turn = 0; turn < 2; turn++) {
+        fill_normal(a, m * n, 3, 108, 0, (uint32_t)turn), fill_normal(b, m * m, 3, 109, 0, (uint32_t)turn);
+        double norm = 0;
+        for (int i = 0; i < m; i++)
+            for (int j = 0; j < n; j++) {
+                double sum = turn ? 0.3 * a[i * n + j] : 0;
+                for (int k = 0; k < (turn ? few : m); k++)
+                    sum += b[i * m + k] * a[k * n + j] * (turn ? 1 : pow(10, -3.0 * k / (m - 1)));
+                G[i * n + j] = sum, norm += sum * sum;
+            }
+        for (int i = 0; i < m * n; i++) {
+            low[i] = (gpu::floatX)(float)(G[i] / sqrt(norm));
+            G[i] = (double)(float)low[i];
+        }
+        CHECK(cudaMemcpy(g->muon_X[0], low, sizeof(gpu::floatX) * m * n, cudaMemcpyHostToDevice));
+        CHECK(cudaStreamSynchronize(gpu::stream));
+        const gpu::floatX *got = gpu::newton_schulz(g, m, n, 1);
+        CHECK(cudaStreamSynchronize(gpu::stream));
+        CHECK(cudaMemcpy(low, got, sizeof(gpu::floatX) * m * n, cudaMemcpyDeviceToHost));
+        double *want = plain_poly(G, m, n, 0), *plain = plain_poly(G, m, n, 1), sum[2] = {0, 0}, all = 0;
+        for (int i = 0; i < m * n; i++) {
+            sum[0] += pow((double)(float)low[i] - want[i], 2), sum[1] += pow(plain[i] - want[i], 2);
+            all += want[i] * want[i];
+        }
+        worsens(&share, sqrt(sum[0] / sum[1]));
+        for (int i = 0; i < 2; i++) worsens(&off[i], sqrt(sum[i] / all));
+        free(want), free(plain);
+    }
+    result(share <= 2, "Muon's form", "off by %.1e at most, the plain one by %.1e; %.2f times as far", off[0],
+           off[1], share);
+    free(a), free(b), free(G), free(low), gpu_backend.destroy(model);
+}
+
 // --profile changes no bits, and every launch is in its table: what was timed, and the operations of the
 // products that it saw, which are those of the formula with what the padded rows of the fusion and the
 // backward add
@@ -2517,6 +2593,10 @@ static void test_launches(void) {
     count_launches("launches a step", &c, most);
     c.align_depths = depths;   // more: roundings, losses, inputs' gradients, weights' as one run more
     count_launches("launches, three depths", &c, most + 2 * 3 + 5);
+    // more: a group of one shape has three kernels, five polynomials and 15 products, or 17; AdamW does what
+    // lies between
+    c.align_depths.count = 0, c.optimizer = MUON;
+    count_launches("launches, Muon split", &c, most + 3 * (3 + 5) + 15 + 2 * 17 + 4 * 12 + 1);
 }
 #endif
 
@@ -2549,14 +2629,14 @@ int main(int argc, char **argv) {
         static const struct {
             const char *name;
             void (*run)(void);
-        } tests[] = {{"loader", test_loader},       {"stored", test_stored},
-                     {"draws", test_draws},         {"not finite", test_not_finite},
-                     {"plans", test_plans},         {"file of plans", test_plan_file},
-                     {"products", test_products},   {"attention", test_attention_report},
-                     {"same bits", test_same_bits}, {"graphs", test_graph},
-                     {"profile", test_profile},     {"other ways", test_other_ways},
-                     {"decoder", test_decoder},     {"sampler", test_sampler},
-                     {"200 steps", test_training}};
+        } tests[] = {{"loader", test_loader},         {"stored", test_stored},
+                     {"draws", test_draws},           {"not finite", test_not_finite},
+                     {"plans", test_plans},           {"file of plans", test_plan_file},
+                     {"products", test_products},     {"attention", test_attention_report},
+                     {"same bits", test_same_bits},   {"graphs", test_graph},
+                     {"Muon's form", test_muon_form}, {"profile", test_profile},
+                     {"other ways", test_other_ways}, {"decoder", test_decoder},
+                     {"sampler", test_sampler},       {"200 steps", test_training}};
         for (size_t i = 0; i < sizeof(tests) / sizeof(tests[0]); i++)
             if (strstr(tests[i].name, only)) tests[i].run();
 #ifdef CUDA_ON_CPU

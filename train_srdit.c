@@ -1587,35 +1587,39 @@ static const double muon_classic[5][3] = {{3.4445, -4.7750, 2.0315},   // the ba
                                           {3.4445, -4.7750, 2.0315},
                                           {3.4445, -4.7750, 2.0315}};
 
-// X[m,n] <- its polynomials, m <= n; work [m n + 4 m m]. Where n is well above m all but the first and the
-// last product are made small, by way of R = X X^T alone (the Gram form): as everything is a polynomial of R,
-// and so commutes, X <- P X makes R <- P R P, and the result is the product Q of all P times X. That takes
-// 4 m^2 n + 34 m^3 FLOP in place of 20 m^2 n + 10 m^3: fewer from n = 1.5 m on.
+// X[m,n] <- its polynomials, m <= n; work [m n + 4 m m]. Where n is well above m most products are made small,
+// by way of R = X X^T alone (the Gram form): as everything is a polynomial of R, and so commutes, X <- P X
+// makes R <- P R P, and several steps are one product with Q, that of all their P: 4 m^2 n + 34 m^3 FLOP in
+// place of 20 m^2 n + 10 m^3, fewer from n = 1.5 m on. But R has the squares of the singular values, and small
+// ones are lost in its rounding. In float that is no more than the plain form loses. In bf16 (the GPU's) X
+// and R have to be made anew before the third and the fourth step (dev/README.md): 12 m^2 n + 22 m^3 FLOP.
+enum { ANEW_IN_FLOAT = 1 << 0, ANEW_IN_BF16 = 1 << 0 | 1 << 2 | 1 << 3 };   // bits: the steps
+static int gram_begins(size_t m, size_t n, int anew, int step) { return 2 * n <= 3 * m || anew >> step & 1; }
+static int gram_ends(size_t m, size_t n, int anew, int step) {
+    return step == 4 || gram_begins(m, n, anew, step + 1);
+}
 static void newton_schulz(real *X, real *work, const double poly[5][3], size_t m, size_t n) {
-    real *R = work, *P = R + m * m, *Q = P + m * m, *T = Q + m * m, *Y = T + m * m;
-    int gram = 2 * n > 3 * m;
+    int anew = ANEW_IN_FLOAT;
 #ifdef TEST_CUDA
-    gram &= !matmul_rounds;   // the GPU's form
+    if (matmul_rounds) anew = ANEW_IN_BF16;
 #endif
+    real *R = work, *P = R + m * m, *Q = P + m * m, *T = Q + m * m, *Y = T + m * m;
     for (int k = 0; k < 5; k++) {
-        if (!k || !gram) matmul(R, X, X, NULL, m, m, n, 0, 1, 0);
+        int begins = gram_begins(m, n, anew, k);
+        if (begins) matmul(R, X, X, NULL, m, m, n, 0, 1, 0);
         matmul(P, R, R, NULL, m, m, m, 0, 0, 0);
         for (size_t i = 0; i < m * m; i++)   // P = a I + b R + c R^2
             P[i] = (real)poly[k][1] * R[i] + (real)poly[k][2] * P[i] + (i % (m + 1) ? 0 : (real)poly[k][0]);
-        if (!gram) {
-            matmul(Y, P, X, NULL, m, n, m, 0, 0, 0);
+        if (!begins) matmul(T, P, Q, NULL, m, m, m, 0, 0, 0);
+        memcpy(Q, begins ? P : T, sizeof(real) * m * m);
+        if (gram_ends(m, n, anew, k)) {
+            matmul(Y, Q, X, NULL, m, n, m, 0, 0, 0);
             memcpy(X, Y, sizeof(real) * m * n);
             continue;
         }
-        if (k) matmul(T, P, Q, NULL, m, m, m, 0, 0, 0);
-        memcpy(Q, k ? T : P, sizeof(real) * m * m);
-        if (k == 4) break;
         matmul(T, P, R, NULL, m, m, m, 0, 0, 0);
         matmul(R, T, P, NULL, m, m, m, 0, 0, 0);
     }
-    if (!gram) return;
-    matmul(Y, Q, X, NULL, m, n, m, 0, 0, 0);
-    memcpy(X, Y, sizeof(real) * m * n);
 }
 // Muon's step and the moving average for the matrix [rows,cols] at place `at` of the trained numbers:
 //   buffer = mu buffer + (1 - mu) g,  G = mu buffer + (1 - mu) g (Nesterov's momentum),  X of G / |G|,

@@ -2953,7 +2953,7 @@ typedef struct {
     MuonGroup group[MAX_GROUPS];
     int groups, matrices;
     float *muon_parts;               // [matrices, MUON_BLOCKS]
-    floatX *muon_X[2], *muon_R[2];   // a group's [count,m,n] and [count,m,m], twice
+    floatX *muon_X[2], *muon_R[4];   // a group's [count,m,n] twice and [count,m,m] four times
     InputQueue queue;
     Input in;   // the one of this step
     Recording recordings[MAX_RECORDINGS];
@@ -3182,7 +3182,10 @@ static size_t memory_layout(GpuModel *g, DeviceArena *m, int B) {
     }
     take(g->muon_there, m, (size_t)g->matrices);
     take(g->muon_parts, m, (size_t)g->matrices * MUON_BLOCKS);
-    for (int k = 0; k < 2; k++) take(g->muon_X[k], m, most_X), take(g->muon_R[k], m, most_R);
+    for (int k = 0; k < 4; k++) {
+        if (k < 2) take(g->muon_X[k], m, most_X);
+        take(g->muon_R[k], m, most_R);
+    }
     acts_layout(&g->a, m, c, B);
     g->sums.parts = g->a.sums;
     g->sums.room = g->a.sums_room;
@@ -4191,8 +4194,45 @@ __global__ void __launch_bounds__(256) muon_step_kernel(const MuonStep k) {
         if (k.weights) store(k.weights + w.at + i, p);
     }
 }
-// All of Muon's matrices, group by group: newton_schulz of train_srdit.c in its plain form, since in bf16 the
-// small matrix that the Gram form goes by loses what lies below its rounding
+static void exchange(floatX *&a, floatX *&b) {
+    floatX *c = a;
+    a = b, b = c;
+}
+// The polynomials of `count` matrices [m,n], which lie in g->muon_X[0]: newton_schulz of train_srdit.c.
+// Returns where they come to lie.
+static floatX *newton_schulz(GpuModel *g, int m, int n, int count) {
+    GemmKey small = gemm_key(m, m, n, 0, 1), square = gemm_key(m, m, m, 0, 0), wide = gemm_key(m, n, m, 0, 0);
+    small.batch = square.batch = wide.batch = count;
+    small.stepa = small.stepb = wide.stepb = wide.stepc = (int64_t)m * n;
+    small.stepc = square.stepa = square.stepb = square.stepc = wide.stepa = (int64_t)m * m;
+    floatX *X = g->muon_X[0], *Y = g->muon_X[1];
+    floatX *R = g->muon_R[0], *P = g->muon_R[1], *Q = g->muon_R[2], *T = g->muon_R[3];
+    size_t numbers = (size_t)count * m * m;
+    for (int k = 0; k < 5; k++) {
+        const double *of = muon_classic[k];
+        int begins = gram_begins((size_t)m, (size_t)n, ANEW_IN_BF16, k);
+        if (begins) matmul<floatX>(small, R, X, X, NULL);
+        matmul<floatX>(square, P, R, R, NULL);
+        muon_poly_kernel<<<(unsigned)((numbers + 255) / 256), 256, 0, stream>>>(
+            P, R, m, numbers, (float)of[0], (float)of[1], (float)of[2]);
+        LAUNCHED();
+        const floatX *step = P;
+        if (begins) exchange(Q, P);   // Q is this step's P, and P free
+        else {
+            matmul<floatX>(square, T, P, Q, NULL);
+            exchange(Q, T);
+        }
+        if (gram_ends((size_t)m, (size_t)n, ANEW_IN_BF16, k)) {
+            matmul<floatX>(wide, Y, Q, X, NULL);
+            exchange(X, Y);
+            continue;
+        }
+        matmul<floatX>(square, T, step, R, NULL);
+        matmul<floatX>(square, R, T, step, NULL);
+    }
+    return X;
+}
+// All of Muon's matrices, group by group
 static void muon_update(GpuModel *g) {
     const Config *c = &g->base.c;
     for (int i = 0; i < g->groups; i++) {
@@ -4218,25 +4258,7 @@ static void muon_update(GpuModel *g) {
         LAUNCHED();
         muon_start_kernel<<<grid, 256, 0, stream>>>(k);
         LAUNCHED();
-        GemmKey small = gemm_key(m, m, n, 0, 1), square = gemm_key(m, m, m, 0, 0),
-                wide = gemm_key(m, n, m, 0, 0);
-        small.batch = square.batch = wide.batch = one->count;
-        small.stepa = small.stepb = wide.stepb = wide.stepc = (int64_t)m * n;
-        small.stepc = square.stepa = square.stepb = square.stepc = wide.stepa = (int64_t)m * m;
-        floatX *R = g->muon_R[0], *P = g->muon_R[1], *X = g->muon_X[0], *Y = g->muon_X[1];
-        size_t count = (size_t)one->count * m * m;
-        for (int j = 0; j < 5; j++) {
-            matmul<floatX>(small, R, X, X, NULL);
-            matmul<floatX>(square, P, R, R, NULL);
-            const double *of = muon_classic[j];
-            muon_poly_kernel<<<(unsigned)((count + 255) / 256), 256, 0, stream>>>(
-                P, R, m, count, (float)of[0], (float)of[1], (float)of[2]);
-            LAUNCHED();
-            matmul<floatX>(wide, Y, P, X, NULL);
-            floatX *swap = X;
-            X = Y, Y = swap;
-        }
-        k.X = X;
+        k.X = newton_schulz(g, m, n, one->count);
         muon_step_kernel<<<grid, 256, 0, stream>>>(k);
         LAUNCHED();
     }

@@ -2,6 +2,8 @@
 """Muon's polynomial, drawn and tabled: how far five Newton-Schulz steps bring singular values to 1.
 
   python3 dev/muon.py             the table of dev/README.md: what comes of matrices of known condition
+  python3 dev/muon.py --bf16      the one of the Gram form in bf16: how often X and R have to be made anew
+  python3 dev/muon.py --flop      FLOP of a step of B/1
   python3 dev/muon.py --picture   draws dev/pictures/muon.png: a singular value after 1 to 5 steps
 
 The picture needs matplotlib, both need numpy. The coefficients are those of train_srdit.c (newton_schulz),
@@ -50,6 +52,61 @@ def table():
             cells.append(f"{s.min():.3f} {np.median(s):.3f} {s.max():.3f}")
         print(f"| {condition:g} | " + " | ".join(cells) + " |", flush=True)
 
+def bf16(x):                                    # rounded to 8 bits of mantissa, to even
+    u = x.astype("f4").view("u4")
+    return ((u + 0x7fff + (u >> 16 & 1)) & 0xffff0000).astype("u4").view("f4")
+
+def product(x, y):                              # as the tensor cores': sums in float, the result stored
+    return bf16(x @ y)
+
+def in_bf16(x, poly, anew):                     # the Gram form, X and R made anew before the steps `anew`
+    x, q, one = bf16(x), None, np.eye(len(x), dtype="f4")
+    for k, (a, b, c) in enumerate(poly):
+        if k in anew:
+            x = x if q is None else product(q, x)
+            r, q = product(x, x.T), None
+        p = bf16(a * one + b * r + c * product(r, r))
+        q = p if q is None else product(p, q)
+        r = product(product(p, r), p)
+    return product(q, x)
+
+# Where X and R are made anew, steps counted from 1: always (the plain form), at the start, and so on
+ANEW = {"plain": range(5), "1": (0,), "1, 3": (0, 2), "1, 4": (0, 3), "1, 2, 4": (0, 1, 3),
+        "1, 3, 4": (0, 2, 3)}
+
+def table_bf16():
+    rng, m, n = np.random.default_rng(1), 192, 768
+    matrices = {"Gaussian": rng.standard_normal((m, n)),
+                "8 directions, noise": rng.standard_normal((m, 8)) @ rng.standard_normal((8, n))
+                                       + 0.3 * rng.standard_normal((m, n)),
+                "a third of the rows x 100": rng.standard_normal((m, n))
+                                             * np.where(np.arange(m) < m // 3, 100, 1)[:, None]}
+    matrices.update({f"condition {c:g}": matrix(rng, c) for c in (10, 100, 1e3, 1e4, 1e6)})
+    print("| matrix | " + " | ".join(ANEW) + " |\n| --- |" + " ---: |" * len(ANEW))
+    for name, x in matrices.items():
+        x = bf16(x / np.linalg.norm(x))
+        want = plain(x.astype("f8"), CLASSIC)
+        off = [np.linalg.norm(in_bf16(x, CLASSIC, anew) - want) / np.linalg.norm(want)
+               for anew in ANEW.values()]
+        print(f"| {name} | " + " | ".join(f"{e:.3f}" for e in off) + " |", flush=True)
+
+def flop(m, n, anew=None):                      # of the plain form, or of Gram's where that is shorter
+    m, n = min(m, n), max(m, n)
+    if anew is None or 2 * n <= 3 * m:
+        return 5 * (4 * m * m * n + 2 * m ** 3)
+    times = len(anew)                           # R and Q X each time; P Q and P R P within; R R
+    return times * 4 * m * m * n + (5 - times) * 6 * m ** 3 + 10 * m ** 3
+
+def table_flop():
+    D, M, K, W, X = 768, 2048, 1001, 256, 32    # of B/1, on latents of 32 channels
+    split = [(D, D)] * 12 * 4 + [(4 * D, D)] * 12 * 2 + [(D, 2 * D)]
+    every = [(3 * D, D), (D, D), (4 * D, D), (D, 4 * D), (6 * D, D)] * 12 + [(D, 2 * D), (2 * D, D)]
+    every += [(M, D), (M, M), (D, M), (D, X), (X, D), (D, D), (D, D), (D, D), (D, W), (K, D), (1, D)]
+    print("| TFLOP a step | split | srdit13 |\n| --- | ---: | ---: |")
+    for name, anew in (("plain", None), ("Gram form, float", (0,)), ("Gram form, bf16", (0, 2, 3))):
+        sums = [sum(flop(*shape, anew) for shape in shapes) / 1e12 for shapes in (split, every)]
+        print(f"| {name} | " + " | ".join(f"{x:.2f}, {100 * x / 20.9:.1f} %" for x in sums) + " |")
+
 def picture(path):
     try:
         import matplotlib
@@ -73,7 +130,14 @@ def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--picture", action="store_true", help="draw dev/pictures/muon.png")
-    if parser.parse_args().picture:
+    parser.add_argument("--bf16", action="store_true", help="the table of the Gram form in bf16")
+    parser.add_argument("--flop", action="store_true", help="the table of FLOP")
+    args = parser.parse_args()
+    if args.bf16:
+        table_bf16()
+    elif args.flop:
+        table_flop()
+    elif args.picture:
         picture(os.path.join(os.path.dirname(os.path.abspath(__file__)), "pictures", "muon.png"))
     else:
         table()

@@ -121,7 +121,7 @@ MUTANTS = [   # name, function, text, replacement
     ("Muon: no weight decay", "muon_matrix", "c->muon_lr * c->weight_decay", "0"),
     ("Muon: EMA of the parameters before", "muon_matrix", "one_e * p[i];",
      "one_e * (p[i] + rate * X[rows > cols ? i % cols * rows + i / cols : i]);"),
-    ("Muon: Gram form, Q the wrong way", "newton_schulz", "memcpy(Q, k ? T : P,", "memcpy(Q, P,"),
+    ("Muon: Gram form, Q the wrong way", "newton_schulz", "memcpy(Q, begins ? P : T,", "memcpy(Q, P,"),
     ("Muon: Gram form, R by P once", "newton_schulz", "matmul(R, T, P, NULL, m, m, m, 0, 0, 0);",
      "memcpy(R, T, sizeof(real) * m * m);"),
     ("immiscible: the farthest", "draw_noise", "sum < least", "-sum < least"),
