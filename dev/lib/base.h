@@ -53,6 +53,9 @@ typedef float real;
 #define HOST_DEVICE
 #endif
 
+static void (*before_death)(
+    const char *text);   // what die() does first: one of several ranks tells the others
+
 // One sentence on stderr and the end: for mistakes of the user's, and for a machine that cannot go on. What
 // it quotes may come from a hostile file, so control characters do not reach the terminal.
 __attribute__((noreturn, format(printf, 1, 2))) static void die(const char *format, ...) {
@@ -63,6 +66,7 @@ __attribute__((noreturn, format(printf, 1, 2))) static void die(const char *form
     va_end(args);
     for (char *s = text; *s; s++)
         if ((unsigned char)*s < 32 || *s == 127) *s = '?';
+    if (before_death) before_death(text);
     fflush(stdout);
     fprintf(stderr, "error: %s\n", text);
     fflush(NULL);
