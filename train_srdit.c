@@ -32,6 +32,7 @@
 #include "dev/lib/matmul.h"
 #include "dev/lib/picture.h"
 #include "dev/lib/random.h"
+#include "dev/lib/ranks.h"
 #include "dev/lib/shards.h"
 #include <pthread.h>
 #include <sys/mman.h>
@@ -892,6 +893,7 @@ typedef struct {
     double scale, offset;            // x = stored scale + offset
     void *x_stored, *feats_stored;   // [1+B,C,S,S] from the sample before the first on, [B,T,Z]
     int slot;   // 1, 2: the batch lies in that input buffer of a GPU; 0: in memory of its own
+    int last;   // 1: of several ranks: with its gradients the step's are whole, so that they may be summed up
 } Batch;
 
 // The total, and its parts before their coefficients, summed over the steps since they were last read; the
@@ -1715,6 +1717,7 @@ typedef struct {
     void (*begin)(Model *, int no_graph, int profile);   // before a training
     void (*end)(Model *);                                // after it: says what --profile found
     double (*peak)(void);                                // FLOP/s of its matrix products; 0: unknown
+    void (*gather_ema)(Model *);                         // of several ranks, before one of them samples
     // Its input buffer i, 0 or 1, as a batch to be loaded to; NULL: it cannot convert what the data stores
     Batch *(*batch_in)(Model *, const Data *, int i);
     void (*batch_wait)(Model *, int i);   // until buffer i may be loaded to again
@@ -1788,7 +1791,7 @@ static const real *activation(Model *m, const char *name) {   // of the last for
 static const Backend cpu_backend = {"CPU",     model_create, model_destroy, zero_gradients, forward_backward,
                                     update,    read_losses,  velocity,      get_block,      host_block,
                                     put_block, activation,   NULL,          NULL,           NULL,
-                                    NULL,      NULL};
+                                    NULL,      NULL,         NULL};
 
 static int all_finite(const real *x, size_t n) {
     for (size_t i = 0; i < n; i++)
@@ -1952,7 +1955,7 @@ typedef struct {
     const Data *data;
     const Config *c;
     uint64_t seed;
-    int parts, whole, threads;   // parts a step; samples a step; of OpenMP, 0: its choice
+    int parts, whole, threads;   // parts a step (of this rank); samples a step; of OpenMP, 0: its choice
     Batch *batch[2];             // [1] NULL: nothing is read ahead
     long first, last;            // parts, counted through all steps: the next that loader_next gives, the end
     long asked, ready;           // ends of what may be read, and of what has been: under the lock
@@ -1964,7 +1967,10 @@ typedef struct {
 
 static void loader_read(Loader *l, long part) {
     Batch *b = l->batch[l->batch[1] ? part % 2 : 0];
-    batch_load(b, l->data, l->c, l->seed, (int)(part / l->parts), (int)(part % l->parts) * b->B, l->whole);
+    int of_step = (int)(part % l->parts);   // of several ranks each takes as many neighbouring samples
+    b->last = ranks.size > 1 && of_step == l->parts - 1;
+    batch_load(b, l->data, l->c, l->seed, (int)(part / l->parts), (ranks.rank * l->parts + of_step) * b->B,
+               l->whole);
 }
 static void *loader_thread(void *loader) {
     Loader *l = (Loader *)loader;
@@ -2332,11 +2338,13 @@ static void checkpoint_write(Training *t) {
                 t->step, t->folder.checkpoint);
         count = items_add(t->items, count, &m->table, block, block_prefix[saved_blocks[k]], 0);
     }
+    t->saved = t->step;
+    if (ranks.rank) return;
     int pair_count = run_pairs(pairs, "srdit-checkpoint-1", t);
     NewFile file = safe_fill(t->folder.checkpoint, pairs, pair_count, t->items, count);
     folder_clear(&t->folder);   // the new run is on the disk; now its name
     file_end(&file);
-    t->saved = t->step;
+    ranks.checkpoint = t->folder.checkpoint;
 }
 
 // The EMA under the reference implementation's names, with its fixed tables: what its load_state_dict(strict)
@@ -2344,6 +2352,7 @@ static void checkpoint_write(Training *t) {
 static void export_write(Training *t) {
     SafePair pairs[MAX_PAIRS];
     const real *block = t->backend->host_block(t->model, EMA, t->room[0]);
+    if (ranks.rank) return;
     int count = items_add(t->items, 0, &t->model->table, block, "", 1);
     safe_write(t->run.export_to, pairs, run_pairs(pairs, "srdit-export-1", t), t->items, count);
     printf("%s: the EMA of step %d\n", t->run.export_to, t->step);
@@ -2606,8 +2615,10 @@ static int stop_if_interrupted(int step, int steps, const double *x, void *user)
     return interrupted;
 }
 // 10 rows of samples, a column a class, as a PNG and in the terminal. Returns 0 where there is nothing to
-// show: Ctrl-C came before, or the samples are not made of finite numbers.
+// show: Ctrl-C came before, or the samples are not made of finite numbers. Of several ranks the first draws.
 static int write_samples(const Training *t) {
+    if (t->backend->gather_ema) t->backend->gather_ema(t->model);
+    if (ranks.rank) return 1;
     const Config *c = &t->c;
     const Data *d = t->data;
     int columns = imin(d->K, 10), n = 10 * columns, S = c->input_size, C = c->in_channels;
@@ -2673,6 +2684,7 @@ static void log_begin(Training *t) {
     const Folder *f = &t->folder;
     int fresh = f->replaces;
     if (fresh) checkpoint_write(t);
+    if (ranks.rank) return;
     t->log.file = log_open(f->log, "step,loss,denoise,cls,align,cfm,grad_norm,lr,ms_per_step,images_per_s",
                            fresh ? 0 : t->first);
 }
@@ -2692,7 +2704,7 @@ static void log_line(Training *t) {
     if (peak > 0)
         snprintf(mfu, sizeof(mfu), " %5.1f%%",
                  100 * 3 * forward_flops(&t->c) * run->batch / (ms / 1000) / peak);
-    if (!log->file) log_begin(t);
+    if (!log->lines) log_begin(t);
     if (log->lines++ % 20 == 0)
         printf(
             "%*s      loss  denoise     cls    align      cfm     norm       lr      ms   img/s%s    left\n",
@@ -2700,11 +2712,12 @@ static void log_line(Training *t) {
     printf("%*d/%d %9.5f %8.5f %7.4f %8.4f %8.4f %8.4f %8.1e %7.1f %7.0f%s %4d:%02d\n", digits, t->step,
            run->steps, sum->total * k, sum->denoise * k, sum->cls * k, sum->align * k, sum->cfm * k,
            sum->grad_norm, t->c.lr, ms, 1000 * run->batch / ms, mfu, (int)left / 60, (int)left % 60);
-    fprintf(log->file, "%d,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%g,%.4g,%.5g\n", t->step, sum->total * k,
-            sum->denoise * k, sum->cls * k, sum->align * k, sum->cfm * k, sum->grad_norm, t->c.lr, ms,
-            1000 * run->batch / ms);
+    if (!ranks.rank)
+        fprintf(log->file, "%d,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%g,%.4g,%.5g\n", t->step, sum->total * k,
+                sum->denoise * k, sum->cls * k, sum->align * k, sum->cfm * k, sum->grad_norm, t->c.lr, ms,
+                1000 * run->batch / ms);
     fflush(stdout);
-    if (fflush(log->file)) die("%s: cannot be written: %s", t->folder.log, strerror(errno));
+    if (!ranks.rank && fflush(log->file)) die("%s: cannot be written: %s", t->folder.log, strerror(errno));
     memset(&log->sum, 0, sizeof(log->sum));
     log->steps = 0;
     log->since = now;
@@ -2744,14 +2757,16 @@ __attribute__((noreturn)) static void report_not_finite(Training *t, int step, e
         "the alignment loss",       "the contrastive loss", "the norm of the gradient"};
     char bad[96] = "";
     loader_stop(&t->loader);
-    Batch *batch = batch_create(&t->c, t->run.batch / t->run.accum);
+    Batch *batch = batch_create(&t->c, t->run.batch / t->run.accum / ranks.size);
     batch->on_device = t->backend != &cpu_backend;
     t->backend->zero_gradients(t->model);
     for (int k = 0; k < t->run.accum && !*bad; k++) {
-        batch_load(batch, t->data, &t->c, t->run.seed, step - 1, k * batch->B, t->run.batch);
+        batch_load(batch, t->data, &t->c, t->run.seed, step - 1, (ranks.rank * t->run.accum + k) * batch->B,
+                   t->run.batch);
         t->backend->forward_backward(t->model, batch);
         find_bad(bad, t->backend, t->model, batch);
     }
+    if (!*bad && ranks.size > 1) sleep(5);   // the rank that finds it says it
     die("step %d: %s is not a finite number; first bad: %s. %s%s; try a smaller --lr", step, parts[part],
         *bad ? bad : "unknown", t->saved >= 0 ? "The last checkpoint is " : "No checkpoint was written yet",
         t->saved >= 0 ? t->folder.checkpoint : "");
@@ -2763,11 +2778,12 @@ static void train(Training *t) {
     t->loader.c = &t->c;
     log->begin = log->since = now_seconds();
     loader_start(&t->loader, (long)t->step * run->accum, (long)run->steps * run->accum);
-    while (t->step < run->steps && !interrupted) {
+    while (t->step < run->steps && !ranks_stop(t->step)) {
         forward_backward_step(t);
         t->backend->update(t->model, ++t->step);
         log->steps++;
-        int last = t->step == run->steps || interrupted, save = last || t->step % run->save_every == 0;
+        int last = t->step == run->steps || ranks_stop(t->step),
+            save = last || t->step % run->save_every == 0;
         int line = save || t->step % run->log_every == 0 || t->step == 1;
         if (line || t->backend == &cpu_backend) {   // reading waits for a GPU
             Losses now = t->backend->read_losses(t->model);
@@ -2803,7 +2819,8 @@ static void print_again(const Run *run, const char *checkpoint) {
 // What was made, or how to go on; the exit status
 static int report_end(Training *t) {
     int good = 1;
-    if (t->step > t->first || folder_lacks_picture(&t->folder)) curve_write(t->folder.curve, t->folder.log);
+    int lacks = ranks_first(!ranks.rank && folder_lacks_picture(&t->folder));
+    if (!ranks.rank && (t->step > t->first || lacks)) curve_write(t->folder.curve, t->folder.log);
     if (interrupted && t->step == t->first)
         printf("\ninterrupted before the first step; nothing was written to %s\n", t->folder.name);
     else if (interrupted) {
@@ -2815,7 +2832,7 @@ static int report_end(Training *t) {
         good = write_samples(t);
     } else if (t->step) {
         printf("%s is at step %d, its last; --steps with a larger number goes on\n", t->run.resume, t->step);
-        if (folder_lacks_picture(&t->folder)) good = write_samples(t);   // it was stopped while drawing
+        if (lacks) good = write_samples(t);   // it was stopped while drawing
     } else printf("no step was asked for, and nothing was written to %s\n", t->folder.name);
     if (t->folder.made && t->step == t->first) rmdir(t->folder.name);   // if nothing is in it
     return interrupted ? 130 : !good;
@@ -2839,7 +2856,7 @@ static void export_check(const Run *run, const Folder *folder) {
 static void loader_open(Training *t) {
     Loader *l = &t->loader;
     const Backend *backend = t->backend;
-    int B = t->run.batch / t->run.accum, gpu = backend != &cpu_backend;
+    int B = t->run.batch / t->run.accum / ranks.size, gpu = backend != &cpu_backend;
     l->data = t->data, l->seed = t->run.seed, l->threads = t->run.threads;
     l->parts = t->run.accum, l->whole = t->run.batch;
     for (int i = 0; i <= gpu; i++) {
@@ -2847,6 +2864,35 @@ static void loader_open(Training *t) {
         if (l->batch[i]) continue;
         l->batch[i] = batch_create(&t->c, B);
         l->batch[i]->on_device = gpu;
+    }
+}
+
+// Several ranks: all must train the same model with the same flags on the same data, from the same checkpoint.
+// Ends every rank otherwise.
+static void settings_agree(const Config *c, const Run *run, const Data *d, const SafeFile *resume) {
+    typedef struct {
+        uint64_t flags, data, start;
+    } Print;
+    static Print all[MAX_RANKS];
+    Print own = {0, data_print(d) ^ d->count, 0};
+    const OptionTable tables[] = {config_table((Config *)c), {run_options, RUN_OPTIONS, (void *)run, NULL}};
+    for (int k = 0; k < 2; k++)
+        for (int i = 0; i < tables[k].count; i++) {
+            char text[TEXT_OF_OPTION];
+            enum Kind kind = tables[k].options[i].kind;
+            if (kind == TEXT || kind == LIST || !strcmp(tables[k].options[i].name, "threads")) continue;
+            option_text(text, &tables[k], i);
+            for (const char *s = text; *s; s++) own.flags = (own.flags ^ (unsigned char)*s) * 1099511628211u;
+            own.flags = own.flags * 1099511628211u + 1;
+        }
+    if (run->export_to) own.flags++;
+    for (size_t i = 0; resume && i < resume->size; i += 1 + resume->size / 65536)
+        own.start = (own.start ^ ((const unsigned char *)resume->map)[i]) * 1099511628211u;
+    ranks_exchange(all, &own, sizeof(own));
+    for (int i = 1; i < ranks.size; i++) {
+        if (all[i].flags != all[0].flags) die("rank %d was started with other flags than rank 0", i);
+        if (all[i].data != all[0].data) die("rank %d has other --data than rank 0", i);
+        if (all[i].start != all[0].start) die("rank %d goes on from another checkpoint than rank 0", i);
     }
 }
 
@@ -2861,20 +2907,24 @@ static Training training_open(const Config *c, const Run *run, const Backend *ba
     t.data = d;
     t.first = t.step = step;
     t.saved = -1;
-    t.folder = folder_open(run->out, run->resume, run->overwrite);
+    if (!ranks.rank) t.folder = folder_open(run->out, run->resume, run->overwrite);
+    else snprintf(t.folder.checkpoint, PATH_MAX, "checkpoint.safetensors");   // that rank 0 would write
+    t.folder.replaces = ranks_first(t.folder.replaces);
     // Only now is the folder ours: another run may have gone on in it since the file was opened.
     struct stat st;
-    if (resume && (stat(run->resume, &st) || st.st_dev != resume->device || st.st_ino != resume->inode))
+    if (resume && !ranks.rank &&
+        (stat(run->resume, &st) || st.st_dev != resume->device || st.st_ino != resume->inode))
         die("%s: another run has just gone on from it; start again to go on from there", run->resume);
-    if (run->steps > step) {   // better to know now than after the training
+    if (run->steps > step && !ranks.rank) {   // better to know now than after the training
         file_probe(t.folder.checkpoint);
         file_probe(t.folder.picture);
         file_probe(t.folder.curve);
         file_probe(t.folder.log);
     }
-    if (run->export_to) export_check(run, &t.folder);
+    if (run->export_to && !ranks.rank) export_check(run, &t.folder);
+    if (ranks.size > 1) settings_agree(c, run, d, resume);
     if (!t.run.accum) t.run.accum = backend == &cpu_backend ? parts_of(c, run->batch) : 1;
-    t.model = backend->create(c, run->batch / t.run.accum, run->seed);
+    t.model = backend->create(c, run->batch / t.run.accum / ranks.size, run->seed);
     if (backend->begin) backend->begin(t.model, run->no_graph, run->profile);
     if (resume) checkpoint_load(backend, t.model, resume);
     loader_open(&t);
@@ -2892,7 +2942,7 @@ static void training_close(Training *t) {
         if (t->loader.batch[i]) batch_free(t->loader.batch[i]);
     t->backend->destroy(t->model);
     data_close(t->data);
-    close(t->folder.lock);
+    if (!ranks.rank) close(t->folder.lock);
 }
 
 #include "dev/speedrun/track.h"   // the race: what --track NAME fixes, times and tells
@@ -2913,12 +2963,19 @@ static int train_main(int argc, char **argv, const Backend *backend) {
     run.words = argv;
     run.word_count = argc;
 
+    if (!help) ranks_open();
+    if (ranks.size > 1 && backend == &cpu_backend)
+        die("this was started as one of %d ranks, but only the GPU's trainer has several (make "
+            "train_srdit_cu)",
+            ranks.size);
     const char *model_flag = text_after("--model", argc, argv);   // these two come first, wherever they stand
     run.model = model_flag ? model_flag : "nano";
     run.resume = help ? NULL : text_after("--resume", argc, argv);
     run.recipe = text_after("--recipe", argc, argv);
     if (run.resume && run.recipe) die("--recipe %s: a run that goes on has its recipe already", run.recipe);
     const OptionTable both[2] = {run_table, config};
+    if (ranks.size > 1 && text_after("--track", argc, argv))
+        die("--track: a run of the race is made by one process, and these are %d ranks", ranks.size);
     Track *track = help ? NULL : track_begin(&run, both, argc, argv);
     SafeFile *resume = run.resume ? start_resumed(&c, &run, &step) : NULL;
     if (!resume) start_new(&c, &run);
@@ -2941,8 +2998,12 @@ static int train_main(int argc, char **argv, const Backend *backend) {
         die("--model %s: the checkpoint's model is %s", run.model, model_name);
     if (run.steps < step && !run.export_to)   // exporting needs no step
         die("--steps %d: %s is at step %d already", run.steps, run.resume, step);
-    if (run.accum && run.batch % run.accum)
+    if (run.batch % (imax(run.accum, 1) * ranks.size)) {
+        if (ranks.size > 1)
+            die("--batch %d does not divide by %d ranks%s: each takes as many samples", run.batch, ranks.size,
+                run.accum > 1 ? " times --accum" : "");
         die("--accum %d does not divide --batch %d", run.accum, run.batch);
+    }
     if (!backend->begin && (run.no_graph || run.profile))
         die("--%s: only the GPU's trainer has it (make train_srdit_cu)",
             run.profile ? "profile" : "no-graph");
@@ -2964,6 +3025,7 @@ static int train_main(int argc, char **argv, const Backend *backend) {
     if (run.export_to) export_write(&t);
     training_close(&t);
     if (resume) safe_close(resume);
+    ranks_close();
     check_output_taken();
     return status;
 }

@@ -56,6 +56,13 @@
 #include <cublasLt.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+#ifdef NCCL   // several GPUs (make says whether nccl.h was found); the library is opened only for them
+#include <dlfcn.h>
+#include <nccl.h>
+#ifndef NCCL_NAME
+#define NCCL_NAME "libnccl.so.2"
+#endif
+#endif
 
 namespace gpu {
 
@@ -81,6 +88,8 @@ static void check_cuda(cudaError_t e, const char *file, int line) {
 static cudaDeviceProp card;            // the GPU
 static cudaStream_t stream;            // all work is queued here, in order,
 static cudaStream_t copy_stream;       // but for the copies of the next step's data
+static cudaStream_t ranks_stream;      // and, of several GPUs, what passes between them
+static int device;                     // which GPU of this machine: of several ranks one each
 static int verbose = 1;                // print the memory plan and what was tuned
 static int use_graph = 1;              // record a step and replay it (--no-graph: launch every kernel)
 static int use_gelu_epilogue = 1;      // GELU inside the matrix products, where that is faster (bf16)
@@ -199,7 +208,7 @@ static double peak_flops(void) {
     static double peak = -1;
     if (peak >= 0) return peak;
     cudaDeviceProp card;
-    CHECK(cudaGetDeviceProperties(&card, 0));
+    CHECK(cudaGetDeviceProperties(&card, device));
     peak = 0;
     for (size_t i = 0; i < sizeof(cards) / sizeof(cards[0]) && !peak && sizeof(floatX) == 2; i++)
         if (strstr(card.name, cards[i].name)) peak = cards[i].tera * 1e12;
@@ -207,8 +216,8 @@ static double peak_flops(void) {
 }
 static double peak_bandwidth(void) {
     int kilohertz = 0, bits = 0;
-    CHECK(cudaDeviceGetAttribute(&kilohertz, cudaDevAttrMemoryClockRate, 0));
-    CHECK(cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, 0));
+    CHECK(cudaDeviceGetAttribute(&kilohertz, cudaDevAttrMemoryClockRate, device));
+    CHECK(cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, device));
     return 2.0 * 1e3 * kilohertz * bits / 8;
 }
 
@@ -2935,6 +2944,17 @@ typedef struct {
     cudaGraphExec_t graph;   // NULL: seen once, not recorded yet
 } Recording;
 enum { MAX_RECORDINGS = 16 };   // a training needs 5, with parts (--accum) 9
+// Of several ranks the trained numbers are dealt out in buckets: the embedders', one of each run of blocks, and
+// those of what lies behind the blocks. A rank keeps the moments and the moving average of its piece of each.
+enum { MAX_BUCKETS = MAX_DEPTH + 2 };
+typedef struct {
+    int count, sharded;               // sharded 0: each rank has all moments (with Muon)
+    size_t begin[MAX_BUCKETS + 1];    // multiples of 64 `size`; at least the trained numbers in all
+    cudaEvent_t ready[MAX_BUCKETS];   // on `stream`: what the other ranks wait for lies there
+    cudaEvent_t there[MAX_BUCKETS];   // on ranks_stream: it has come
+    int due[MAX_BUCKETS];             // 1: its weights have not been waited for yet
+    int reducing;                     // 1: this backward's gradients are the step's last
+} Buckets;
 typedef struct {
     Model base;   // its configuration and table are what shared code reads
     char *memory;
@@ -2959,7 +2979,10 @@ typedef struct {
     Recording recordings[MAX_RECORDINGS];
     int recorded;   // how many there were so far; the oldest makes room
     int fresh;      // 1: gradients count as zero, the next ones overwrite
-    float *host;    // what `activation` returns lies here
+    Buckets buckets;
+    float *ema_whole;   // ema, or where it is gathered from several ranks
+    double *shared;     // [5] of all ranks: the squared norm, the four losses
+    float *host;        // what `activation` returns lies here
     size_t host_size;
 } GpuModel;
 static GpuModel *gpu_of(Model *m) { return (GpuModel *)m; }
@@ -3161,19 +3184,21 @@ static void muon_groups(GpuModel *g) {
 // Returns the parameters' share.
 static size_t memory_layout(GpuModel *g, DeviceArena *m, int B) {
     const Config *c = &g->base.c;
-    size_t n = g->base.table.total;
+    const Buckets *b = &g->buckets;
+    size_t n = largest(g->base.table.total, b->begin[b->count]), own = b->sharded ? n / ranks.size : n;
     take(g->params, m, n);
     take(g->grads, m, n);
-    take(g->m, m, n);
-    take(g->v, m, n);
-    take(g->ema, m, n);
+    take(g->m, m, own);
+    take(g->v, m, own);
+    take(g->ema, m, own);
     take(g->weights, m, sizeof(floatX) == 4 ? 0 : n);
     size_t parameters = m->used;
     take(g->rope, m, (size_t)grid_of(c) * (size_t)(c->hidden_size / c->num_heads / 4));
     take(g->losses, m, 1);
+    take(g->shared, m, 5);
     take(g->constants, m, 1);
     take(g->loss_parts, m, 4 * loss_parts_of(c, B));
-    take(g->norm_parts, m, NORM_BLOCKS);
+    take(g->norm_parts, m, (size_t)imax(1, b->count) * NORM_BLOCKS);
     size_t most_X = 0, most_R = 0;
     for (int k = 0; k < g->groups; k++) {
         const MuonGroup *one = &g->group[k];
@@ -3198,14 +3223,223 @@ static const floatX *low(const GpuModel *g, const float *p) {
     (void)g;
     return p;
 #else
-    const float *base = p >= g->ema && p < g->ema + g->base.table.total ? g->ema : g->params;
+    const float *ema = g->ema_whole;
+    const float *base = p >= ema && p < ema + g->base.table.total ? ema : g->params;
     return g->weights + (p - base);
 #endif
 }
+static void buckets_await(GpuModel *g, int first, int last);
 static void use_weights(GpuModel *g, enum Block which) {
     if (g->weights_of == which || sizeof(floatX) == 4) return;
-    cast(g->weights, which == EMA ? g->ema : g->params, g->base.table.trained);
+    buckets_await(g, 0, g->buckets.count - 1);
+    cast(g->weights, which == EMA ? g->ema_whole : g->params, g->base.table.trained);
     g->weights_of = which;
+}
+
+// ----------------------------------------------------------------------------------------------------------
+// Several GPUs: each rank computes its share of a batch's samples, as a part of --accum does; then the
+// gradients are added up. In time (the buckets of embedders e, runs of blocks f g h, the rest r; accum 1):
+//
+//   stream        backward h      g      f     e | norm   AdamW of e f r g h | forward e   f     g     h
+//   ranks_stream            sum h | r  g |  f | e        weights e | f | r | g | h
+//
+// Of each bucket a rank gets the sum of its piece (reduce-scatter), to which it makes the step: so moments and
+// moving average of a piece are on one rank only (ZeRO-1). Then all get all pieces (all-gather). Every sum has
+// a fixed order. The weights in float stay whole on every rank, since biases, norms and tables are read from
+// them; with Muon, which needs whole matrices, moments stay whole too, and each rank makes the whole step.
+
+#ifdef NCCL
+// The calls of NCCL, found when they are needed: one GPU does without the library
+static struct {
+    decltype(&ncclGetUniqueId) GetUniqueId;
+    decltype(&ncclCommInitRankConfig) CommInitRankConfig;
+    decltype(&ncclCommGetAsyncError) CommGetAsyncError;
+    decltype(&ncclCommDestroy) CommDestroy;
+    decltype(&ncclGetErrorString) GetErrorString;
+    decltype(&ncclGetLastError) GetLastError;
+    decltype(&ncclAllReduce) AllReduce;
+    decltype(&ncclReduceScatter) ReduceScatter;
+    decltype(&ncclAllGather) AllGather;
+} nccl;
+static ncclComm_t comm;
+
+// Calls return before they are done; a rank that does not come is waited for until the deadline.
+static void check_nccl(ncclResult_t r, const char *call) {
+    double end = now_seconds() + ranks.deadline;
+    for (; r == ncclInProgress && comm; usleep(100)) {
+        if (now_seconds() > end) die("NCCL: %s has not ended within %.0f s", call, ranks.deadline);
+        ncclResult_t asked = nccl.CommGetAsyncError(comm, &r);
+        if (asked != ncclSuccess) r = asked;
+    }
+    if (r != ncclSuccess)
+        die("NCCL: %s: %s (%s); NCCL_DEBUG=INFO says more", call, nccl.GetErrorString(r),
+            nccl.GetLastError(NULL));
+}
+#define CHECK_NCCL(call, ...) check_nccl(nccl.call(__VA_ARGS__), #call)
+// What the listening thread asks every second (dev/lib/ranks.h)
+static int nccl_trouble(char text[1024]) {
+    ncclResult_t r = ncclSuccess;
+    if (nccl.CommGetAsyncError(comm, &r) == ncclSuccess && (r == ncclSuccess || r == ncclInProgress))
+        return 0;
+    snprintf(text, 1024, "NCCL: %s (%s)", nccl.GetErrorString(r), nccl.GetLastError(NULL));
+    return 1;
+}
+static void nccl_open(void) {
+    const char *path = getenv("NCCL_LIBRARY");
+    void *library = dlopen(path ? path : NCCL_NAME, RTLD_NOW | RTLD_LOCAL);
+    if (!library)
+        die("several GPUs need NCCL, which cannot be opened: %s (NCCL_LIBRARY=PATH names one)", dlerror());
+#define FIND(name)                                                                                           \
+    if (!(*(void **)&nccl.name = dlsym(library, "nccl" #name))) die("NCCL: it has no nccl" #name ": too "    \
+                                                                                                 "old?")
+    FIND(GetUniqueId);
+    FIND(CommInitRankConfig);
+    FIND(CommGetAsyncError);
+    FIND(CommDestroy);
+    FIND(GetErrorString);
+    FIND(GetLastError);
+    FIND(AllReduce);
+    FIND(ReduceScatter);
+    FIND(AllGather);
+#undef FIND
+    // With this every rank's ncclGetUniqueId gives the same handle, and rank 0 listens there. Rings add in one
+    // order; other algorithms are left to who sets NCCL_ALGO.
+    char where[300];
+    snprintf(where, sizeof(where), "%s:%d", ranks.host, ranks.port + 1);
+    setenv("NCCL_COMM_ID", where, 0);
+    setenv("NCCL_ALGO", "Ring", 0);
+    ncclUniqueId id;
+    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+    config.blocking = 0;
+    CHECK_NCCL(GetUniqueId, &id);
+    CHECK_NCCL(CommInitRankConfig, &comm, ranks.size, id, ranks.rank, &config);
+    ranks.trouble = nccl_trouble;
+}
+static void nccl_close(void) {
+    ranks.trouble = NULL;
+    CHECK_NCCL(CommDestroy, comm);
+    comm = NULL;
+}
+// In place, on ranks_stream: all[size][n] of which this rank has its own, sums of it, and sums of all
+static void ranks_gather(float *all, size_t n) {
+    CHECK_NCCL(AllGather, all + (size_t)ranks.rank * n, all, n, ncclFloat, comm, ranks_stream);
+}
+static void ranks_gather_from(float *all, const float *own, size_t n) {
+    CHECK_NCCL(AllGather, own, all, n, ncclFloat, comm, ranks_stream);
+}
+static void ranks_scatter_sum(float *all, size_t n) {
+    CHECK_NCCL(ReduceScatter, all, all + (size_t)ranks.rank * n, n, ncclFloat, ncclSum, comm, ranks_stream);
+}
+static void ranks_sum(float *all, size_t n) {
+    CHECK_NCCL(AllReduce, all, all, n, ncclFloat, ncclSum, comm, ranks_stream);
+}
+static void ranks_sum(double *all, size_t n) {
+    CHECK_NCCL(AllReduce, all, all, n, ncclDouble, ncclSum, comm, ranks_stream);
+}
+#else
+static void nccl_open(void) {
+    die("this was built without NCCL (make said so), which several GPUs need: install it and build again");
+}
+static void nccl_close(void) {}
+static void ranks_gather(float *, size_t) {}
+static void ranks_gather_from(float *, const float *, size_t) {}
+static void ranks_scatter_sum(float *, size_t) {}
+static void ranks_sum(float *, size_t) {}
+static void ranks_sum(double *, size_t) {}
+#endif
+
+// Where the buckets begin: borders between tensors, moved to a multiple of 64 `size`. They move up, so that the
+// bucket before gets a little of what has its gradient earlier and whose weights may come early; but that of
+// what lies behind a decoder moves down, since its gradients come after the decoder's.
+static void buckets_plan(GpuModel *g) {
+    const Config *c = &g->base.c;
+    Buckets *b = &g->buckets;
+    size_t unit = 64 * (size_t)ranks.size, last = 0;
+    memset(b, 0, sizeof(*b));
+    if (ranks.size == 1) return;
+    b->sharded = c->optimizer != MUON;
+    for (int i = 0; i < g->base.table.count; i++) {
+        const Tensor *t = &g->base.table.tensors[i], *before = t - 1;
+        int behind = i && t->block < 0 && before->block >= 0;
+        int first =
+            t->block >= 0 && run_of(c, t->block).first == t->block && (!i || before->block != t->block);
+        size_t up = behind && c->num_h ? 0 : unit - 1;
+        if (t->trained && (i == 0 || behind || first)) b->begin[b->count++] = (t->offset + up) / unit * unit;
+        if (t->trained) last = (t->offset + t->size + unit - 1) / unit * unit;
+    }
+    b->begin[b->count] = last;
+    for (int k = 0; k < b->count; k++) {
+        CHECK(cudaEventCreateWithFlags(&b->ready[k], cudaEventDisableTiming));
+        CHECK(cudaEventCreateWithFlags(&b->there[k], cudaEventDisableTiming));
+    }
+}
+static void buckets_free(Buckets *b) {
+    for (int k = 0; k < b->count; k++)
+        CHECK(cudaEventDestroy(b->ready[k])), CHECK(cudaEventDestroy(b->there[k]));
+}
+// The bucket of the run whose first block is i
+static int bucket_of(const Config *c, int i) {
+    int k = 1;
+    for (int j = 0; j < i; j++) k += run_of(c, j).first == j;
+    return k;
+}
+static size_t bucket_size(const Buckets *b, int k) { return b->begin[k + 1] - b->begin[k]; }
+static size_t piece_size(const Buckets *b, int k) { return bucket_size(b, k) / ranks.size; }
+// What is queued next on ranks_stream waits for `stream`, or the other way round
+static void ranks_after(cudaEvent_t event) {
+    CHECK(cudaEventRecord(event, stream));
+    CHECK(cudaStreamWaitEvent(ranks_stream, event, 0));
+}
+static void stream_after(cudaEvent_t event) {
+    CHECK(cudaEventRecord(event, ranks_stream));
+    CHECK(cudaStreamWaitEvent(stream, event, 0));
+}
+// The gradients of bucket k are complete: those queued sums that wait are done, and they go on their way.
+static void bucket_reduce(GpuModel *g, int k) {
+    Buckets *b = &g->buckets;
+    if (!b->reducing) return;
+    sums_end(&g->sums);
+    ranks_after(b->ready[k]);
+    float *grads = g->grads + b->begin[k];
+    if (b->sharded) ranks_scatter_sum(grads, piece_size(b, k));
+    else ranks_sum(grads, bucket_size(b, k));
+}
+// The weights of bucket k are new in this rank's piece: they go to all.
+static void bucket_gather(GpuModel *g, int k) {
+    Buckets *b = &g->buckets;
+    ranks_after(b->ready[k]);
+    ranks_gather(g->params + b->begin[k], piece_size(b, k));
+    CHECK(cudaEventRecord(b->there[k], ranks_stream));
+    b->due[k] = 1;
+}
+// Before their first use: all ranks' weights of buckets first ... last are here, and rounded.
+static void buckets_await(GpuModel *g, int first, int last) {
+    Buckets *b = &g->buckets;
+    for (int k = imax(first, 0); k <= last && k < b->count; k++) {
+        if (!b->due[k]) continue;
+        b->due[k] = 0;
+        CHECK(cudaStreamWaitEvent(stream, b->there[k], 0));
+        if (g->weights) cast(g->weights + b->begin[k], g->params + b->begin[k], bucket_size(b, k));
+    }
+}
+// Where a rank's own pieces of a block lie, that of bucket k
+static size_t piece_at(const Buckets *b, int k) {
+    return b->sharded ? b->begin[k] / ranks.size : b->begin[k] + ranks.rank * piece_size(b, k);
+}
+// A block of which each rank has its pieces, whole in g->grads, which nobody needs between two steps. All ranks
+// call this.
+static void gather_pieces(GpuModel *g, const float *own) {
+    Buckets *b = &g->buckets;
+    ranks_after(b->ready[0]);
+    for (int k = 0; k < b->count; k++)
+        ranks_gather_from(g->grads + b->begin[k], own + piece_at(b, k), piece_size(b, k));
+    stream_after(b->there[0]);
+}
+static void gather_ema(Model *m) {
+    GpuModel *g = gpu_of(m);
+    if (ranks.size == 1) return;
+    gather_pieces(g, g->ema);
+    if (g->weights_of == EMA) g->weights_of = GRADS;   // an older one's
 }
 
 static Attention attention_of(const GpuModel *g, const Params *all, const BlockParams *w, const BlockActs *k,
@@ -3240,29 +3474,29 @@ static size_t block_stride(const GpuModel *g) {
 // With MLPs of different widths (--mlp-widths) blocks do not lie at equal steps: their layers go one by one
 static int blocks_at_once(const Config *c) { return c->mlp_widths.count ? 1 : c->depth; }
 
-// mod[L,B,6D] = cond_silu adaln_w^T + adaln_b for all blocks at once
-static void adaln_forward(GpuModel *g, const Params *w, int B) {
+// mod[L,B,6D] = cond_silu adaln_w^T + adaln_b for blocks first ... end at once
+static void adaln_forward(GpuModel *g, const Params *w, int B, int first, int end) {
     place(CONDITION);
     const Config *c = &g->base.c;
     Acts *a = &g->a;
-    int D = c->hidden_size, each = blocks_at_once(c);
+    int D = c->hidden_size, each = imin(blocks_at_once(c), end - first);
     GemmKey k = gemm_key(B, 6 * D, D, 0, 1);
     k.batch = each;
     k.stepb = k.step_bias = (int64_t)block_stride(g);
     k.stepc = (int64_t)B * 6 * D;
-    for (int i = 0; i < c->depth; i += each)
+    for (int i = first; i < end; i += each)
         matmul<float>(k, a->mod + i * k.stepc, a->cond_silu, low(g, w->block[i].adaln_w),
                       w->block[i].adaln_b);
 }
 
-// The gradients of those layers from a->d_mod, all blocks at once; into a->d_cond_parts [L,B,D] each block's
-// part of the gradient of cond_silu
-static void adaln_backward(GpuModel *g, int B) {
+// The gradients of those layers from a->d_mod, blocks first ... end at once; into a->d_cond_parts [L,B,D] each
+// block's part of the gradient of cond_silu
+static void adaln_backward(GpuModel *g, int B, int first, int end) {
     place(CONDITION);
     Acts *a = &g->a;
-    int D = g->base.c.hidden_size, L = g->base.c.depth, add = !g->fresh, each = blocks_at_once(&g->base.c);
+    int D = g->base.c.hidden_size, add = !g->fresh, each = imin(blocks_at_once(&g->base.c), end - first);
     size_t step = block_stride(g), mod_step = (size_t)B * 6 * D;
-    for (int i = 0; i < L; i += each) {
+    for (int i = first; i < end; i += each) {
         const floatX *d_mod = a->d_mod + i * mod_step;
         GemmKey k = gemm_key(6 * D, D, B, 1, 0);
         k.add = add;
@@ -3277,7 +3511,7 @@ static void adaln_backward(GpuModel *g, int B) {
         k.stepc = (int64_t)B * D;
         matmul<float>(k, a->d_cond_parts + i * k.stepc, d_mod, low(g, g->w.block[i].adaln_w), NULL);
     }
-    for (int i = 0; i < L; i++)
+    for (int i = first; i < end; i++)
         sum_later(&g->sums, g->dw.block[i].adaln_b, a->d_mod + i * mod_step, B, 6 * D, 6 * D);
 }
 
@@ -3376,6 +3610,7 @@ static void projector_forward(GpuModel *g, const Params *w, int B) {
     Acts *a = &g->a;
     int D = c->hidden_size, M = c->projector_dim, Z = c->z_dim, N = align_rows(c, B);
     const floatX *x = a->E_low + (size_t)align_first(c, B) * D;
+    buckets_await(g, g->buckets.count - 1, g->buckets.count - 1);
     linear_forward<floatX>(a->p0, x, low(g, w->p0_w), low(g, w->p0_b), N, D, M);
     silu_forward<floatX>(a->p0_silu, a->p0, (size_t)N * M);
     linear_forward<floatX>(a->p2, a->p0_silu, low(g, w->p2_w), low(g, w->p2_b), N, M, M);
@@ -3567,6 +3802,24 @@ static void fusion_backward(GpuModel *g, int rows, int N) {
               D);   // (nobody writes them any more)
 }
 
+// Of several ranks: before block i, if it is the first of a run, the run's weights are waited for, and its adaLN
+// layers are done.
+static void run_begins(GpuModel *g, const Params *w, int i, int B) {
+    BlockRun run = run_of(&g->base.c, i);
+    if (ranks.size == 1 || i != run.first) return;
+    int k = bucket_of(&g->base.c, i);
+    buckets_await(g, k, k);
+    adaln_forward(g, w, B, i, i + run.count);
+}
+// Behind block i's backward, if it is the first of a run: its adaLN layers', and all gradients of the run are
+// complete.
+static void run_ends(GpuModel *g, int i, int B) {
+    BlockRun run = run_of(&g->base.c, i);
+    if (ranks.size == 1 || i != run.first) return;
+    adaln_backward(g, B, i, i + run.count);
+    bucket_reduce(g, bucket_of(&g->base.c, i));
+}
+
 // Velocity of the input at its times and labels into a->out_patches, a->cls_out. training: x_t is made from x
 // and noise, g runs on the kept tokens, the projector runs too; else x is x_t, g runs on all tokens, in one
 // block's memory. g runs on the first `whole` samples; every one of its tokens of the others is the mask
@@ -3579,6 +3832,7 @@ static void network_forward(GpuModel *g, const Params *w, int training, int whol
     int n = training ? kept_of(c) : T, first_h = c->depth - c->num_h;
     const int *ids = training ? in->ids : NULL;
     size_t latent = (size_t)B * (size_t)latent_of(c);
+    buckets_await(g, 0, whole ? 0 : g->buckets.count - 1);
     // tokens: patches, CLS before them, positions
     patchify_kernel<<<(unsigned)((latent + 255) / 256), 256, 0, stream>>>(
         a->patches, in->x, training ? in->noise : NULL, in->t, c->in_channels, c->input_size, c->patch_size,
@@ -3595,21 +3849,24 @@ static void network_forward(GpuModel *g, const Params *w, int training, int whol
         a->block[0].x, a->cls_r, a->patch_tokens, a->cls_proj, w->cls_norm, w->pos_embed, c->cls, N, T, D);
     LAUNCHED();
     condition_forward(g, w, B);
-    adaln_forward(g, w, B);
+    if (ranks.size == 1) adaln_forward(g, w, B, 0, c->depth);
     // encoder f on all tokens
     const floatX *v1 = c->value_residual ? a->block[0].qkv : NULL;
     Residual x = residual_of(a->block[0].x, NULL, 0, NULL);
     for (int i = 0; i < c->num_f; i++) {
+        run_begins(g, w, i, B);
         x = block_forward(g, i, &a->block[i], x, i ? v1 : NULL, NULL, w, B, B, T);
         if (i == c->num_f - 1) norm_modulate_forward(a->E, a->E_low, NULL, x, NULL, NULL, 0, -1, B, T, D);
         if (training) align_forward(g, w, i, x, B);
     }
+    buckets_await(g, g->buckets.count - 1, g->buckets.count - 1);   // the fusion's
     // sparse middle g on the kept tokens; its first norm gathers them
     floatX *g_out = training ? a->g_out : a->wide2;
     x = residual_of(a->E, NULL, 0, NULL);
     x.x_ids = ids;
     x.x_tokens = T;
     for (int i = c->num_f; i < end_of_g(c, training, !whole); i++) {
+        run_begins(g, w, i, B);
         BlockActs *k = training ? &a->block[i] : &a->block[c->num_h ? c->depth - 1 : c->depth];
         x = block_forward(g, i, k, x, v1, ids, w, B, whole ? whole : B, n);
         if (training) align_forward(g, w, i, x, B);
@@ -3618,6 +3875,7 @@ static void network_forward(GpuModel *g, const Params *w, int training, int whol
     x = fusion_forward(g, w, g_out, ids, whole, n, B);
     // decoder h on all tokens
     for (int i = first_h; i < c->depth; i++) {
+        run_begins(g, w, i, B);
         x = block_forward(g, i, &a->block[i], x, v1, NULL, w, B, B, T);
         if (training) align_forward(g, w, i, x, B);
     }
@@ -3711,18 +3969,22 @@ static void network_backward(GpuModel *g, int path_drop, int B) {
                                  low(g, w->final_adaln_w), B, D, 2 * D, 0);
     // decoder h
     for (int i = last; i >= first_h; i--)
-        block_backward(g, i, a->dx, v1, NULL, B, T, i > first_h ? i - 1 : -1, -1, dw->fusion_b);
+        block_backward(g, i, a->dx, v1, NULL, B, T, i > first_h ? i - 1 : -1, -1, dw->fusion_b),
+            run_ends(g, i, B);
     fusion_backward(g, rows, N);
+    bucket_reduce(g, g->buckets.count - 1);
     // sparse middle g, on a path-drop step with no gradient but alignment's, for which a->dx is free now
     // (d_g has the mask token's) and a->rows must tell where the kept tokens lie
     int end = end_of_g(c, 1, path_drop);
     float *d_g = path_drop ? a->dx : a->d_g;
+    for (int i = first_h - 1; i >= end; i--) run_ends(g, i, B);
     if (end > c->num_f) {
         align_backward(g, d_g, end - 1, !path_drop, B);
         nb = norm_backward_of(g, d_g, n);
         norm_backward_behind(&nb, g, end - 1, B);
         for (int i = end - 1; i >= c->num_f; i--)
-            block_backward(g, i, d_g, v1, in->ids, B, n, i > c->num_f ? i - 1 : -1, -1, NULL);
+            block_backward(g, i, d_g, v1, in->ids, B, n, i > c->num_f ? i - 1 : -1, -1, NULL),
+                run_ends(g, i, B);
         if (path_drop) {
             rows = B * n;
             rows_kernel<<<(unsigned)B, 256, 0, stream>>>(a->rows, NULL, NULL, in->ids, n, T, rows, B, B, D);
@@ -3736,7 +3998,8 @@ static void network_backward(GpuModel *g, int path_drop, int B) {
     nb.dx2_count = rows;
     norm_backward_behind(&nb, g, c->num_f - 1, B);
     for (int i = c->num_f - 1; i >= 0; i--)
-        block_backward(g, i, a->d_E, i ? v1 : NULL, NULL, B, T, i - 1, i ? -1 : c->cls, dw->x_b);
+        block_backward(g, i, a->d_E, i ? v1 : NULL, NULL, B, T, i - 1, i ? -1 : c->cls, dw->x_b),
+            run_ends(g, i, B);
     // tokens: a->dy has the patches' gradients, then those of CLS
     place(INPUT);
     linear_backward_weight(dw->x_w, a->dy, a->patches, B * P, X, D, add);
@@ -3748,9 +4011,10 @@ static void network_backward(GpuModel *g, int path_drop, int B) {
         linear_backward_weight(dw->cls_w, a->dh, a->cls_t, B, Z, D, add);
         sum_later(&g->sums, dw->cls_b, a->dh, B, D, D);   // (nobody writes that any more)
     }
-    adaln_backward(g, B);
+    if (ranks.size == 1) adaln_backward(g, B, 0, c->depth);
     condition_backward(g, B);
     sums_end(&g->sums);
+    bucket_reduce(g, 0);
 }
 
 // ----------------------------------------------------------------------------------------------------------
@@ -3939,7 +4203,7 @@ static void loss_and_gradients(GpuModel *g, const Batch *batch) {
 // it is, so that plans of matrix products are made and kernels loaded; the second time it is recorded, from
 // then on replayed. All that differs from step to step is read from device memory: Draw, StepConstants.
 template <class Work> static void run_recorded(GpuModel *g, const StepKind &kind, Work work) {
-    if (!use_graph || tuning || profile.on) {
+    if (!use_graph || tuning || profile.on || ranks.size > 1) {   // (of ranks: waits and sends come between)
         work();
         return;
     }
@@ -3983,6 +4247,7 @@ static void forward_backward(Model *model, const Batch *batch) {
     kind.x_type = here.x_type, kind.feats_type = here.feats_type;
     kind.scale = here.scale, kind.offset = here.offset;
     g->in = batch_upload(&g->queue, &here, &model->c);
+    g->buckets.reducing = batch->last && ranks.size > 1;
     place(INPUT);
     profile.recording = profile.on;
     profile_mark(-1, -1);
@@ -4044,23 +4309,73 @@ __global__ void __launch_bounds__(256) grad_norm_kernel(float *parts, const floa
     sum = sum_block(sum, sums);
     if (threadIdx.x == 0) parts[blockIdx.x] = sum;
 }
+// The sum of parts in a fixed order, in thread 0 of 256
+__device__ __forceinline__ double sum_parts_of(const float *parts, int count, double *sums) {
+    double sum = 0;
+    for (int i = threadIdx.x; i < count; i += 256) sum += parts[i];
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    for (int i = 1; i < 256 && threadIdx.x == 0; i++) sum += sums[i];
+    return sum;
+}
 // The norm of the gradient, and whether this step is the first whose norm or losses are not finite. The host
 // reads the losses only now and then: what goes wrong in between is kept here, and no later update covers it
 // up. One block.
 __global__ void __launch_bounds__(256)
     root_kernel(DeviceLosses *losses, const float *parts, int count, const StepConstants *constants) {
     __shared__ double sums[256];
-    double sum = 0;
-    for (int i = threadIdx.x; i < count; i += 256) sum += parts[i];
-    sums[threadIdx.x] = sum;
-    __syncthreads();
+    double sum = sum_parts_of(parts, count, sums);
     if (threadIdx.x) return;
-    for (int i = 1; i < 256; i++) sum += sums[i];
     losses->grad_norm = sqrt(sum);
     enum LossPart bad = bad_part_of(losses->denoise, losses->cls, losses->align, losses->cfm, sum);
     if (bad == NO_PART || losses->bad_step) return;
     losses->bad_step = constants->step;
     losses->bad_part = bad;
+}
+
+// The same of several ranks, before and behind the sum of `shared` [5] over them: the squared norm of a rank's
+// pieces, and its losses
+__global__ void __launch_bounds__(256)
+    share_kernel(double *shared, const DeviceLosses *losses, const float *parts, int count) {
+    __shared__ double sums[256];
+    double sum = sum_parts_of(parts, count, sums);
+    if (threadIdx.x) return;
+    shared[0] = sum;
+    shared[1] = losses->denoise, shared[2] = losses->cls;
+    shared[3] = losses->align, shared[4] = losses->cfm;
+}
+__global__ void shared_root_kernel(DeviceLosses *losses, const double *shared,
+                                   const StepConstants *constants) {
+    losses->grad_norm = sqrt(shared[0]);
+    enum LossPart bad = bad_part_of(shared[1], shared[2], shared[3], shared[4], shared[0]);
+    if (bad == NO_PART || losses->bad_step) return;
+    losses->bad_step = constants->step;
+    losses->bad_part = bad;
+}
+// The trained numbers begin ... end of this rank in bucket k
+static void piece_of(const GpuModel *g, int k, size_t *begin, size_t *end) {
+    const Buckets *b = &g->buckets;
+    size_t trained = g->base.table.trained, n = piece_size(b, k), at = b->begin[k] + ranks.rank * n;
+    *begin = at < trained ? at : trained;
+    *end = at + n < trained ? at + n : trained;
+}
+static void ranks_norm(GpuModel *g) {
+    Buckets *b = &g->buckets;
+    stream_after(b->there[0]);   // all sums of gradients
+    for (int k = 0; k < b->count; k++) {
+        size_t begin, end;
+        piece_of(g, k, &begin, &end);
+        grad_norm_kernel<<<NORM_BLOCKS, 256, 0, stream>>>(g->norm_parts + k * NORM_BLOCKS, g->grads + begin,
+                                                          end - begin);
+        LAUNCHED();
+    }
+    share_kernel<<<1, 256, 0, stream>>>(g->shared, g->losses, g->norm_parts, b->count * NORM_BLOCKS);
+    LAUNCHED();
+    ranks_after(b->ready[0]);
+    ranks_sum(g->shared, 5);
+    stream_after(b->there[0]);
+    shared_root_kernel<<<1, 1, 0, stream>>>(g->losses, g->shared, g->constants);
+    LAUNCHED();
 }
 
 static StepConstants step_constants(const Config *c, int step) {
@@ -4263,14 +4578,28 @@ static void muon_update(GpuModel *g) {
         LAUNCHED();
     }
 }
-// AdamW for the trained numbers begin ... end, multiples of 64
-static void adamw_update(GpuModel *g, size_t begin, size_t end) {
+// AdamW for the trained numbers begin ... end, multiples of 64, whose moments and average begin at `at`
+static void adamw_update(GpuModel *g, size_t begin, size_t end, size_t at) {
     size_t n = end - begin;
     if (!n) return;
     adamw_kernel<<<(unsigned)((n / 4 + 255) / 256), 256, 0, stream>>>(
-        g->params + begin, g->m + begin, g->v + begin, g->ema + begin, g->weights ? g->weights + begin : NULL,
+        g->params + begin, g->m + at, g->v + at, g->ema + at, g->weights ? g->weights + begin : NULL,
         g->grads + begin, g->losses, g->constants, n);
     LAUNCHED();
+}
+// Of several ranks the update of a rank's pieces; each bucket leaves as soon as it is done, in the order in
+// which the next forward asks for them. Where moments are whole, the step has been made already.
+static void pieces_update(GpuModel *g) {
+    const Config *c = &g->base.c;
+    Buckets *b = &g->buckets;
+    int of_f = bucket_of(c, c->num_f), last = b->count - 1;   // the runs of f are 1 ... of_f - 1
+    for (int i = 0; i <= last; i++) {
+        int k = i < of_f ? i : i == of_f ? last : i - 1;
+        size_t begin, end;
+        piece_of(g, k, &begin, &end);
+        if (b->sharded) adamw_update(g, begin, end, piece_at(b, k));
+        bucket_gather(g, k);
+    }
 }
 
 static void update(Model *model, int step) {
@@ -4286,19 +4615,27 @@ static void update(Model *model, int step) {
     LAUNCHED();
     run_recorded(g, kind, [=] {
         size_t n = model->table.trained;
-        grad_norm_kernel<<<NORM_BLOCKS, 256, 0, stream>>>(g->norm_parts, g->grads, n);
-        LAUNCHED();
-        root_kernel<<<1, 256, 0, stream>>>(g->losses, g->norm_parts, NORM_BLOCKS, g->constants);
-        LAUNCHED();
+        if (ranks.size > 1) ranks_norm(g);
+        else {
+            grad_norm_kernel<<<NORM_BLOCKS, 256, 0, stream>>>(g->norm_parts, g->grads, n);
+            LAUNCHED();
+            root_kernel<<<1, 256, 0, stream>>>(g->losses, g->norm_parts, NORM_BLOCKS, g->constants);
+            LAUNCHED();
+        }
+        if (g->buckets.sharded) {
+            pieces_update(g);
+            return;
+        }
         size_t done = 0;   // AdamW takes all that lies between two of Muon's tensors at once
         for (int i = 0; i < model->table.count; i++) {
             const Tensor *t = &model->table.tensors[i];
             if (!t->muon) continue;
-            adamw_update(g, done, t->offset);
+            adamw_update(g, done, t->offset, done);
             done = t->offset + (t->size + 63) / 64 * 64;
         }
-        adamw_update(g, done, n);
+        adamw_update(g, done, n, done);
         muon_update(g);
+        if (ranks.size > 1) pieces_update(g);
     });
     profile_step();
 }
@@ -4308,9 +4645,12 @@ static Losses read_losses(Model *model) {
     GpuModel *g = gpu_of(model);
     const Config *c = &model->c;
     DeviceLosses d;
+    double shared[5];
     CHECK(cudaMemcpyAsync(&d, g->losses, sizeof(d), cudaMemcpyDeviceToHost, stream));
+    CHECK(cudaMemcpyAsync(shared, g->shared, sizeof(shared), cudaMemcpyDeviceToHost, stream));
     CHECK(cudaMemsetAsync(g->losses, 0, offsetof(DeviceLosses, bad_step), stream));   // which stays
     CHECK(cudaStreamSynchronize(stream));
+    if (ranks.size > 1) d.denoise = shared[1], d.cls = shared[2], d.align = shared[3], d.cfm = shared[4];
     Losses sum;
     sum.denoise = d.denoise;
     sum.cls = d.cls;
@@ -4332,9 +4672,23 @@ static float *model_block(GpuModel *g, enum Block which) {
     if (which == GRADS) zero_now(g);
     return blocks[which];
 }
+static int in_pieces(const GpuModel *g, enum Block which) {   // 1: no rank has all of it
+    return ranks.size > 1 && (which == EMA || (g->buckets.sharded && (which == ADAM_M || which == ADAM_V)));
+}
+// Of moments and moving average all of several ranks call it, since each has but a piece
 static void get_block(real *host, Model *m, enum Block which) {
-    CHECK(cudaMemcpyAsync(host, model_block(gpu_of(m), which), m->table.total * sizeof(real),
-                          cudaMemcpyDeviceToHost, stream));
+    GpuModel *g = gpu_of(m);
+    size_t n = m->table.total, trained = m->table.trained;
+    const float *from = model_block(g, which);
+    buckets_await(g, 0, g->buckets.count - 1);
+    if (in_pieces(g, which)) {
+        gather_pieces(g, from);
+        from = g->grads;
+    }
+    CHECK(cudaMemcpyAsync(host, from, n * sizeof(real), cudaMemcpyDeviceToHost, stream));
+    if (in_pieces(g, which))   // the fixed tables
+        CHECK(cudaMemcpyAsync(host + trained, g->params + trained, (n - trained) * sizeof(real),
+                              cudaMemcpyDeviceToHost, stream));
     CHECK(cudaStreamSynchronize(stream));
 }
 static const real *host_block(Model *m, enum Block which, real *room) {
@@ -4343,8 +4697,17 @@ static const real *host_block(Model *m, enum Block which, real *room) {
 }
 static void put_block(Model *m, const real *host, enum Block which) {
     GpuModel *g = gpu_of(m);
-    CHECK(cudaMemcpyAsync(model_block(g, which), host, m->table.total * sizeof(real), cudaMemcpyHostToDevice,
-                          stream));
+    float *to = model_block(g, which);
+    if (!in_pieces(g, which) || !g->buckets.sharded)
+        CHECK(cudaMemcpyAsync(to, host, m->table.total * sizeof(real), cudaMemcpyHostToDevice, stream));
+    else
+        for (int k = 0; k < g->buckets.count; k++) {
+            size_t begin, end;
+            piece_of(g, k, &begin, &end);
+            if (begin < end)
+                CHECK(cudaMemcpyAsync(to + piece_at(&g->buckets, k), host + begin,
+                                      (end - begin) * sizeof(real), cudaMemcpyHostToDevice, stream));
+        }
     CHECK(cudaStreamSynchronize(stream));
     g->weights_of = GRADS;   // neither: they are rounded again before their next use
 }
@@ -4447,6 +4810,40 @@ static void tune(GpuModel *g) {
     if (verbose) plans_report(stdout);
 }
 
+// The ranks' GPUs: no two may share one, and all compute in the same type; then NCCL joins them.
+static void ranks_join(void) {
+    typedef struct {
+        char host[64], name[128], uuid[16];
+        int bytes;
+    } Card;
+    static Card all[MAX_RANKS];
+    Card own;
+    memset(&own, 0, sizeof(own));
+    gethostname(own.host, sizeof(own.host) - 1);
+    snprintf(own.name, sizeof(own.name), "%.120s", card.name);
+    memcpy(own.uuid, &card.uuid, sizeof(own.uuid));
+    own.bytes = sizeof(floatX);
+    ranks_exchange(all, &own, sizeof(own));
+    for (int i = 0; i < ranks.size; i++) {
+        for (int j = 0; j < i; j++)
+            if (!strcmp(all[i].host, all[j].host) && !memcmp(all[i].uuid, all[j].uuid, sizeof(own.uuid)))
+                die("ranks %d and %d have the same GPU on %s, which has fewer than ranks: start fewer there",
+                    j, i, own.host);
+        if (all[i].bytes != all[0].bytes) die("rank %d was built with another FP32= than rank 0", i);
+    }
+    for (int i = 1; i < ranks.size; i++)
+        if (strcmp(all[i].name, all[0].name) && !ranks.rank) {
+            fprintf(stderr, "warning: rank %d has %s and rank 0 has %s: all go as fast as the slowest\n", i,
+                    all[i].name, all[0].name);
+            break;
+        }
+    CHECK(cudaStreamCreate(&ranks_stream));
+    nccl_open();
+    if (verbose)
+        printf("%d ranks, each with %s: a share of the batch, of the moments and of the average\n",
+               ranks.size, card.name);
+}
+
 static void device_open(void) {
     int devices = 0, driver = 0, toolkit = 0;
     cudaError_t found = cudaGetDeviceCount(&devices);
@@ -4459,7 +4856,12 @@ static void device_open(void) {
     }
     if (found != cudaSuccess || devices == 0)
         die("no GPU was found: train_srdit runs the same model on the CPU");
-    CHECK(cudaGetDeviceProperties(&card, 0));
+    if (ranks.size > 1) device = devices == 1 ? 0 : ranks.local;   // 1: its starter shows each rank its own
+    if (device >= devices)
+        die("there are %d GPUs here, and at least %d ranks: start fewer (torchrun --nproc-per-node %d)",
+            devices, device + 1, devices);
+    CHECK(cudaSetDevice(device));
+    CHECK(cudaGetDeviceProperties(&card, device));
     if (card.major < 8)
         die("%s has compute capability %d.%d, but 8.0 is needed: train_srdit runs the same model on the CPU",
             card.name, card.major, card.minor);
@@ -4474,6 +4876,7 @@ static void device_open(void) {
     CHECK(cudaStreamCreate(&copy_stream));
     CHECK(cudaMalloc(&workspace, workspace_bytes));
     CHECK_LT(cublasLtCreate(&lt));
+    if (ranks.size > 1) ranks_join();
 }
 
 // The bytes that a model with max_batch samples takes on the device
@@ -4540,6 +4943,7 @@ static Model *model_create(const Config *c, int max_batch, uint64_t seed) {
     m->max_batch = max_batch;
     m->table = params_table(&g->w, c, NULL);
     muon_groups(g);
+    buckets_plan(g);
     MemoryPlan plan = memory_plan(g, max_batch);
     memory_check(g, &plan, max_batch);
     if (verbose) attention_report(stdout, c);
@@ -4555,7 +4959,9 @@ static Model *model_create(const Config *c, int max_batch, uint64_t seed) {
     free(m->table.tensors);
     m->table = params_table(&g->w, c, g->params);
     free(params_table(&g->dw, c, g->grads).tensors);
-    free(params_table(&g->w_ema, c, g->ema).tensors);
+    g->ema_whole = ranks.size > 1 ? g->grads : g->ema;
+    free(params_table(&g->w_ema, c, g->ema_whole).tensors);
+    g->w_ema.pos_embed = g->w.pos_embed, g->w_ema.rope_cos = g->w.rope_cos, g->w_ema.rope_sin = g->w.rope_sin;
     start_values(g, seed);
     gpu::zero_gradients(m);
 #ifndef CUDA_ON_CPU   // the emulator proposes one algorithm
@@ -4657,7 +5063,7 @@ static void end(Model *m) {
                  {"input, patches, final layer, losses", INPUT, PRODUCT, OTHER_BACK, 0.86},
                  {"optimizer", OPTIMIZER, PRODUCT, OTHER_BACK, 0.86}};
     cudaDeviceProp card;
-    CHECK(cudaGetDeviceProperties(&card, 0));
+    CHECK(cudaGetDeviceProperties(&card, device));
     printf("\nWhere a step goes, mean of %.0f steps, batch %.0f, on %s%s\n\n", steps, B, card.name,
            flops && memory ? "" : " (its peaks are not known: floor and model are an H100's)");
     printf("| part | launches | GFLOP | GB | floor ms | model ms | measured ms | of bandwidth |\n"
@@ -4697,6 +5103,8 @@ static void model_destroy(Model *m) {
     for (int i = 0; i < MAX_RECORDINGS; i++)
         if (g->recordings[i].graph) CHECK(cudaGraphExecDestroy(g->recordings[i].graph));
     queue_destroy(&g->queue);
+    buckets_free(&g->buckets);
+    if (ranks.size > 1) nccl_close();
     memory_free(g->memory, g);
     free(g->host), free(g->muon), free(m->table.tensors), free(g);
 }
@@ -4718,6 +5126,7 @@ static const Backend gpu_backend = {"GPU",
                                     gpu::begin,
                                     gpu::end,
                                     gpu::peak_flops,
+                                    gpu::gather_ema,
                                     gpu::batch_in,
                                     gpu::batch_wait};
 

@@ -1033,6 +1033,11 @@ cudaError_t cudaMemsetAsync(void *p, int value, size_t n, cudaStream_t s) {
     on_stream(s, [=] { memset(p, value, n); });
     return cudaSuccess;
 }
+cudaError_t cudaLaunchHostFunc(cudaStream_t s, cudaHostFn_t f, void *data) {
+    if (cudaError_t e = capture_forbids(s, false)) return e;
+    on_stream(s, [=] { f(data); });
+    return cudaSuccess;
+}
 cudaError_t cudaMemset(void *p, int value, size_t n) { return cudaMemsetAsync(p, value, n, nullptr); }
 
 // ----------------------------------------------------------------------------------------------------------
@@ -1053,15 +1058,24 @@ const char *cudaGetErrorString(cudaError_t e) {
                                                 : capture_error(e);
 }
 const char *cudaGetErrorName(cudaError_t e) { return cudaGetErrorString(e); }
-cudaError_t cudaSetDevice(int device) { return error(device ? cudaErrorInvalidDevice : cudaSuccess); }
-cudaError_t cudaGetDevice(int *device) { return *device = 0, cudaSuccess; }
-cudaError_t cudaGetDeviceCount(int *n) { return *n = 1, cudaSuccess; }
+static int devices() {                                          // CUDA_CPU_DEVICES: so many, all alike
+    const char *text = getenv("CUDA_CPU_DEVICES");
+    return text ? atoi(text) : 1;
+}
+static int current_device;
+cudaError_t cudaSetDevice(int device) {
+    if (device < 0 || device >= devices()) return error(cudaErrorInvalidDevice);
+    return current_device = device, cudaSuccess;
+}
+cudaError_t cudaGetDevice(int *device) { return *device = current_device, cudaSuccess; }
+cudaError_t cudaGetDeviceCount(int *n) { return *n = devices(), cudaSuccess; }
 cudaError_t cudaDriverGetVersion(int *v) { return *v = CUDART_VERSION, cudaSuccess; }
 cudaError_t cudaRuntimeGetVersion(int *v) { return *v = CUDART_VERSION, cudaSuccess; }
-cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int device) {
     start();
     memset((void *)p, 0, sizeof *p);
     snprintf(p->name, sizeof p->name, "CPU posing as sm_%d", card.sm);
+    p->uuid.bytes[0] = (char)device;
     p->major = card.sm / 10;
     p->minor = card.sm % 10;
     p->multiProcessorCount = card.processors;

@@ -26,6 +26,8 @@ EMU_CXX   ?= $(if $(filter msan,$(MODE)),clang++,g++)
 EMU_FLAGS = $(or $(EMU_FLAGS_$(MODE)),$(error MODE is $(MODE); it can be one of: $(EMU_MODES))) $(EMU_WARN)
 EMU_CUDA  = -std=gnu++17 -I$(EMU) -isystem $(CUDA_INC)
 EMU_DEPEND = -MMD -MP
+# Several ranks, where NCCL's header is: between processes of this machine, by a library in NCCL's place
+EMU_NCCL  := $(if $(wildcard $(CUDA_INC)/nccl.h),-DNCCL -DNCCL_NAME='"libnccl_cpu.so"')
 
 # Copies that a C++ compiler can take, in a tree of their own: an #include "x.cu" finds the copy first
 EMU_COPIES := train_srdit.cu sample.cu test_srdit.c sample.c
@@ -45,7 +47,7 @@ $(EMU_OUT)/cuda_cpu_blas.o: $(EMU)/cuda_cpu_blas.cpp $(EMU)/cuda_cpu.h $(EMU)/em
 	$(EMU_CXX) $(patsubst -O2,-O3,$(EMU_FLAGS)) $(EMU_CUDA) -c $< -o $@
 
 # Emulated programs. The tests and the sampler are C files that include the trainer.
-EMU_COMPILE = $(EMU_CXX) $(EMU_FLAGS) $(EMU_CUDA) -I. -include cuda_cpu.h $(EMU_DEPEND) $(EMU_DEFINES) \
+EMU_COMPILE = $(EMU_CXX) $(EMU_FLAGS) $(EMU_CUDA) -I. -include cuda_cpu.h $(EMU_DEPEND) $(EMU_NCCL) $(EMU_DEFINES) \
 	-x c++ -c $< -o $@
 $(EMU_OUT)/%_bf16.o: $(EMU_OUT)/src/%.cu $(EMU)/cuda_cpu.h $(EMU)/emu.mk $(call emu_copies,$(EMU_COPIES))
 	$(EMU_COMPILE)
@@ -70,12 +72,18 @@ $(EMU_OUT)/test_srdit_double.o: test_srdit.c $(EMU)/emu.mk
 	$(EMU_CXX) $(EMU_FLAGS) -std=gnu++17 $(EMU_DEPEND) -DUSE_DOUBLE -x c++ -c $< -o $@
 $(EMU_OUT)/test_srdit_fp32 $(EMU_OUT)/test_srdit_bf16: $(EMU_OUT)/test_srdit_double.o
 
+$(EMU_OUT)/libnccl_cpu.so: $(EMU)/nccl_cpu.cpp $(EMU)/emu.mk
+	@mkdir -p $(@D)
+	$(EMU_CXX) $(EMU_FLAGS) $(EMU_CUDA) -fPIC -shared $< -o $@
+
+# -rdynamic: that library calls the runtime; $ORIGIN: it lies beside the program
 $(EMU_OUT)/%: $(EMU_OUT)/%.o $(EMU_RUNTIME)
-	$(EMU_CXX) $(EMU_FLAGS) $^ -o $@ -lm
+	$(EMU_CXX) $(EMU_FLAGS) $^ -o $@ -rdynamic -Wl,-rpath,'$$ORIGIN' -lm -ldl -pthread
 -include $(wildcard $(EMU_OUT)/*.d)
 
 # The names at the top link to the program of the last MODE asked for
 .PHONY: train_srdit_emu test_srdit_emu sample_emu train_srdit_emu_bf16 test_srdit_emu_bf16 sample_emu_bf16
+train_srdit_emu train_srdit_emu_bf16: $(if $(EMU_NCCL),$(EMU_OUT)/libnccl_cpu.so)
 train_srdit_emu test_srdit_emu sample_emu: %_emu: $(EMU_OUT)/%_fp32
 	ln -sf $< $@
 train_srdit_emu_bf16 test_srdit_emu_bf16 sample_emu_bf16: %_emu_bf16: $(EMU_OUT)/%_bf16

@@ -5,6 +5,7 @@
 //   ranks_environment   rank, size and meeting place, as torchrun, srun or mpirun tell them
 //   ranks_open          the roll call: returns when all have come; alone (size 1) it does nothing
 //   ranks_exchange      a record of each rank to all ranks
+//   ranks_first         a number that rank 0 knows
 //   ranks_stop          does the training end before this step? The same answer on every rank
 //   ranks_close         waits for all and says goodbye
 //
@@ -347,6 +348,13 @@ static void ranks_exchange(void *all, const void *mine, size_t bytes) {
         memcpy(record, (char *)all + (size_t)i * bytes, bytes);
         ranks_send_all(RECORD, i, record, sizeof(record));
     }
+}
+
+// What rank 0 says, on every rank
+static int ranks_first(int own) {
+    static int all[MAX_RANKS];
+    if (ranks.size > 1) ranks_exchange(all, &own, sizeof(own));
+    return ranks.size > 1 ? all[0] : own;
 }
 
 // 1: the training ends before step `step` (from 0), since some rank was interrupted. Ranks notice a signal at
