@@ -70,23 +70,31 @@ COMMA    := ,
 HOST      = -O3$(if $(filter yes,$(NATIVE)),$(COMMA)-march=native)$(COMMA)-fno-math-errno$(COMMA)-fno-trapping-math$(COMMA)-Wall$(COMMA)-Wextra
 HOST     += $(if $(filter yes,$(OPENMP)),-Xcompiler -fopenmp,-Xcompiler -Wno-unknown-pragmas)
 NVFLAGS   = -O3 -std=c++17 -lineinfo $(ARCH) -Xcompiler $(HOST) $(if $(FP32),-DFP32)
+# Several GPUs: of NCCL the header is needed here; the library is opened by the program, and only where there are
+# several ranks. NCCL=/path/to/nccl names the folder that holds include/nccl.h.
+TOOLKIT  := $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
+NCCL     ?= $(TOOLKIT)
+NCCL_INC  = $(firstword $(wildcard $(NCCL)/include/nccl.h /usr/include/nccl.h))
+NVFLAGS  += $(if $(NCCL_INC),-DNCCL $(if $(filter $(NCCL)/include/nccl.h,$(NCCL_INC)),$(if $(filter-out \
+              $(TOOLKIT),$(NCCL)),-I$(NCCL)/include)))
 .PHONY: nvcc_found
 nvcc_found:
 	@$(if $(NVCC),,echo "error: no nvcc. Install the CUDA Toolkit, or say where it is: make NVCC=/path/to/nvcc $(MAKECMDGOALS)"; \
 	  echo "       (without a GPU, make train_srdit_emu runs the same file on the CPU)"; exit 1)
 	@$(if $(GPU_CAP),echo "GPU: compute capability $(GPU_CAP)",echo "no GPU found here: building for sm_80 and sm_90 (override: ARCH=-arch=sm_XX)")
+	@echo "NCCL: $(if $(NCCL_INC),yes ($(NCCL_INC)),no: one GPU only (NCCL=/path/to/nccl))"
 
 train_srdit_cu: train_srdit.cu train_srdit.c $(LIB) build/sources.txt Makefile | nvcc_found
 	$(CC) $(call EMBED,$(NVCC) $(NVFLAGS)) -c dev/speedrun/sources.c -o build/sources_cu.o
-	$(NVCC) $(NVFLAGS) train_srdit.cu build/sources_cu.o -o $@ -lcublasLt
+	$(NVCC) $(NVFLAGS) train_srdit.cu build/sources_cu.o -o $@ -lcublasLt -ldl
 sample_cu: sample.cu sample.c train_srdit.cu train_srdit.c $(LIB) Makefile | nvcc_found
-	$(NVCC) $(NVFLAGS) sample.cu -o $@ -lcublasLt
+	$(NVCC) $(NVFLAGS) sample.cu -o $@ -lcublasLt -ldl
 # -diag-suppress 177: a test program does not call everything that it includes
 test_srdit_cu: test_srdit.c sample.cu sample.c train_srdit.cu train_srdit.c $(LIB) Makefile | nvcc_found
 	@mkdir -p build
 	$(NVCC) $(NVFLAGS) -diag-suppress 177 -DTEST_CUDA -x cu -c test_srdit.c -o build/test_cuda.o
 	$(NVCC) $(NVFLAGS) -diag-suppress 177 -DUSE_DOUBLE -x cu -c test_srdit.c -o build/test_cuda_double.o
-	$(NVCC) $(NVFLAGS) build/test_cuda.o build/test_cuda_double.o -o $@ -lcublasLt
+	$(NVCC) $(NVFLAGS) build/test_cuda.o build/test_cuda_double.o -o $@ -lcublasLt -ldl
 
 # ---- The CUDA file without a GPU: train_srdit_emu, test_srdit_emu, test_cuda_on_cpu
 include dev/cuda_on_cpu/emu.mk
@@ -102,6 +110,7 @@ help:
 	@echo "make train_srdit_cu  the trainer on an NVIDIA GPU; also sample_cu, test_srdit_cu (FP32=1: all in float)"
 	@echo "make train_srdit_emu the same CUDA file run on the CPU, for reading with gdb; also sample_emu, test_srdit_emu"
 	@echo "make test_cuda_on_cpu  every kernel by emulation: thread orders, sanitizers, race detector"
+	@echo "make test_ranks      several ranks against one, by emulation: shares, resuming, deaths"
 	@echo "make bench_loader    how fast batches are read"
 	@echo "make clean           remove what was built"
 	@echo
