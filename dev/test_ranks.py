@@ -56,6 +56,16 @@ def free_port():
             for s in sockets:
                 s.close()
 
+def last_of_each(words):
+    """A command line of which a later flag replaces the same one before"""
+    flags, at = {"": []}, ""
+    for word in words:
+        if word.startswith("--"):
+            at, flags[word] = word, []
+        else:
+            flags[at].append(word)
+    return [w for flag, values in flags.items() for w in [flag] + values if w]
+
 class Ranks:
     """size processes of one training. args, env: of all; own[rank]: (args, env) of one, None: it does not come"""
     def __init__(self, size, args, own={}, env={}, program=None, port=None):
@@ -69,7 +79,7 @@ class Ranks:
                 continue
             more, also = own.get(rank, ([], {}))
             self.processes.append(subprocess.Popen(
-                [program or TRAIN] + args + more, cwd=work, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                [program or TRAIN] + last_of_each(args + more), cwd=work, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE, text=True,
                 env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank), **also}))
     def wait(self):
@@ -102,8 +112,8 @@ def make_data(name, seed=1):
             "format": "srdit-data-1", "name": "tiny", "classes": "2", "latent_scale": "0.125", "latent_offset": "-1",
             "decoder": "invae", "train_samples": str(n)}))
 
-TINY = ("--data tiny.safetensors --depth 4 --num-f 1 --hidden-size 16 --num-heads 2 --projector-dim 12 "
-        "--sample-steps 1 --log-every 1 --save-every 1000 --threads 1 --lr 0.002 --ema-decay 0.5 --batch 12 "
+TINY = ("--data tiny.safetensors --depth 4 --num-f 1 --num-h 1 --hidden-size 16 --num-heads 2 --projector-dim 12 "
+        "--sample-steps 1 --log-every 1 --threads 1 --lr 0.002 --ema-decay 0.5 --batch 12 "
         "--path-drop-prob 0.3 --eps 1e-3").split()   # with 1e-8 a step is the sign of gradients that are all rounding
 
 def checkpoint(folder):
@@ -132,8 +142,7 @@ def losses(folder):
         return np.array([[float(x) for x in line.split(",")[:8]] for line in f.readlines()[1:]])
 
 def train(size, out, args, **more):
-    h = [] if "--num-h" in args else ["--num-h", "1"]
-    ranks = Ranks(size, TINY + h + ["--out", out] + args, **more)
+    ranks = Ranks(size, TINY + ["--out", out] + args, **more)
     results = ranks.wait()
     good = all(r[0] == 0 for r in results) and len(results) == size
     check("%s: %d ranks end well" % (out, size), good, [(r[0], r[2]) for r in results])
@@ -282,7 +291,7 @@ def killed():
         ranks = Ranks(2, TINY + ["--out", out, "--steps", "100000", "--save-every", "1"])
         path = os.path.join(work, out, "checkpoint.safetensors")
         end = time.time() + 60
-        while not os.path.exists(path) and time.time() < end:
+        while not os.path.exists(path) and time.time() < end and ranks.processes[0].poll() is None:
             time.sleep(0.1)
         time.sleep(random.uniform(0, 2))
         ranks.processes[victim].kill()
@@ -328,7 +337,7 @@ def refused():
 @test
 def not_finite():
     """A step that goes wrong ends all, and nothing of it is saved"""
-    ranks = Ranks(2, TINY + ["--out", "wild", "--steps", "50", "--lr", "1e30"])
+    ranks = Ranks(2, TINY + ["--out", "wild", "--steps", "50", "--lr", "1e6"])
     all_end("not finite", ranks, "finite", within=LIMIT)
 
 if options.list:
