@@ -2867,8 +2867,8 @@ static void loader_open(Training *t) {
     }
 }
 
-// Several ranks: all must train the same model with the same flags on the same data, from the same checkpoint.
-// Ends every rank otherwise.
+// Several ranks: all must train the same model with the same flags on the same data, from the same
+// checkpoint. Ends every rank otherwise.
 static void settings_agree(const Config *c, const Run *run, const Data *d, const SafeFile *resume) {
     typedef struct {
         uint64_t flags, data, start;

@@ -2944,11 +2944,13 @@ typedef struct {
     cudaGraphExec_t graph;   // NULL: seen once, not recorded yet
 } Recording;
 enum { MAX_RECORDINGS = 16 };   // a training needs 5, with parts (--accum) 9
-// Of several ranks the trained numbers are dealt out in buckets: the embedders', one of each run of blocks, and
-// those of what lies behind the blocks. A rank keeps the moments and the moving average of its piece of each.
+// Of several ranks the trained numbers are dealt out in buckets: the embedders', one of each run of blocks,
+// and those of what lies behind the blocks. A rank keeps the moments and the moving average of its piece of
+// each.
 enum { MAX_BUCKETS = MAX_DEPTH + 2 };
 typedef struct {
     int count, sharded;               // sharded 0: each rank has all moments (with Muon)
+    int *owner;                       // with Muon, [tensors]: the rank that makes the step of its matrices
     size_t begin[MAX_BUCKETS + 1];    // multiples of 64 `size`; at least the trained numbers in all
     cudaEvent_t ready[MAX_BUCKETS];   // on `stream`: what the other ranks wait for lies there
     cudaEvent_t there[MAX_BUCKETS];   // on ranks_stream: it has come
@@ -3147,17 +3149,22 @@ static void acts_layout(Acts *a, DeviceArena *m, const Config *c, int B) {
     take(a->mix, m, plain * N * 3 * D);
 }
 
+// How many matrices of tensor i this rank's Muon takes: of several ranks each has its own tensors
+static int muon_of(const GpuModel *g, int i) {
+    const int *owner = g->buckets.owner;
+    return owner && owner[i] != ranks.rank ? 0 : g->base.table.tensors[i].muon;
+}
 // Sorts Muon's matrices into groups of one shape, on the host
 static void muon_groups(GpuModel *g) {
     const Table *table = &g->base.table;
     int count = 0;
-    for (int i = 0; i < table->count; i++) count += table->tensors[i].muon;
+    for (int i = 0; i < table->count; i++) count += muon_of(g, i);
     g->muon = (MuonMatrix *)alloc_zero((size_t)count + 1, sizeof(MuonMatrix));
     g->matrices = count;
     g->groups = 0;
     for (int i = 0; i < table->count; i++) {   // the groups' shapes
         const Tensor *t = &table->tensors[i];
-        if (!t->muon) continue;
+        if (!muon_of(g, i)) continue;
         int rows = t->shape[0] / t->muon, cols = (int)(t->size / (size_t)t->shape[0]), k = 0;
         MuonGroup own = {imin(rows, cols), imax(rows, cols), 0, 0};
         while (k < g->groups && (g->group[k].m != own.m || g->group[k].n != own.n)) k++;
@@ -3169,7 +3176,7 @@ static void muon_groups(GpuModel *g) {
     int filled[MAX_GROUPS] = {0};
     for (int i = 0; i < table->count; i++) {
         const Tensor *t = &table->tensors[i];
-        if (!t->muon) continue;
+        if (!muon_of(g, i)) continue;
         int rows = t->shape[0] / t->muon, cols = (int)(t->size / (size_t)t->shape[0]), k = 0;
         double ratio = (double)t->shape[t->ndim - 2] / t->muon / t->shape[t->ndim - 1];
         while (g->group[k].m != imin(rows, cols) || g->group[k].n != imax(rows, cols)) k++;
@@ -3243,10 +3250,11 @@ static void use_weights(GpuModel *g, enum Block which) {
 //   stream        backward h      g      f     e | norm   AdamW of e f r g h | forward e   f     g     h
 //   ranks_stream            sum h | r  g |  f | e        weights e | f | r | g | h
 //
-// Of each bucket a rank gets the sum of its piece (reduce-scatter), to which it makes the step: so moments and
-// moving average of a piece are on one rank only (ZeRO-1). Then all get all pieces (all-gather). Every sum has
-// a fixed order. The weights in float stay whole on every rank, since biases, norms and tables are read from
-// them; with Muon, which needs whole matrices, moments stay whole too, and each rank makes the whole step.
+// Of each bucket a rank gets the sum of its piece (reduce-scatter), to which it makes the step: so moments
+// and moving average of a piece are on one rank only (ZeRO-1). Then all get all pieces (all-gather). Every
+// sum has a fixed order. The weights in float stay whole on every rank, since biases, norms and tables are
+// read from them; with Muon, which needs whole matrices, moments stay whole too, and each rank makes the
+// whole step.
 
 #ifdef NCCL
 // The calls of NCCL, found when they are needed: one GPU does without the library
@@ -3260,6 +3268,9 @@ static struct {
     decltype(&ncclAllReduce) AllReduce;
     decltype(&ncclReduceScatter) ReduceScatter;
     decltype(&ncclAllGather) AllGather;
+    decltype(&ncclBroadcast) Broadcast;
+    decltype(&ncclGroupStart) GroupStart;
+    decltype(&ncclGroupEnd) GroupEnd;
 } nccl;
 static ncclComm_t comm;
 
@@ -3290,8 +3301,9 @@ static void nccl_open(void) {
     if (!library)
         die("several GPUs need NCCL, which cannot be opened: %s (NCCL_LIBRARY=PATH names one)", dlerror());
 #define FIND(name)                                                                                           \
-    if (!(*(void **)&nccl.name = dlsym(library, "nccl" #name))) die("NCCL: it has no nccl" #name ": too "    \
-                                                                                                 "old?")
+    if (!(*(void **)&nccl.name = dlsym(library, "nccl" #name)))                                              \
+    die("NCCL: it has no nccl" #name ": too "                                                                \
+        "old?")
     FIND(GetUniqueId);
     FIND(CommInitRankConfig);
     FIND(CommGetAsyncError);
@@ -3301,9 +3313,12 @@ static void nccl_open(void) {
     FIND(AllReduce);
     FIND(ReduceScatter);
     FIND(AllGather);
+    FIND(Broadcast);
+    FIND(GroupStart);
+    FIND(GroupEnd);
 #undef FIND
-    // With this every rank's ncclGetUniqueId gives the same handle, and rank 0 listens there. Rings add in one
-    // order; other algorithms are left to who sets NCCL_ALGO.
+    // With this every rank's ncclGetUniqueId gives the same handle, and rank 0 listens there. Rings add in
+    // one order; other algorithms are left to who sets NCCL_ALGO.
     char where[300];
     snprintf(where, sizeof(where), "%s:%d", ranks.host, ranks.port + 1);
     setenv("NCCL_COMM_ID", where, 0);
@@ -3330,6 +3345,13 @@ static void ranks_gather_from(float *all, const float *own, size_t n) {
 static void ranks_scatter_sum(float *all, size_t n) {
     CHECK_NCCL(ReduceScatter, all, all + (size_t)ranks.rank * n, n, ncclFloat, ncclSum, comm, ranks_stream);
 }
+static void ranks_broadcast(float *x, size_t n, int from) {
+    CHECK_NCCL(Broadcast, x, x, n, ncclFloat, from, comm, ranks_stream);
+}
+static void ranks_group(int begin) {   // calls in between go as one
+    if (begin) CHECK_NCCL(GroupStart);
+    else CHECK_NCCL(GroupEnd);
+}
 static void ranks_sum(float *all, size_t n) {
     CHECK_NCCL(AllReduce, all, all, n, ncclFloat, ncclSum, comm, ranks_stream);
 }
@@ -3344,20 +3366,50 @@ static void nccl_close(void) {}
 static void ranks_gather(float *, size_t) {}
 static void ranks_gather_from(float *, const float *, size_t) {}
 static void ranks_scatter_sum(float *, size_t) {}
+static void ranks_broadcast(float *, size_t, int) {}
+static void ranks_group(int) {}
 static void ranks_sum(float *, size_t) {}
 static void ranks_sum(double *, size_t) {}
 #endif
 
-// Where the buckets begin: borders between tensors, moved to a multiple of 64 `size`. They move up, so that the
-// bucket before gets a little of what has its gradient earlier and whose weights may come early; but that of
-// what lies behind a decoder moves down, since its gradients come after the decoder's.
+// Each tensor that Muon takes goes to the rank that has least to do so far; a product's work is that of its
+// numbers times the shorter side.
+static void muon_owners(GpuModel *g) {
+    static double work[MAX_RANKS];
+    const Table *table = &g->base.table;
+    int *owner = g->buckets.owner = (int *)alloc_zero((size_t)table->count, sizeof(int));
+    memset(work, 0, sizeof(work));
+    for (int i = 0; i < table->count; i++) {
+        const Tensor *t = &table->tensors[i];
+        if (!t->muon) continue;
+        int rows = t->shape[0] / t->muon, cols = (int)(t->size / (size_t)t->shape[0]);
+        for (int r = 1; r < ranks.size; r++)
+            if (work[r] < work[owner[i]]) owner[i] = r;
+        work[owner[i]] += (double)t->size * imin(rows, cols);
+    }
+}
+// From their owners, to all: the matrices of a block that begin between two places
+static void muon_broadcast(GpuModel *g, float *block, size_t begin, size_t end) {
+    const Table *table = &g->base.table;
+    ranks_group(1);
+    for (int i = 0; i < table->count; i++) {
+        const Tensor *t = &table->tensors[i];
+        if (t->muon && t->offset >= begin && t->offset < end)
+            ranks_broadcast(block + t->offset, t->size, g->buckets.owner[i]);
+    }
+    ranks_group(0);
+}
+// Where the buckets begin: borders between tensors, moved to a multiple of 64 `size`. They move up, so that
+// the bucket before gets a little of what has its gradient earlier and whose weights may come early; but
+// that of what lies behind a decoder moves down, since its gradients come after the decoder's.
 static void buckets_plan(GpuModel *g) {
     const Config *c = &g->base.c;
     Buckets *b = &g->buckets;
-    size_t unit = 64 * (size_t)ranks.size, last = 0;
     memset(b, 0, sizeof(*b));
     if (ranks.size == 1) return;
     b->sharded = c->optimizer != MUON;
+    size_t unit = 64 * (size_t)(b->sharded ? ranks.size : 1), last = 0;
+    if (!b->sharded) muon_owners(g);
     for (int i = 0; i < g->base.table.count; i++) {
         const Tensor *t = &g->base.table.tensors[i], *before = t - 1;
         int behind = i && t->block < 0 && before->block >= 0;
@@ -3369,6 +3421,8 @@ static void buckets_plan(GpuModel *g) {
     }
     b->begin[b->count] = last;
     for (int k = 0; k < b->count; k++) {
+        if (b->begin[k] + unit > b->begin[k + 1])
+            die("%d ranks are too many for a model so small", ranks.size);
         CHECK(cudaEventCreateWithFlags(&b->ready[k], cudaEventDisableTiming));
         CHECK(cudaEventCreateWithFlags(&b->there[k], cudaEventDisableTiming));
     }
@@ -3376,6 +3430,7 @@ static void buckets_plan(GpuModel *g) {
 static void buckets_free(Buckets *b) {
     for (int k = 0; k < b->count; k++)
         CHECK(cudaEventDestroy(b->ready[k])), CHECK(cudaEventDestroy(b->there[k]));
+    free(b->owner);
 }
 // The bucket of the run whose first block is i
 static int bucket_of(const Config *c, int i) {
@@ -3408,7 +3463,8 @@ static void bucket_reduce(GpuModel *g, int k) {
 static void bucket_gather(GpuModel *g, int k) {
     Buckets *b = &g->buckets;
     ranks_after(b->ready[k]);
-    ranks_gather(g->params + b->begin[k], piece_size(b, k));
+    if (b->sharded) ranks_gather(g->params + b->begin[k], piece_size(b, k));
+    else muon_broadcast(g, g->params, b->begin[k], b->begin[k + 1]);
     CHECK(cudaEventRecord(b->there[k], ranks_stream));
     b->due[k] = 1;
 }
@@ -3422,24 +3478,24 @@ static void buckets_await(GpuModel *g, int first, int last) {
         if (g->weights) cast(g->weights + b->begin[k], g->params + b->begin[k], bucket_size(b, k));
     }
 }
-// Where a rank's own pieces of a block lie, that of bucket k
-static size_t piece_at(const Buckets *b, int k) {
-    return b->sharded ? b->begin[k] / ranks.size : b->begin[k] + ranks.rank * piece_size(b, k);
-}
-// A block of which each rank has its pieces, whole in g->grads, which nobody needs between two steps. All ranks
-// call this.
-static void gather_pieces(GpuModel *g, const float *own) {
+// Where a rank's own pieces of its moments and average lie, that of bucket k
+static size_t piece_at(const Buckets *b, int k) { return b->begin[k] / ranks.size; }
+// A block of moments or averages, whole: in g->grads, which nobody needs between two steps, or, with Muon,
+// where it is. All ranks call this.
+static float *gather_pieces(GpuModel *g, float *own) {
     Buckets *b = &g->buckets;
+    if (ranks.size == 1) return own;
     ranks_after(b->ready[0]);
-    for (int k = 0; k < b->count; k++)
+    for (int k = 0; k < b->count && b->sharded; k++)
         ranks_gather_from(g->grads + b->begin[k], own + piece_at(b, k), piece_size(b, k));
+    if (!b->sharded) muon_broadcast(g, own, 0, g->base.table.trained);
     stream_after(b->there[0]);
+    return b->sharded ? g->grads : own;
 }
 static void gather_ema(Model *m) {
     GpuModel *g = gpu_of(m);
-    if (ranks.size == 1) return;
     gather_pieces(g, g->ema);
-    if (g->weights_of == EMA) g->weights_of = GRADS;   // an older one's
+    if (g->weights_of == EMA && ranks.size > 1) g->weights_of = GRADS;   // an older one's
 }
 
 static Attention attention_of(const GpuModel *g, const Params *all, const BlockParams *w, const BlockActs *k,
@@ -3489,8 +3545,8 @@ static void adaln_forward(GpuModel *g, const Params *w, int B, int first, int en
                       w->block[i].adaln_b);
 }
 
-// The gradients of those layers from a->d_mod, blocks first ... end at once; into a->d_cond_parts [L,B,D] each
-// block's part of the gradient of cond_silu
+// The gradients of those layers from a->d_mod, blocks first ... end at once; into a->d_cond_parts [L,B,D]
+// each block's part of the gradient of cond_silu
 static void adaln_backward(GpuModel *g, int B, int first, int end) {
     place(CONDITION);
     Acts *a = &g->a;
@@ -3802,8 +3858,8 @@ static void fusion_backward(GpuModel *g, int rows, int N) {
               D);   // (nobody writes them any more)
 }
 
-// Of several ranks: before block i, if it is the first of a run, the run's weights are waited for, and its adaLN
-// layers are done.
+// Of several ranks: before block i, if it is the first of a run, the run's weights are waited for, and its
+// adaLN layers are done.
 static void run_begins(GpuModel *g, const Params *w, int i, int B) {
     BlockRun run = run_of(&g->base.c, i);
     if (ranks.size == 1 || i != run.first) return;
@@ -4333,8 +4389,8 @@ __global__ void __launch_bounds__(256)
     losses->bad_part = bad;
 }
 
-// The same of several ranks, before and behind the sum of `shared` [5] over them: the squared norm of a rank's
-// pieces, and its losses
+// The same of several ranks, before and behind the sum of `shared` [5] over them: the squared norm of a
+// rank's pieces, and its losses
 __global__ void __launch_bounds__(256)
     share_kernel(double *shared, const DeviceLosses *losses, const float *parts, int count) {
     __shared__ double sums[256];
@@ -4356,6 +4412,7 @@ __global__ void shared_root_kernel(DeviceLosses *losses, const double *shared,
 static void piece_of(const GpuModel *g, int k, size_t *begin, size_t *end) {
     const Buckets *b = &g->buckets;
     size_t trained = g->base.table.trained, n = piece_size(b, k), at = b->begin[k] + ranks.rank * n;
+    if (!b->sharded) at = b->begin[k], n = ranks.rank ? 0 : bucket_size(b, k);   // the norm is rank 0's
     *begin = at < trained ? at : trained;
     *end = at + n < trained ? at + n : trained;
 }
@@ -4672,21 +4729,18 @@ static float *model_block(GpuModel *g, enum Block which) {
     if (which == GRADS) zero_now(g);
     return blocks[which];
 }
-static int in_pieces(const GpuModel *g, enum Block which) {   // 1: no rank has all of it
-    return ranks.size > 1 && (which == EMA || (g->buckets.sharded && (which == ADAM_M || which == ADAM_V)));
+static int in_pieces(enum Block which) {   // 1: no rank has all of it
+    return ranks.size > 1 && (which == EMA || which == ADAM_M || which == ADAM_V);
 }
 // Of moments and moving average all of several ranks call it, since each has but a piece
 static void get_block(real *host, Model *m, enum Block which) {
     GpuModel *g = gpu_of(m);
     size_t n = m->table.total, trained = m->table.trained;
-    const float *from = model_block(g, which);
+    float *from = model_block(g, which);
     buckets_await(g, 0, g->buckets.count - 1);
-    if (in_pieces(g, which)) {
-        gather_pieces(g, from);
-        from = g->grads;
-    }
+    if (in_pieces(which)) from = gather_pieces(g, from);
     CHECK(cudaMemcpyAsync(host, from, n * sizeof(real), cudaMemcpyDeviceToHost, stream));
-    if (in_pieces(g, which))   // the fixed tables
+    if (in_pieces(which))   // the fixed tables
         CHECK(cudaMemcpyAsync(host + trained, g->params + trained, (n - trained) * sizeof(real),
                               cudaMemcpyDeviceToHost, stream));
     CHECK(cudaStreamSynchronize(stream));
@@ -4698,7 +4752,7 @@ static const real *host_block(Model *m, enum Block which, real *room) {
 static void put_block(Model *m, const real *host, enum Block which) {
     GpuModel *g = gpu_of(m);
     float *to = model_block(g, which);
-    if (!in_pieces(g, which) || !g->buckets.sharded)
+    if (!in_pieces(which) || !g->buckets.sharded)
         CHECK(cudaMemcpyAsync(to, host, m->table.total * sizeof(real), cudaMemcpyHostToDevice, stream));
     else
         for (int k = 0; k < g->buckets.count; k++) {
@@ -4942,8 +4996,8 @@ static Model *model_create(const Config *c, int max_batch, uint64_t seed) {
     m->c = *c;
     m->max_batch = max_batch;
     m->table = params_table(&g->w, c, NULL);
-    muon_groups(g);
     buckets_plan(g);
+    muon_groups(g);
     MemoryPlan plan = memory_plan(g, max_batch);
     memory_check(g, &plan, max_batch);
     if (verbose) attention_report(stdout, c);
@@ -4959,7 +5013,7 @@ static Model *model_create(const Config *c, int max_batch, uint64_t seed) {
     free(m->table.tensors);
     m->table = params_table(&g->w, c, g->params);
     free(params_table(&g->dw, c, g->grads).tensors);
-    g->ema_whole = ranks.size > 1 ? g->grads : g->ema;
+    g->ema_whole = g->buckets.sharded ? g->grads : g->ema;
     free(params_table(&g->w_ema, c, g->ema_whole).tensors);
     g->w_ema.pos_embed = g->w.pos_embed, g->w_ema.rope_cos = g->w.rope_cos, g->w_ema.rope_sin = g->w.rope_sin;
     start_values(g, seed);

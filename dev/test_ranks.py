@@ -262,11 +262,19 @@ def parts():
                  env={"CUDA_CPU_ASYNC": "1"} if name == "late" else {}):
             agree(out, "two-" + name)
 
+def gone_on(begun, folder, size, args):
+    """A copy of a run, gone on with by `size` ranks"""
+    shutil.copytree(os.path.join(work, begun), os.path.join(work, folder))
+    results = Ranks(size, TINY + ["--resume", folder + "/checkpoint.safetensors"] + args).wait()
+    return check("%s, gone on with by %d" % (begun, size), all(r[0] == 0 for r in results), results)
+
 @test
 def muon():
+    """Matrices that have an owner each; saved by 3 ranks, gone on with by 2"""
     out = one("one-muon", ["--optimizer", "muon", "--steps", "3"])
-    if train(3, "three-muon", ["--optimizer", "muon", "--steps", "3"]):
-        agree(out, "three-muon")
+    if train(3, "three-muon", ["--optimizer", "muon", "--steps", "2"]) and \
+            gone_on("three-muon", "two-muon", 2, ["--steps", "3"]):
+        agree(out, "two-muon")
 
 @test
 def resume():
@@ -275,13 +283,8 @@ def resume():
     if not train(4, "four", ["--steps", "2"]):
         return
     for size in 1, 2, 3:
-        folder = "resumed%d" % size
-        fresh(folder)
-        shutil.copytree(os.path.join(work, "four"), os.path.join(work, folder))
-        ranks = Ranks(size, TINY + ["--resume", folder + "/checkpoint.safetensors", "--steps", "4"])
-        results = ranks.wait()
-        if check("4 ranks, then %d" % size, all(r[0] == 0 for r in results), results):
-            agree(out, folder)
+        if gone_on("four", "resumed%d" % size, size, ["--steps", "4"]):
+            agree(out, "resumed%d" % size)
 
 @test
 def killed():

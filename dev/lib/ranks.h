@@ -9,9 +9,9 @@
 //   ranks_stop          does the training end before this step? The same answer on every rank
 //   ranks_close         waits for all and says goodbye
 //
-// From ranks_open to ranks_close a thread listens. A rank that dies by die() tells the others why; one that is
-// killed shows by its closed connection, one that hangs or is cut off by its silence. Each of these ends every
-// rank with one sentence that names it, within 30 seconds.
+// From ranks_open to ranks_close a thread listens. A rank that dies by die() tells the others why; one that
+// is killed shows by its closed connection, one that hangs or is cut off by its silence. Each of these ends
+// every rank with one sentence that names it, within 30 seconds.
 #ifndef SRDIT_RANKS_H
 #define SRDIT_RANKS_H
 #include "base.h"
