@@ -2249,8 +2249,9 @@ typedef struct {
     Losses sum;
     int steps, lines;              // since the last line; lines printed
     double begin, since, paused;   // seconds: the loop began, the last line plus pauses, all pauses for files
-    double clock;   // seconds from the loop's begin to the end of the last step, pauses included
-    FILE *file;     // NULL until the first line, so that nothing is touched before a step succeeded
+    double clock;      // seconds from the loop's begin to the end of the last step, pauses included
+    double stepping;   // the same without pauses
+    FILE *file;        // NULL until the first line, so that nothing is touched before a step succeeded
 } Log;
 
 // A run: all that the training loop works on
@@ -2792,6 +2793,7 @@ static void train(Training *t) {
         }
         double pause = now_seconds();
         log->clock = pause - log->begin;
+        log->stepping = log->clock - log->paused;
         if (line) log_line(t);
         if (save && t->saved != t->step) checkpoint_write(t);
         if (!last && run->sample_every && t->step % run->sample_every == 0) write_samples(t);
@@ -2816,9 +2818,26 @@ static void print_again(const Run *run, const char *checkpoint) {
     printf("\n");
 }
 
+// Of several ranks what each needed: a slow one, or one that holds more, stands out here.
+static void ranks_report(const Training *t) {
+    typedef struct {
+        double ms, bytes;
+        char host[64];
+    } Part;
+    static Part all[MAX_RANKS];
+    Part own = {1000 * t->log.stepping / (t->step - t->first),
+                (double)(t->model->parameter_bytes + t->model->activation_bytes), ""};
+    gethostname(own.host, sizeof(own.host) - 1);
+    ranks_exchange(all, &own, sizeof(own));
+    printf("\n");
+    for (int i = 0; i < ranks.size; i++)
+        printf("rank %d on %s: %.1f ms a step, %.3f GB\n", i, all[i].host, all[i].ms, all[i].bytes / 1e9);
+}
+
 // What was made, or how to go on; the exit status
 static int report_end(Training *t) {
     int good = 1;
+    if (ranks.size > 1 && t->step > t->first) ranks_report(t);
     int lacks = ranks_first(!ranks.rank && folder_lacks_picture(&t->folder));
     if (!ranks.rank && (t->step > t->first || lacks)) curve_write(t->folder.curve, t->folder.log);
     if (interrupted && t->step == t->first)
@@ -2931,6 +2950,7 @@ static Training training_open(const Config *c, const Run *run, const Backend *ba
     t.items = (SafeItem *)alloc_zero(4 * (size_t)t.model->table.count, sizeof(SafeItem));
     for (int k = 0; k < 4 && backend != &cpu_backend; k++)
         t.room[k] = (real *)alloc_zero(t.model->table.total, sizeof(real));
+    ranks_first(0);   // whoever needs long for what is above is waited for here, not by NCCL
     return t;
 }
 static void training_close(Training *t) {

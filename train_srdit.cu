@@ -3251,10 +3251,11 @@ static void use_weights(GpuModel *g, enum Block which) {
 //   ranks_stream            sum h | r  g |  f | e        weights e | f | r | g | h
 //
 // Of each bucket a rank gets the sum of its piece (reduce-scatter), to which it makes the step: so moments
-// and moving average of a piece are on one rank only (ZeRO-1). Then all get all pieces (all-gather). Every
-// sum has a fixed order. The weights in float stay whole on every rank, since biases, norms and tables are
-// read from them; with Muon, which needs whole matrices, moments stay whole too, and each rank makes the
-// whole step.
+// and moving average of a piece are on one rank only (ZeRO-1). Then all get all pieces (all-gather). The
+// weights in float stay whole on every rank, since biases, norms and tables are read from them. Muon needs
+// whole matrices: there gradients and moments stay whole, each matrix has an owner who makes its step and
+// sends it round, and the rest every rank steps alike. Every sum has a fixed order. A step is not replayed as
+// a CUDA graph: its launches hide behind the step before.
 
 #ifdef NCCL
 // The calls of NCCL, found when they are needed: one GPU does without the library
@@ -3262,6 +3263,7 @@ static struct {
     decltype(&ncclGetUniqueId) GetUniqueId;
     decltype(&ncclCommInitRankConfig) CommInitRankConfig;
     decltype(&ncclCommGetAsyncError) CommGetAsyncError;
+    decltype(&ncclCommFinalize) CommFinalize;
     decltype(&ncclCommDestroy) CommDestroy;
     decltype(&ncclGetErrorString) GetErrorString;
     decltype(&ncclGetLastError) GetLastError;
@@ -3307,6 +3309,7 @@ static void nccl_open(void) {
     FIND(GetUniqueId);
     FIND(CommInitRankConfig);
     FIND(CommGetAsyncError);
+    FIND(CommFinalize);
     FIND(CommDestroy);
     FIND(GetErrorString);
     FIND(GetLastError);
@@ -3332,7 +3335,8 @@ static void nccl_open(void) {
 }
 static void nccl_close(void) {
     ranks.trouble = NULL;
-    CHECK_NCCL(CommDestroy, comm);
+    CHECK_NCCL(CommFinalize, comm);   // polled; then there is nothing left that could fail
+    nccl.CommDestroy(comm);
     comm = NULL;
 }
 // In place, on ranks_stream: all[size][n] of which this rank has its own, sums of it, and sums of all
