@@ -256,7 +256,8 @@ def parts():
     """A share in parts, and what is switched off"""
     for name, args in (("accum", ["--accum", "3"]), ("no-align", ["--no-align"]),
                        ("no-cls", ["--no-cls", "--no-value-residual"]), ("no-h", ["--num-h", "0"]),
-                       ("late", [])):
+                       ("depths", ["--align-depths", "1,2,4"]), ("depth-of-g", ["--align-depths", "2"]),
+                       ("immiscible", ["--immiscible", "4", "--mlp-widths", "4,8"]), ("late", [])):
         out = one("one-" + name, args + ["--steps", "3"])
         if train(2, "two-" + name, args + ["--steps", "3"],
                  env={"CUDA_CPU_ASYNC": "1"} if name == "late" else {}):
