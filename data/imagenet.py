@@ -580,8 +580,7 @@ def parse_arguments(argv):
     p.add_argument("--vae", metavar="FILE", help="the INVAE's weights (not needed where there are latents)")
     p.add_argument("--vae-sha256", metavar="HEX", help="refuse other weights than these")
     p.add_argument("--dino", metavar="FILE", help="DINOv2's weights, .pth or timm's .safetensors")
-    p.add_argument("--encoder", choices=sorted(WIDTHS), default="dinov2-b",
-                   help="which one they are [%(default)s]")
+    p.add_argument("--encoder", choices=sorted(WIDTHS), help="which one they are [dinov2-b]")
     p.add_argument("--no-feats", action="store_true", help="leave out the patch features (CLS stays)")
     p.add_argument("--no-cls", action="store_true", help="no DINOv2 at all: train with --no-align --no-cls")
     p.add_argument("--size", type=int, default=256, help="side of the pictures: 256 or 512 [%(default)s]")
@@ -613,6 +612,10 @@ def parse_arguments(argv):
     if bool(args.dino) == args.no_cls:
         raise ValueError("--dino FILE is needed, DINOv2's weights" if not args.dino else
                          "--no-cls leaves DINOv2 out, so --dino makes no sense")
+    for flag, given in (("--encoder", args.encoder), ("--no-feats", args.no_feats)):
+        if args.no_cls and given:
+            raise ValueError("--no-cls leaves DINOv2 out, so %s makes no sense" % flag)
+    args.encoder = args.encoder or "dinov2-b"
     if args.check and args.self_check:
         raise ValueError("--check and --self-check exclude each other")
     if (args.check or args.redo) and not os.path.isdir(args.out):
@@ -626,6 +629,34 @@ def parse_arguments(argv):
         raise ValueError("--vae-sha256 %s: a SHA-256 has 64 hexadecimal digits" % args.vae_sha256)
     return args
 
+def sitting(args, samples, pool):
+    """What one start of the program does, once the folder is there"""
+    lock = os.open(args.out, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError("%s: another data/imagenet.py is at work there" % args.out)
+    encoder = Encoder(args, samples[0].latents is None)
+    settings = settings_of(args, samples, encoder)
+    if args.vae_sha256 and args.vae_sha256.lower() != settings["vae"]:
+        raise ValueError("%s: its sha256 is %s, not the one of --vae-sha256" % (args.vae, settings["vae"]))
+    shards = Shards(args.out, settings, len(samples))
+    if args.redo:
+        name = os.path.basename(args.redo)
+        if name not in [e["file"] for e in shards.index["shards"]]:
+            raise ValueError("%s: index.json lists no such shard" % args.redo)
+        shards.index["shards"] = [e for e in shards.index["shards"] if e["file"] != name]
+        write_whole(shards.path, json.dumps(shards.index, indent=1) + "\n")
+    shards.verify(args.check)
+    cost(samples, shards, args, encoder)
+    if args.check:
+        print("%d of %d shards are finished, and each has the SHA-256 that index.json says" % (
+            len(shards.index["shards"]), shards.count))
+    elif args.self_check:
+        self_check(args, samples, encoder, shards)
+    else:
+        build(args, samples, encoder, shards, pool)
+
 def work(argv):
     args = parse_arguments(argv)
     samples = find_samples(args.source, args.classes)
@@ -633,34 +664,16 @@ def work(argv):
     context = multiprocessing.get_context("fork")
     with concurrent.futures.ProcessPoolExecutor(args.workers, context, begin_reader, (os.getpid(),)) as pool:
         list(pool.map(abs, range(args.workers)))
+        begun = os.path.isdir(args.out)
         with naming(args.out):
             os.makedirs(args.out, exist_ok=True)
-        lock = os.open(args.out, os.O_RDONLY)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError("%s: another data/imagenet.py is at work there" % args.out)
-        encoder = Encoder(args, samples[0].latents is None)
-        settings = settings_of(args, samples, encoder)
-        if args.vae_sha256 and args.vae_sha256.lower() != settings["vae"]:
-            raise ValueError("%s: its sha256 is %s, not the one of --vae-sha256" %
-                             (args.vae, settings["vae"]))
-        shards = Shards(args.out, settings, len(samples))
-        if args.redo:
-            name = os.path.basename(args.redo)
-            if name not in [e["file"] for e in shards.index["shards"]]:
-                raise ValueError("%s: index.json lists no such shard" % args.redo)
-            shards.index["shards"] = [e for e in shards.index["shards"] if e["file"] != name]
-            write_whole(shards.path, json.dumps(shards.index, indent=1) + "\n")
-        shards.verify(args.check)
-        cost(samples, shards, args, encoder)
-        if args.check:
-            print("%d of %d shards are finished, and each has the SHA-256 that index.json says" % (
-                len(shards.index["shards"]), shards.count))
-        elif args.self_check:
-            self_check(args, samples, encoder, shards)
-        else:
-            build(args, samples, encoder, shards, pool)
+            sitting(args, samples, pool)
+        except ValueError:
+            with contextlib.suppress(OSError):          # a refusal leaves no empty folder
+                if not begun:
+                    os.rmdir(args.out)
+            raise
 
 def main(argv=None):
     try:

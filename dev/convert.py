@@ -557,6 +557,8 @@ def main(argv=None):
     if not options.command:
         parser.error("a command is needed: from-pt, to-pt, decoder or selftest (--help has examples)")
     try:
+        if "output" in options:
+            os.makedirs(os.path.dirname(os.path.abspath(options.output)), exist_ok=True)
         options.function(options)
     except OSError as error:
         fail("%s: %s" % (error.filename, error.strerror))

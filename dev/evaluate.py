@@ -231,6 +231,8 @@ class Features:
             if out is None:
                 out = [np.lib.format.open_memmap(p, "w+", np.float32, (pictures.count, x.shape[1]))
                        for p, x in zip(parts, made)]
+            if not all(np.isfinite(y).all() for y in made):
+                raise ValueError("%s: features that are not finite; are these the weights?" % pictures.path)
             for x, y in zip(out, made):
                 x[at:at + len(batch)] = y
             at += len(batch)
@@ -239,8 +241,6 @@ class Features:
                 "\r" if sys.stderr.isatty() else "", pictures.path, at, pictures.count, left // 60, left % 60,
                 "\n" if at == pictures.count or not sys.stderr.isatty() else "   "))
         for x, part, f in zip(out, parts, files):
-            if not np.isfinite(x[-1]).all():
-                raise ValueError("%s: features that are not finite; are these the weights?" % pictures.path)
             x.flush()
             os.replace(part, f)
 

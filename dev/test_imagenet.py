@@ -301,6 +301,23 @@ def metrics():
     got = evaluate.inception_score(1e4 * np.eye(7), np.eye(7))
     check("of a class each: their number", abs(got - 7) <= 1e-9, got)
 
+    class Rows:                                 # two batches; one number of the first is not finite
+        path, count = "rows", 4
+        def batches(self, n):
+            return iter([np.zeros((2, 3), np.float32), np.ones((2, 3), np.float32)])
+    def network(batch):
+        return [np.where(batch == 0, np.float32(np.inf), batch)]
+    with tempfile.TemporaryDirectory() as folder:
+        features = evaluate.Features.__new__(evaluate.Features)
+        features.args = argparse.Namespace(batch=2)
+        try:
+            features.compute(Rows(), [os.path.join(folder, "x.npy")], network)
+            said = "nothing"
+        except ValueError as error:
+            said = str(error)
+        check("features of every row have to be finite", "rows: features that are not finite" in said and
+              not os.path.exists(os.path.join(folder, "x.npy")), said)
+
 def preprocessing():
     """Golden pictures: Pillow's and TensorFlow's resampling against their definitions, written out here"""
     rng = np.random.RandomState(3)
@@ -425,7 +442,8 @@ def chain(at, options):
                          (["--no-cls"], ["labels", "latents"])):
         words = list(ours)
         if flags == ["--no-cls"]:
-            del words[words.index("--dino"):words.index("--dino") + 2]
+            for flag in ("--dino", "--encoder"):
+                del words[words.index(flag):words.index(flag) + 2]
         r = forked(imagenet.main, words + flags + ["--out", at("less"), "--shard-gb", 1])
         less = digits_of(shards_of(at("less"))[0])[0] if r.status == 0 else {}
         check("%s leaves out what it says" % flags[0], sorted(less) == names and
@@ -448,6 +466,9 @@ def chain(at, options):
               np.abs(np.subtract(*losses)).max() <= 1e-3, losses)
     r = forked(convert.main, ["decoder", at("vae.pt"), at("decoder.safetensors")])
     check("convert.py takes the decoder from the same file", r.status == 0, r)
+    r = forked(convert.main, ["decoder", at("vae.pt"), at("new/folder/decoder.safetensors")])
+    check("and makes the folder for it", r.status == 0 and
+          os.path.isfile(at("new/folder/decoder.safetensors")), r)
     program(options.sample, at("run/checkpoint.safetensors"), "--decoder", at("decoder.safetensors"),
             "--num", 9,
             "--steps", 2, "--npz", at("samples.npz"))
@@ -619,6 +640,10 @@ def bad_input(at, ours, theirs, whole):
     with_words("no DINO", "--dino FILE is needed", drop=["--dino"])
     with_words("another network as VAE", "dino.pth: it has no tensor encoder", "--vae", at("dino.pth"))
     with_words("another width", "384 wide, but dinov2-b is 768", "--encoder", "dinov2-b")
+    with_words("an encoder without DINOv2", "so --encoder makes no sense", "--no-cls", drop=["--dino"])
+    with_words("no features without DINOv2", "so --no-feats makes no sense", "--no-cls", "--no-feats",
+               drop=["--dino", "--encoder"])
+    check("a refusal leaves no empty folder", not os.path.exists(at("bad_out")))
     with_words("another hash", "vae.pt: its sha256 is", "--vae-sha256", "0" * 64)
     with_words("an odd size", "--size: 60 is not usable", "--size", 60)
     with_words("no source", "no such folder", "--source", at("nowhere"))
