@@ -114,7 +114,7 @@ static void compare_stepped(Report *r, const SafeFile *f, const char *name, cons
                             const Config *c, int k, double tolerance, double noise) {
     char full[96];
     size_t n = p->size;
-    double muon = p->muon ? c->muon_lr * fmin(1, 485 * noise) : 0;
+    double muon = p->muon_parts ? c->muon_lr * fmin(1, 485 * noise) : 0;
     snprintf(full, sizeof(full), "grad.%s", p->name);
     double *want = want_read(f, name, n), *grad = want_read(f, full, n), most = 0, steepest = 0;
     double worst_error = 0, worst_allowed = 1;
@@ -835,7 +835,7 @@ static void test_immiscible(void) {
 // makes are in the band that the polynomial has for them, lying, standing and square, in both forms.
 static double poly_of(double s) {
     for (int k = 0; k < 5; k++)
-        s = muon_classic[k][0] * s + muon_classic[k][1] * pow(s, 3) + muon_classic[k][2] * pow(s, 5);
+        s = muon_classic[0] * s + muon_classic[1] * pow(s, 3) + muon_classic[2] * pow(s, 5);
     return s;
 }
 static void test_newton_schulz(void) {
@@ -1090,6 +1090,13 @@ static void test_runs(void) {
     result(same, "recipe paper", "is the default bit for bit, and its files do not name what came later");
     for (int i = 0; i < 2; i++)
         if (files[i]) safe_close(files[i]);
+    int ran = run_self(
+        0, NANO "--recipe srdit13 --optimizer adamw --steps 1 --sample-steps 2 --overwrite --out %s", b);
+    SafeFile *left = ran ? NULL : safe_open(path);
+    for (int i = 0; left && i < 3; i++) ran |= safe_metadata(left, unsaid_names[i]) != NULL;
+    result(left && !ran && safe_metadata(left, "mlp_widths"), "recipe srdit13, AdamW",
+           "its checkpoint has the recipe's widths, and nothing of Muon");
+    if (left) safe_close(left);
     run_self(0, NANO "--steps 3 --sample-steps 2 --overwrite --out %s", a);
     int stopped = run_self(1500, NANO "--steps 1000000 --sample-steps 2 --out %s", in_folder("c"));
     int on = run_self(0, "--as-trainer --resume %s --steps 1 --sample-steps 2 --out %s --export %s",
@@ -1148,13 +1155,20 @@ static void test_mistakes(void) {
            "exclude each other");
     expect("a depth outside", run_self(0, "--as-trainer --align-depths 2,7"), "blocks 1 to 6");
     expect("a depth of 0", run_self(0, "--as-trainer --align-depths 0,2"), "not a number from 1");
-    expect("half a depth", run_self(0, "--as-trainer --align-depths 2.5"), "align_depths has 2.5");
+    expect("half a depth", run_self(0, "--as-trainer --align-depths 2.5"), "--align-depths has 2.5");
     expect("a depth twice", run_self(0, "--as-trainer --align-depths 2,2"), "must rise");
     expect("depths that are no numbers", run_self(0, "--as-trainer --align-depths 2,x"), "not a number");
     expect("too many depths", run_self(0, "--as-trainer --align-depths 1,2,3,4,5,6,7,8,9"), "more than 8");
+    expect("a depth missing at the end", run_self(0, "--as-trainer --align-depths 1,2,"),
+           "a number is missing");
+    expect("a depth missing", run_self(0, "--as-trainer --align-depths 1,,2"), "a number is missing");
+    expect("no depth", run_self(0, "--as-trainer --align-depths="), "a number is missing");
+    expect("a switch with a value", run_self(0, "--as-trainer --no-cls=1"), "write --no-cls alone");
+    expect("a switch with an empty value", run_self(0, "--as-trainer --overwrite="),
+           "write --overwrite alone");
     expect("depths, no alignment", run_self(0, "--as-trainer --no-align --align-depths 2"),
-           "without alignment");
-    expect("one width", run_self(0, "--as-trainer --mlp-widths 2"), "two numbers");
+           "--align-depths without alignment");
+    expect("one width", run_self(0, "--as-trainer --mlp-widths 2"), "--mlp-widths are two");
     expect("no candidate", run_self(0, "--as-trainer --immiscible 0"), "--immiscible is 0");
     expect("the other optimizer", run_self(0, "--as-trainer --resume %s --optimizer muon", adamw),
            "its optimizer is adamw; it cannot be changed to muon");
@@ -1606,7 +1620,7 @@ static int stored_in_bf16(const real *C) {
         const BlockActs *k = &a->block[i];
         stored |= C == k->qkv || C == k->proj || C == k->fc2;
     }
-    stored |= a->muon && C >= a->muon;   // Muon's scratch lies last
+    stored |= a->muon_work && C >= a->muon_work;   // Muon's scratch lies last
     return stored;
 }
 
@@ -1621,6 +1635,12 @@ static Outcome *run_step(const Backend *which, const Config *c, int B, int path_
     which->get_block(host, m, PARAMS);
     round_bf16(host, m->table.total);   // the weights themselves are no part of the comparison
     which->put_block(m, host, PARAMS), which->put_block(m, host, EMA);
+    if (path_drop) {   // what a whole step leaves behind is not to be found in it
+        Batch *b = random_batch(c, B, 0, B, 9, 0);
+        which->forward_backward(m, b);
+        which->read_losses(m);
+        batch_free(b);
+    }
     which->zero_gradients(m);
     rounded_acts = &m->a;
     matmul_rounds = rounding && which == &cpu_backend ? stored_in_bf16 : NULL;
@@ -2067,7 +2087,7 @@ static double *plain_poly(const double *of, int m, int n, int rounds) {
     };
     memcpy(X, of, sizeof(double) * wide);
     for (int step = 0; step < 5; step++) {
-        const double *poly = muon_classic[step];
+        const double *poly = muon_classic;
         product(R, X, X, m, n, 1);
         product(P, R, R, m, m, 0);
         for (int i = 0; i < m * m; i++)

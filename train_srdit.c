@@ -208,37 +208,59 @@ static double shift_time(const Config *c, double u) {
     return t < 0 ? 0 : t > 1 ? 1 : t;
 }
 
+// Ends the program over settings. where: the file that has them, whose names they have; NULL: the command line,
+// where they are flags
+static void refuse(const char *where, const char *format, ...)
+    __attribute__((noreturn, format(printf, 2, 3)));
+static void refuse(const char *where, const char *format, ...) {
+    char text[512], flags[1024];
+    va_list list;
+    va_start(list, format);
+    vsnprintf(text, sizeof(text), format, list);
+    va_end(list);
+    if (where) die("%s: %s", where, text);
+    size_t n = 0;
+    for (const char *at = text; *at && n < sizeof(flags) - 64;) {   // a word with _ is a setting
+        size_t word = strspn(at, "abcdefghijklmnopqrstuvwxyz_");
+        int setting = memchr(at, '_', word) != NULL;
+        if (setting) flags[n++] = '-', flags[n++] = '-';
+        for (word = word ? word : 1; word && n < sizeof(flags) - 1; word--, at++)
+            flags[n++] = setting && *at == '_' ? '-' : *at;
+    }
+    flags[n] = 0;
+    die("%s", flags);
+}
 static void config_check(const Config *c, const char *where) {
     OptionTable t = config_table((Config *)c);
     for (int i = 0; i < t.count; i++)
         if (t.options[i].kind != SERIES && option_get(&t, i) < t.options[i].low)
-            die("%s: %s is missing", where, t.options[i].name);
+            refuse(where, "%s is missing", t.options[i].name);
     // so that products of two or three sizes stay in an int
     if ((double)c->in_channels * c->input_size * c->input_size > 1 << 27)
-        die("%s: latents of %d x %d x %d are too large", where, c->in_channels, c->input_size, c->input_size);
+        refuse(where, "latents of %d x %d x %d are too large", c->in_channels, c->input_size, c->input_size);
     if (c->patch_size > c->input_size || patches_of(c) >= 1 << 16)
-        die("%s: patch_size %d on a side of %d gives no usable number of patches", where, c->patch_size,
-            c->input_size);
+        refuse(where, "patch_size %d on a side of %d gives no usable number of patches", c->patch_size,
+               c->input_size);
     if (c->hidden_size % c->num_heads || c->hidden_size / c->num_heads % 4)
-        die("%s: hidden_size %d over num_heads %d must give a head width that is a multiple of 4", where,
-            c->hidden_size, c->num_heads);
+        refuse(where, "hidden_size %d over num_heads %d must give a head width that is a multiple of 4",
+               c->hidden_size, c->num_heads);
     if (c->input_size % c->patch_size)
-        die("%s: patch_size %d does not divide the latent side %d", where, c->patch_size, c->input_size);
+        refuse(where, "patch_size %d does not divide the latent side %d", c->patch_size, c->input_size);
     if (c->num_f + c->num_h > c->depth)
-        die("%s: num_f %d + num_h %d is more than the depth, %d", where, c->num_f, c->num_h, c->depth);
+        refuse(where, "num_f %d + num_h %d is more than the depth, %d", c->num_f, c->num_h, c->depth);
     if (c->mlp_widths.count && c->mlp_widths.count != 2)
-        die("%s: mlp_widths are two numbers, of the first and the last block: 2,6", where);
+        refuse(where, "mlp_widths are two numbers, of the first and the last block: 2,6");
     if (hidden_of(c, 0) < 1)
-        die("%s: hidden_size %d x mlp_ratio %g leaves no hidden unit", where, c->hidden_size, c->mlp_ratio);
+        refuse(where, "hidden_size %d x mlp_ratio %g leaves no hidden unit", c->hidden_size, c->mlp_ratio);
     if (c->align_depths.count && !c->align)
-        die("%s: align_depths without alignment; leave out --no-align or --align-depths", where);
+        refuse(where, "align_depths without alignment; leave out --no-align or --align-depths");
     for (int k = 0; k < c->align_depths.count; k++) {
         double depth = c->align_depths.x[k];
         if (depth != floor(depth) || depth > c->depth)
-            die("%s: align_depths has %g, but there are blocks 1 to %d", where, depth, c->depth);
+            refuse(where, "align_depths has %g, but there are blocks 1 to %d", depth, c->depth);
         if (k && depth <= c->align_depths.x[k - 1])
-            die("%s: align_depths must rise, and %g does not follow %g", where, depth,
-                c->align_depths.x[k - 1]);
+            refuse(where, "align_depths must rise, and %g does not follow %g", depth,
+                   c->align_depths.x[k - 1]);
     }
 }
 
@@ -677,9 +699,9 @@ enum Start { ZERO, ONE, HALF, NORMAL, XAVIER, POSITIONS, ROPE_COS, ROPE_SIN };
 typedef struct {
     char name[64];
     enum Start start;
-    int trained;   // 0: a fixed table
-    int muon;      // matrices, one below the other, that Muon takes it for; 0: it is AdamW's
-    int block;     // which block it belongs to, -1: none
+    int trained;      // 0: a fixed table
+    int muon_parts;   // matrices, one below the other, that Muon takes it for; 0: it is AdamW's
+    int block;        // which block it belongs to, -1: none
     int ndim, shape[4];
     size_t size, offset;
 } Tensor;
@@ -709,7 +731,8 @@ enum { OF_ADAMW = 0, OF_MUON = 1, OF_MUON_QKV = 3 };
 // Appends a tensor to the table and returns its place in the block at t->base (NULL: only the table is
 // wanted). Trailing sizes of 0 are no dimensions. Each tensor starts at a multiple of 64 elements; the pads
 // stay zero.
-static real *declare(Table *t, enum Start start, int muon, int a, int b, int c, int d, const char *name) {
+static real *declare(Table *t, enum Start start, int muon_parts, int a, int b, int c, int d,
+                     const char *name) {
     if (t->count == t->room) {
         t->room = 2 * t->room + 64;
         t->tensors = (Tensor *)realloc(t->tensors, sizeof(Tensor) * (size_t)t->room);
@@ -726,7 +749,7 @@ static real *declare(Table *t, enum Start start, int muon, int a, int b, int c, 
     x->offset = t->total;
     x->size = 1;
     for (x->ndim = 0; x->ndim < 4 && shape[x->ndim]; x->ndim++) x->size *= (size_t)shape[x->ndim];
-    x->muon = t->all_muon < 0 ? 0 : t->all_muon ? x->trained && x->ndim > 1 : muon;
+    x->muon_parts = t->all_muon < 0 ? 0 : t->all_muon ? x->trained && x->ndim > 1 : muon_parts;
     t->total += (x->size + 63) / 64 * 64;
     if (x->trained) t->trained = t->total;
     return t->base ? t->base + x->offset : NULL;
@@ -951,7 +974,7 @@ typedef struct {
     real *parts, *work;      // [B,2Dh]; attention_work for each thread
     Losses *sample_losses;   // [B]
     double *norm_parts;      // one for each NORM_CHUNK trained numbers
-    real *muon;              // [m,n] and newton_schulz's work, of the largest of Muon's matrices
+    real *muon_work;         // [m,n] and newton_schulz's work, of the largest of Muon's matrices
 } Acts;
 enum { NORM_CHUNK = 4096 };
 
@@ -1077,8 +1100,8 @@ static size_t widest(const Config *c) {
 // Numbers of scratch that Muon needs for a tensor (muon_matrix), and the longer side of its matrices
 static size_t muon_room_of(const Tensor *t, size_t *longer) {
     *longer = 0;
-    if (!t->muon) return 0;
-    size_t rows = (size_t)(t->shape[0] / t->muon), cols = t->size / (size_t)t->muon / rows;
+    if (!t->muon_parts) return 0;
+    size_t rows = (size_t)(t->shape[0] / t->muon_parts), cols = t->size / (size_t)t->muon_parts / rows;
     size_t shorter = rows < cols ? rows : cols;
     *longer = rows < cols ? cols : rows;
     return 2 * rows * cols + 4 * shorter * shorter;
@@ -1125,7 +1148,7 @@ static Model *model_allocate(const Config *c, int max_batch, int trained) {
     }
     acts_layout(&model->a, &arena, c, max_batch, model->threads);
     model->a.norm_parts = (double *)(void *)take(&arena, reals_of(chunks * sizeof(double)));
-    model->a.muon = take(&arena, muon_room);
+    model->a.muon_work = take(&arena, muon_room);
     free(model->table.tensors);
     model->table = params_table(&model->w, c, model->params);
     free(params_table(&model->w_ema, c, model->ema).tensors);
@@ -1583,24 +1606,20 @@ static void adamw_update(Model *model, const AdamW *o, real scale, size_t begin,
 // and where s -> a s + b s^3 + c s^5 has a slope a > 1 at 0 and carries a band around 1 into itself, a small
 // s grows nearly a-fold each time until it is in the band: five times do for all that are not very small
 // (Newton-Schulz; dev/pictures/muon.png). Divided by its Frobenius norm, G has no s above 1.
-static const double muon_classic[5][3] = {{3.4445, -4.7750, 2.0315},   // the band is 0.7 ... 1.2
-                                          {3.4445, -4.7750, 2.0315},
-                                          {3.4445, -4.7750, 2.0315},
-                                          {3.4445, -4.7750, 2.0315},
-                                          {3.4445, -4.7750, 2.0315}};
+static const double muon_classic[3] = {3.4445, -4.7750, 2.0315};   // the band is 0.7 ... 1.2
 
-// X[m,n] <- its polynomials, m <= n; work [m n + 4 m m]. Where n is well above m most products are made small,
-// by way of R = X X^T alone (the Gram form): as everything is a polynomial of R, and so commutes, X <- P X
-// makes R <- P R P, and several steps are one product with Q, that of all their P: 4 m^2 n + 34 m^3 FLOP in
-// place of 20 m^2 n + 10 m^3, fewer from n = 1.5 m on. But R has the squares of the singular values, and small
-// ones are lost in its rounding. In float that is no more than the plain form loses. In bf16 (the GPU's) X
-// and R have to be made anew before the third and the fourth step (dev/README.md): 12 m^2 n + 22 m^3 FLOP.
+// X[m,n] <- its polynomial, five times, m <= n; work [m n + 4 m m]. Where n is well above m most products are
+// made small, by way of R = X X^T alone (the Gram form): as everything is a polynomial of R, and so commutes,
+// X <- P X makes R <- P R P, and several steps are one product with Q, that of all their P: 4 m^2 n + 34 m^3
+// FLOP in place of 20 m^2 n + 10 m^3, fewer from n = 1.5 m on. But R has the squares of the singular values,
+// and small ones are lost in its rounding. In float that is no more than the plain form loses. In bf16 (the
+// GPU's) X and R have to be made anew before the third and the fourth step (dev/README.md): 12 m^2 n + 22 m^3.
 enum { ANEW_IN_FLOAT = 1 << 0, ANEW_IN_BF16 = 1 << 0 | 1 << 2 | 1 << 3 };   // bits: the steps
 static int gram_begins(size_t m, size_t n, int anew, int step) { return 2 * n <= 3 * m || anew >> step & 1; }
 static int gram_ends(size_t m, size_t n, int anew, int step) {
     return step == 4 || gram_begins(m, n, anew, step + 1);
 }
-static void newton_schulz(real *X, real *work, const double poly[5][3], size_t m, size_t n) {
+static void newton_schulz(real *X, real *work, const double poly[3], size_t m, size_t n) {
     int anew = ANEW_IN_FLOAT;
 #ifdef TEST_CUDA
     if (matmul_rounds) anew = ANEW_IN_BF16;
@@ -1611,7 +1630,7 @@ static void newton_schulz(real *X, real *work, const double poly[5][3], size_t m
         if (begins) matmul(R, X, X, NULL, m, m, n, 0, 1, 0);
         matmul(P, R, R, NULL, m, m, m, 0, 0, 0);
         for (size_t i = 0; i < m * m; i++)   // P = a I + b R + c R^2
-            P[i] = (real)poly[k][1] * R[i] + (real)poly[k][2] * P[i] + (i % (m + 1) ? 0 : (real)poly[k][0]);
+            P[i] = (real)poly[1] * R[i] + (real)poly[2] * P[i] + (i % (m + 1) ? 0 : (real)poly[0]);
         if (!begins) matmul(T, P, Q, NULL, m, m, m, 0, 0, 0);
         memcpy(Q, begins ? P : T, sizeof(real) * m * m);
         if (gram_ends(m, n, anew, k)) {
@@ -1631,7 +1650,7 @@ static void muon_matrix(Model *model, const AdamW *o, real scale, size_t at, siz
     const Config *c = &model->c;
     size_t count = rows * cols, m = rows < cols ? rows : cols, n = rows < cols ? cols : rows;
     real *buffer = model->m + at;   // the momentum lies where AdamW has its first moment
-    real *X = model->a.muon, *work = X + count, *p = model->params + at;
+    real *X = model->a.muon_work, *work = X + count, *p = model->params + at;
     real *ema = model->ema + at, mu = (real)c->muon_momentum, one_mu = (real)(1 - c->muon_momentum);
     double sum = 0;
     for (size_t i = 0; i < count; i++) {
@@ -1654,7 +1673,7 @@ static void muon_matrix(Model *model, const AdamW *o, real scale, size_t at, siz
 // fan_out and fan_in are a tensor's last two sizes, as Muon's author has it: p and p of a patch embedding
 // [D,C,p,p], although its matrix is D x C p p. q, k and v, where apart, are three matrices of a tensor.
 static void muon_update(Model *model, const AdamW *o, real scale, const Tensor *t) {
-    size_t parts = (size_t)t->muon, rows = (size_t)t->shape[0] / parts, cols = t->size / parts / rows;
+    size_t parts = (size_t)t->muon_parts, rows = (size_t)t->shape[0] / parts, cols = t->size / parts / rows;
     double ratio = (double)t->shape[t->ndim - 2] / (double)parts / t->shape[t->ndim - 1];
     for (size_t k = 0; k < parts; k++)
         muon_matrix(model, o, scale, t->offset + k * rows * cols, rows, cols, sqrt(fmax(1, ratio)));
@@ -1678,7 +1697,7 @@ static void update(Model *model, int step) {
     size_t done = 0;   // AdamW takes all that lies between two of Muon's tensors at once
     for (int i = 0; i < table->count; i++) {
         const Tensor *t = &table->tensors[i];
-        if (!t->muon) continue;
+        if (!t->muon_parts) continue;
         adamw_update(model, &o, scale, done, t->offset);
         muon_update(model, &o, scale, t);
         done = t->offset + t->size;
@@ -2306,8 +2325,8 @@ static const char *const block_prefix[] = {"model.", "", "adam.m.", "adam.v.", "
 // That of a tensor in the block whose others have `prefix`; NULL: it is not written. What Muon takes has a
 // momentum, and no second moment.
 static const char *prefix_of(const Tensor *t, const char *prefix) {
-    if (t->muon && !strcmp(prefix, block_prefix[ADAM_M])) return "muon.";
-    return t->muon && !strcmp(prefix, block_prefix[ADAM_V]) ? NULL : prefix;
+    if (t->muon_parts && !strcmp(prefix, block_prefix[ADAM_M])) return "muon.";
+    return t->muon_parts && !strcmp(prefix, block_prefix[ADAM_V]) ? NULL : prefix;
 }
 
 // Adds a block's tensors to a list of things to write; returns the new count
@@ -2470,7 +2489,10 @@ static void start_new(Config *c, Run *run) {
         die("--model %s: there is no such model; there are nano, fashion and S/1 S/2 S/4 B/1 ... XL/4",
             run->model);
     recipe_preset(c, run->recipe ? run->recipe : "paper");
-    int small = !strchr(run->model, '/');   // minutes on a CPU
+    const char *optimizer = text_after("--optimizer", run->word_count, run->words);
+    if (optimizer) c->optimizer = !strcmp(optimizer, "muon");
+    if (c->optimizer != MUON) c->muon = SPLIT;   // as where there is no recipe
+    int small = !strchr(run->model, '/');        // minutes on a CPU
     run->steps = !small ? 400000 : strcmp(run->model, "nano") ? 3000 : 900;
     if (!small) run->batch = 256;
 }
@@ -3005,6 +3027,7 @@ static int train_main(int argc, char **argv, const Backend *backend) {
             take_sizes(&config, bundled);
             data_close(bundled);
         }
+        recipe_settle(&c, &run, &config);
         print_help(argv[0], &run_table, &config);
         check_output_taken();
         return 0;
@@ -3032,7 +3055,7 @@ static int train_main(int argc, char **argv, const Backend *backend) {
     Data *d = data_open(run.data.items, run.data.count);
     if (resume) check_resumed(resume, &config, &before, d, run.data.items[0]);
     else take_sizes(&config, d);
-    config_check(&c, "the model");
+    config_check(&c, NULL);
     flags_check(&c, &config);
     data_check(d, &c);
     Training t = training_open(&c, &run, backend, d, resume, step);

@@ -2968,13 +2968,13 @@ typedef struct {
     Acts a;
     DeviceLosses *losses;
     StepConstants *constants;
-    float *loss_parts, *norm_parts;   // [4, ...], [NORM_BLOCKS]
-    Sums sums;                        // of this step's backward
-    int bias_due[MAX_DEPTH];          // 1: so far fc1's bias has no gradient of it
-    MuonMatrix *muon, *muon_there;    // by group, on the host and on the device
+    float *loss_parts, *norm_parts;           // [4, ...], [NORM_BLOCKS]
+    Sums sums;                                // of this step's backward
+    int bias_due[MAX_DEPTH];                  // 1: so far fc1's bias has no gradient of it
+    MuonMatrix *muon_matrices, *muon_there;   // by group, on the host and on the device
     MuonGroup group[MAX_GROUPS];
     int groups, matrices;
-    float *muon_parts;               // [matrices, MUON_BLOCKS]
+    float *muon_sums;                // [matrices, MUON_BLOCKS]
     floatX *muon_X[2], *muon_R[4];   // a group's [count,m,n] twice and [count,m,m] four times
     InputQueue queue;
     Input in;   // the one of this step
@@ -3159,30 +3159,30 @@ static void muon_groups(GpuModel *g) {
     const Table *table = &g->base.table;
     int count = 0;
     for (int i = 0; i < table->count; i++) count += muon_of(g, i);
-    g->muon = (MuonMatrix *)alloc_zero((size_t)count + 1, sizeof(MuonMatrix));
+    g->muon_matrices = (MuonMatrix *)alloc_zero((size_t)count + 1, sizeof(MuonMatrix));
     g->matrices = count;
     g->groups = 0;
     for (int i = 0; i < table->count; i++) {   // the groups' shapes
         const Tensor *t = &table->tensors[i];
         if (!muon_of(g, i)) continue;
-        int rows = t->shape[0] / t->muon, cols = (int)(t->size / (size_t)t->shape[0]), k = 0;
+        int rows = t->shape[0] / t->muon_parts, cols = (int)(t->size / (size_t)t->shape[0]), k = 0;
         MuonGroup own = {imin(rows, cols), imax(rows, cols), 0, 0};
         while (k < g->groups && (g->group[k].m != own.m || g->group[k].n != own.n)) k++;
         if (k == MAX_GROUPS) die("Muon on the GPU takes at most %d shapes of matrices", MAX_GROUPS);
         if (k == g->groups) g->group[g->groups++] = own;
-        g->group[k].count += t->muon;
+        g->group[k].count += t->muon_parts;
     }
     for (int k = 1; k < g->groups; k++) g->group[k].first = g->group[k - 1].first + g->group[k - 1].count;
     int filled[MAX_GROUPS] = {0};
     for (int i = 0; i < table->count; i++) {
         const Tensor *t = &table->tensors[i];
         if (!muon_of(g, i)) continue;
-        int rows = t->shape[0] / t->muon, cols = (int)(t->size / (size_t)t->shape[0]), k = 0;
-        double ratio = (double)t->shape[t->ndim - 2] / t->muon / t->shape[t->ndim - 1];
+        int rows = t->shape[0] / t->muon_parts, cols = (int)(t->size / (size_t)t->shape[0]), k = 0;
+        double ratio = (double)t->shape[t->ndim - 2] / t->muon_parts / t->shape[t->ndim - 1];
         while (g->group[k].m != imin(rows, cols) || g->group[k].n != imax(rows, cols)) k++;
-        for (int p = 0; p < t->muon; p++) {
+        for (int p = 0; p < t->muon_parts; p++) {
             MuonMatrix one = {t->offset + (size_t)p * rows * cols, rows, cols, (float)sqrt(fmax(1, ratio))};
-            g->muon[g->group[k].first + filled[k]++] = one;
+            g->muon_matrices[g->group[k].first + filled[k]++] = one;
         }
     }
 }
@@ -3213,7 +3213,7 @@ static size_t memory_layout(GpuModel *g, DeviceArena *m, int B) {
         most_R = largest(most_R, (size_t)one->count * one->m * one->m);
     }
     take(g->muon_there, m, (size_t)g->matrices);
-    take(g->muon_parts, m, (size_t)g->matrices * MUON_BLOCKS);
+    take(g->muon_sums, m, (size_t)g->matrices * MUON_BLOCKS);
     for (int k = 0; k < 4; k++) {
         if (k < 2) take(g->muon_X[k], m, most_X);
         take(g->muon_R[k], m, most_R);
@@ -3385,8 +3385,8 @@ static void muon_owners(GpuModel *g) {
     memset(work, 0, sizeof(work));
     for (int i = 0; i < table->count; i++) {
         const Tensor *t = &table->tensors[i];
-        if (!t->muon) continue;
-        int rows = t->shape[0] / t->muon, cols = (int)(t->size / (size_t)t->shape[0]);
+        if (!t->muon_parts) continue;
+        int rows = t->shape[0] / t->muon_parts, cols = (int)(t->size / (size_t)t->shape[0]);
         for (int r = 1; r < ranks.size; r++)
             if (work[r] < work[owner[i]]) owner[i] = r;
         work[owner[i]] += (double)t->size * imin(rows, cols);
@@ -3398,7 +3398,7 @@ static void muon_broadcast(GpuModel *g, float *block, size_t begin, size_t end) 
     ranks_group(1);
     for (int i = 0; i < table->count; i++) {
         const Tensor *t = &table->tensors[i];
-        if (t->muon && t->offset >= begin && t->offset < end)
+        if (t->muon_parts && t->offset >= begin && t->offset < end)
             ranks_broadcast(block + t->offset, t->size, g->buckets.owner[i]);
     }
     ranks_group(0);
@@ -4585,12 +4585,11 @@ static floatX *newton_schulz(GpuModel *g, int m, int n, int count) {
     floatX *R = g->muon_R[0], *P = g->muon_R[1], *Q = g->muon_R[2], *T = g->muon_R[3];
     size_t numbers = (size_t)count * m * m;
     for (int k = 0; k < 5; k++) {
-        const double *of = muon_classic[k];
         int begins = gram_begins((size_t)m, (size_t)n, ANEW_IN_BF16, k);
         if (begins) matmul<floatX>(small, R, X, X, NULL);
         matmul<floatX>(square, P, R, R, NULL);
         muon_poly_kernel<<<(unsigned)((numbers + 255) / 256), 256, 0, stream>>>(
-            P, R, m, numbers, (float)of[0], (float)of[1], (float)of[2]);
+            P, R, m, numbers, (float)muon_classic[0], (float)muon_classic[1], (float)muon_classic[2]);
         LAUNCHED();
         const floatX *step = P;
         if (begins) exchange(Q, P);   // Q is this step's P, and P free
@@ -4617,7 +4616,7 @@ static void muon_update(GpuModel *g) {
         MuonStep k = {g->params,
                       g->m,
                       g->ema,
-                      g->muon_parts,
+                      g->muon_sums,
                       g->weights,
                       g->muon_X[0],
                       g->grads,
@@ -4690,7 +4689,7 @@ static void update(Model *model, int step) {
         size_t done = 0;   // AdamW takes all that lies between two of Muon's tensors at once
         for (int i = 0; i < model->table.count; i++) {
             const Tensor *t = &model->table.tensors[i];
-            if (!t->muon) continue;
+            if (!t->muon_parts) continue;
             adamw_update(g, done, t->offset, done);
             done = t->offset + (t->size + 63) / 64 * 64;
         }
@@ -5010,8 +5009,8 @@ static Model *model_create(const Config *c, int max_batch, uint64_t seed) {
     DeviceArena arena = {NULL, plan.all - plan.input, 0, NULL};
     g->memory = memory_take(&arena, g);
     memory_layout(g, &arena, max_batch);
-    CHECK(
-        cudaMemcpy(g->muon_there, g->muon, (size_t)g->matrices * sizeof(MuonMatrix), cudaMemcpyHostToDevice));
+    CHECK(cudaMemcpy(g->muon_there, g->muon_matrices, (size_t)g->matrices * sizeof(MuonMatrix),
+                     cudaMemcpyHostToDevice));
     queue_create(&g->queue, c, max_batch);
     g->in = g->queue.on_device[0];
     free(m->table.tensors);
@@ -5164,7 +5163,7 @@ static void model_destroy(Model *m) {
     buckets_free(&g->buckets);
     if (ranks.size > 1) nccl_close();
     memory_free(g->memory, g);
-    free(g->host), free(g->muon), free(m->table.tensors), free(g);
+    free(g->host), free(g->muon_matrices), free(m->table.tensors), free(g);
 }
 
 }   // namespace gpu

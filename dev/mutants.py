@@ -110,7 +110,7 @@ MUTANTS = [   # name, function, text, replacement
     ("Adam: no weight decay", "adamw_of", "1 - c->lr * c->weight_decay", "1"),
     ("EMA: of the parameters before", "adamw_update", "one_e * p;",
      "one_e * (p + rate * m / ((real)sqrt(v) * root + eps));"),
-    ("Muon: another coefficient", None, "4.7750, 2.0315}};", "4.7750, 2.1315}};"),
+    ("Muon: another coefficient", None, "4.7750, 2.0315};", "4.7750, 2.1315};"),
     ("Muon: no Nesterov", "muon_matrix", "g = mu * buffer[i] + one_mu * g;", "g = buffer[i];"),
     ("Muon: momentum not weighted", "muon_matrix", "buffer[i] = mu * buffer[i] + one_mu * g;",
      "buffer[i] = mu * buffer[i] + g;"),
@@ -136,7 +136,7 @@ MUTANTS = [   # name, function, text, replacement
     ("guidance: CLS guided like the image", "guided_velocity", "s->cls_cfg * (", "s->cfg * ("),
     # runs
     ("checkpoint: Muon's momentum not loaded", "checkpoint_block", "if (!s) continue;",
-     "if (!s || (t->muon && !strncmp(prefix, \"adam\", 4))) continue;"),
+     "if (!s || (t->muon_parts && !strncmp(prefix, \"adam\", 4))) continue;"),
     ("checkpoint: second moments not loaded", "checkpoint_load", "k < 4", "k < 3"),
     ("random numbers: nine rounds", "philox", "round < 10", "round < 9"),
     ("data order: an epoch repeats samples", "permuted", "right = left ^ f", "right = left & f"),

@@ -115,18 +115,19 @@ static void option_put(const OptionTable *t, int i, const char *text, const char
         return;
     }
     Series s = {0, {0}};
-    for (const char *at = text; *at;) {
+    for (const char *at = text;; at++) {   // past a comma
         char one[32];
         size_t n = strcspn(at, ",");
+        if (!n) die("%s: %s is \"%s\", where a number is missing", where, name, text);
         snprintf(one, sizeof(one), "%.*s", (int)n, at);
         double x = text_number(one, where, name);
         if (s.count == MAX_SERIES) die("%s: %s has more than %d numbers", where, name, MAX_SERIES);
         if (!(x >= o->low && x <= o->high))
             die("%s: %s has %g, which is not a number from %g to %g", where, name, x, o->low, o->high);
         s.x[s.count++] = x;
-        at += n + (at[n] == ',');
+        at += n;
+        if (!*at) break;
     }
-    if (!s.count) die("%s: %s names no number", where, name);
     *(Series *)option_field(t, i) = s;
 }
 static int option_find(const OptionTable *t, const char *name) {   // -1: there is none
@@ -157,6 +158,22 @@ static void flag_near(char near[FLAG_BYTES], const char *typed, const OptionTabl
         }
 }
 
+// The words of the command line with each --flag=value made two; good to the program's end. behind_equals: of
+// each word 1 if it is such a value
+static char **split_kept, *behind_equals;   // reachable to the end, for leak checkers
+static char **split_words(int *argc, char **argv) {
+    char **words = split_kept = (char **)alloc_zero(2 * (size_t)*argc + 1, sizeof(char *));
+    char *values = behind_equals = (char *)alloc_zero(2 * (size_t)*argc + 1, 1);
+    int n = 0;
+    for (int i = 0; i < *argc; i++) {
+        char *value = i && !strncmp(argv[i], "--", 2) ? strchr(argv[i], '=') : NULL;
+        words[n++] = value ? strndup(argv[i], (size_t)(value - argv[i])) : argv[i];
+        if (value) values[n] = 1, words[n++] = value + 1;
+    }
+    *argc = n;
+    return words;
+}
+
 // Reads the words from argv[at] on that belong to option i, whose flag stands at argv[at]; returns the last's
 // place.
 static int option_read(const OptionTable *t, int i, int at, int argc, char **argv) {
@@ -165,6 +182,8 @@ static int option_read(const OptionTable *t, int i, int at, int argc, char **arg
     void *field = option_field(t, i);
     if (t->given) t->given[i] = 1;
     if (o->kind == SWITCH || o->kind == TECHNIQUE) {
+        if (argv == split_kept && behind_equals[at + 1])
+            die("%s=%s: this flag takes no value; write %s alone", flag, argv[at + 1], flag);
         *(int *)field = o->kind == SWITCH;
         return at;
     }
@@ -223,22 +242,6 @@ static void options_print(const OptionTable *t, int techniques, int width) {
         }
         printf("\n");
     }
-}
-
-// The words of the command line with each --flag=value made two; good to the program's end.
-static char **split_words(int *argc, char **argv) {
-    static char **volatile kept;   // reachable to the end, for leak checkers
-    char **words = (char **)alloc_zero(2 * (size_t)*argc + 1, sizeof(char *));
-    int n = 0;
-    kept = words;
-    (void)kept;
-    for (int i = 0; i < *argc; i++) {
-        char *value = i && !strncmp(argv[i], "--", 2) ? strchr(argv[i], '=') : NULL;
-        words[n++] = value ? strndup(argv[i], (size_t)(value - argv[i])) : argv[i];
-        if (value) words[n++] = value + 1;
-    }
-    *argc = n;
-    return words;
 }
 
 static int wants_help(int argc, char **argv) {
