@@ -53,6 +53,7 @@ def write_safetensors(path, meta, tensors):
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     with open(path + ".part", "wb") as f:
         f.write(struct.pack("<Q", len(text)) + text)
         for x in tensors.values():
@@ -345,6 +346,7 @@ def to_pt(options):
         result = {"model": state("model."), "ema": state("ema."), "steps": step,
                   "args": argparse.Namespace(**meta)}
     try:
+        os.makedirs(os.path.dirname(os.path.abspath(options.output)), exist_ok=True)
         torch.save(result, options.output + ".part")
         os.replace(options.output + ".part", options.output)
     except (OSError, RuntimeError) as error:            # torch.save says RuntimeError for a missing folder
@@ -557,8 +559,6 @@ def main(argv=None):
     if not options.command:
         parser.error("a command is needed: from-pt, to-pt, decoder or selftest (--help has examples)")
     try:
-        if "output" in options:
-            os.makedirs(os.path.dirname(os.path.abspath(options.output)), exist_ok=True)
         options.function(options)
     except OSError as error:
         fail("%s: %s" % (error.filename, error.strerror))
