@@ -3152,7 +3152,7 @@ static void acts_layout(Acts *a, DeviceArena *m, const Config *c, int B) {
 // How many matrices of tensor i this rank's Muon takes: of several ranks each has its own tensors
 static int muon_of(const GpuModel *g, int i) {
     const int *owner = g->buckets.owner;
-    return owner && owner[i] != ranks.rank ? 0 : g->base.table.tensors[i].muon;
+    return owner && owner[i] != ranks.rank ? 0 : g->base.table.tensors[i].muon_parts;
 }
 // Sorts Muon's matrices into groups of one shape, on the host
 static void muon_groups(GpuModel *g) {
