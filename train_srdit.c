@@ -2726,7 +2726,7 @@ static void log_line(Training *t) {
     if (t->backend->peak) snprintf(mfu, sizeof(mfu), "    n/a");
     if (peak > 0)
         snprintf(mfu, sizeof(mfu), " %5.1f%%",
-                 100 * 3 * forward_flops(&t->c) * run->batch / (ms / 1000) / peak);
+                 100 * 3 * forward_flops(&t->c) * run->batch / (ms / 1000) / (peak * ranks.size));
     if (!log->lines) log_begin(t);
     if (log->lines++ % 20 == 0)
         printf(
@@ -3005,11 +3005,12 @@ static int train_main(int argc, char **argv, const Backend *backend) {
     run.words = argv;
     run.word_count = argc;
 
-    if (!help) ranks_open();
+    if (!help) ranks_environment(&ranks);
     if (ranks.size > 1 && backend == &cpu_backend)
         die("this was started as one of %d ranks, but only the GPU's trainer has several (make "
             "train_srdit_cu)",
             ranks.size);
+    if (!help) ranks_open();
     const char *model_flag = text_after("--model", argc, argv);   // these two come first, wherever they stand
     run.model = model_flag ? model_flag : "nano";
     run.resume = help ? NULL : text_after("--resume", argc, argv);

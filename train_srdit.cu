@@ -3303,9 +3303,7 @@ static void nccl_open(void) {
     if (!library)
         die("several GPUs need NCCL, which cannot be opened: %s (NCCL_LIBRARY=PATH names one)", dlerror());
 #define FIND(name)                                                                                           \
-    if (!(*(void **)&nccl.name = dlsym(library, "nccl" #name)))                                              \
-    die("NCCL: it has no nccl" #name ": too "                                                                \
-        "old?")
+    if (!(*(void **)&nccl.name = dlsym(library, "nccl" #name))) die("NCCL: it lacks nccl" #name)
     FIND(GetUniqueId);
     FIND(CommInitRankConfig);
     FIND(CommGetAsyncError);
