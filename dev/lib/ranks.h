@@ -335,14 +335,17 @@ static void ranks_exchange(void *all, const void *mine, size_t bytes) {
     char record[RECORD_BYTES] = "";
     memcpy(record, mine, bytes);
     memcpy((char *)all + (size_t)ranks.rank * bytes, mine, bytes);
+    if (ranks.size == 1) return;
     if (ranks.rank) ranks_send_all(RECORD, 0, record, sizeof(record));
-    for (int i = 0; i < ranks.size && ranks.size > 1; i++) {
+    for (int i = 0; i < ranks.size; i++) {
         pthread_mutex_lock(&ranks.lock);
         while (i != ranks.rank && !ranks.filled[i]) pthread_cond_wait(&ranks.changed, &ranks.lock);
         if (i != ranks.rank) memcpy((char *)all + (size_t)i * bytes, ranks.inbox[i], bytes);
         pthread_mutex_unlock(&ranks.lock);
     }
+    pthread_mutex_lock(&ranks.lock);   // nobody sends the next record before it has all of these
     memset(ranks.filled, 0, sizeof(ranks.filled));
+    pthread_mutex_unlock(&ranks.lock);
     for (int i = 0; i < ranks.size && !ranks.rank; i++) {
         memset(record, 0, sizeof(record));
         memcpy(record, (char *)all + (size_t)i * bytes, bytes);
@@ -353,8 +356,8 @@ static void ranks_exchange(void *all, const void *mine, size_t bytes) {
 // What rank 0 says, on every rank
 static int ranks_first(int own) {
     static int all[MAX_RANKS];
-    if (ranks.size > 1) ranks_exchange(all, &own, sizeof(own));
-    return ranks.size > 1 ? all[0] : own;
+    ranks_exchange(all, &own, sizeof(own));
+    return all[0];
 }
 
 // 1: the training ends before step `step` (from 0), since some rank was interrupted. Ranks notice a signal at
