@@ -10,7 +10,7 @@ one thread and one emulated GPU; NCCL is dev/cuda_on_cpu/nccl_cpu.cpp. The model
 every part in it. Two runs agree if no number of their checkpoints (weights, moving average, both moments)
 differs by more than 1e-5 of its tensor's largest: float's sums in another order. The exit status tells.
 """
-import argparse, json, os, random, shutil, signal, socket, subprocess, sys, tempfile, time
+import argparse, json, os, random, resource, shutil, signal, socket, subprocess, sys, tempfile, time
 import numpy as np
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -360,5 +360,7 @@ try:
             print("%-16s %4.0f s" % (t.__name__, time.time() - start), flush=True)
 finally:
     shutil.rmtree(work, ignore_errors=True)
-print("%d checks of several ranks passed, %d failed, %.0f s" % (passed, len(failed), time.time() - begin))
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print("%d checks of several ranks passed, %d failed, %.0f s, of a processor %.0f" % (
+    passed, len(failed), time.time() - begin, used.ru_utime + used.ru_stime))
 sys.exit(1 if failed or not passed else 0)
