@@ -2066,8 +2066,8 @@ static void test_graph(void) {
 }
 
 // The form that newton_schulz has on the GPU, in the type it has there, is no worse than twice the plain one:
-// as far from the polynomial in double, of matrices whose singular values fall off evenly, by 1000 in all, and
-// of such as have a few large ones above noise.
+// as far from the polynomial in double, of matrices whose singular values fall off evenly, by 1000 in all,
+// and of such as have a few large ones above noise.
 static double *plain_poly(const double *of, int m, int n, int rounds) {
     size_t wide = (size_t)(m * n), square = (size_t)(m * m);
     double *X = (double *)alloc_zero(wide, sizeof(double)), *Y = (double *)alloc_zero(wide, sizeof(double)),

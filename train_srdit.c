@@ -208,8 +208,8 @@ static double shift_time(const Config *c, double u) {
     return t < 0 ? 0 : t > 1 ? 1 : t;
 }
 
-// Ends the program over settings. where: the file that has them, whose names they have; NULL: the command line,
-// where they are flags
+// Ends the program over settings. where: the file that has them, whose names they have; NULL: the command
+// line, where they are flags
 static void refuse(const char *where, const char *format, ...)
     __attribute__((noreturn, format(printf, 2, 3)));
 static void refuse(const char *where, const char *format, ...) {
@@ -1613,7 +1613,8 @@ static const double muon_classic[3] = {3.4445, -4.7750, 2.0315};   // the band i
 // X <- P X makes R <- P R P, and several steps are one product with Q, that of all their P: 4 m^2 n + 34 m^3
 // FLOP in place of 20 m^2 n + 10 m^3, fewer from n = 1.5 m on. But R has the squares of the singular values,
 // and small ones are lost in its rounding. In float that is no more than the plain form loses. In bf16 (the
-// GPU's) X and R have to be made anew before the third and the fourth step (dev/README.md): 12 m^2 n + 22 m^3.
+// GPU's) X and R have to be made anew before the third and the fourth step (dev/README.md):
+// 12 m^2 n + 22 m^3.
 enum { ANEW_IN_FLOAT = 1 << 0, ANEW_IN_BF16 = 1 << 0 | 1 << 2 | 1 << 3 };   // bits: the steps
 static int gram_begins(size_t m, size_t n, int anew, int step) { return 2 * n <= 3 * m || anew >> step & 1; }
 static int gram_ends(size_t m, size_t n, int anew, int step) {
