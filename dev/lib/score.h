@@ -519,8 +519,8 @@ static real *scaled_rows(Features x, const double *center, double scale, double 
 // best[i] = the smaller of itself and the distance of row i of x to the nearest row of y. Start with INFINITY
 // and call once, or once for each part of a y that need not be in memory as a whole.
 // Most of the work is done in `real`, by the trainer's product: |y|^2 / 2 - x.y is least for the nearest y.
-// It is off by at most d + 8 roundings of (|x| + |y|)^2, and all rows that lie so near to the least are measured
-// in double.
+// It is off by at most d + 8 roundings of (|x| + |y|)^2, and all rows that lie so near to the least are
+// measured in double.
 static void nearest(double *best, Features x, Features y) {
     features_check(x, 1), features_check(y, 1), features_match(x, y);
     size_t d = x.d, rows = size_min(x.n, 1 + NEAREST_ROOM / y.n);
