@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Every technique of the paper off, one at a time: what is each worth at this size?
+"""Every technique of the paper off, one at a time, or every later part on: what is each worth at this size?
 
   ablations.py                   goes on where the last sitting stopped; Ctrl-C loses the run it is in
   ablations.py --minutes 30      stops before a run that begins later than that
   ablations.py --report          the table of the runs that are there
   ablations.py --track fashion-steps --steps 700 --seeds 5 --csv fashion.csv -- --batch 128
+  ablations.py --beyond --track practice-fashion --tune 0.002 0.004 0.008    the later parts on, one at a time
 
 Each run is one of a track (its rules fix the data, the judge and the samples drawn), with the seeds 1 ...
 N; the words after -- go to every run. Results are rows of a CSV, appended run by run, seed by seed over all
@@ -12,7 +13,10 @@ techniques, so that any number of sittings gives a table; their logs stay beside
 mean score, its deviation between seeds, and the mean difference to all on with the same seed, also in
 standard errors, s / sqrt(n); beside it, what the paper's author logged at ImageNet-256 (B/1, 400K steps,
 one seed, FID): there techniques were ADDED one after the other, so that the two columns answer different
-questions. Needs ./train_srdit (make).
+questions. With --beyond, what --recipe srdit13 switches on is added to the paper's recipe, part by part and
+all together. --tune gives every side the same trials first: one run at each learning rate (Muon's being ten
+times as high), with a seed of its own, and the best rate is that of the seeds 1 ... N. The same command
+twice at once shares the runs out. Needs ./train_srdit (make).
 """
 
 import argparse, csv, fcntl, math, os, subprocess, sys, time
@@ -35,6 +39,15 @@ TECHNIQUES = {
     "label-dropout": (None, None, "in all of its runs"),
     "ema": (None, None, "in all of its runs")
 }
+# What --beyond switches on: the flags, the author's FID without and with it, and a remark
+BEYOND = {
+    "muon": (["--optimizer", "muon"], 3.491, 3.397, ""),
+    "align-depths": (["--align-depths", "2,4"], 3.491, 3.289, ""),
+    "immiscible": (["--immiscible", "8"], 3.139, 3.111, "on Muon, depths and widths"),
+    "mlp-widths": (["--mlp-widths", "2,6"], 3.135, 3.139, "on Muon and depths"),
+    "srdit13": (["--recipe", "srdit13"], 3.491, 3.111, "all of them")
+}
+MUONS, TUNING_SEED = ("muon", "srdit13"), 1000
 FIELDS = ["technique", "seed", "track", "steps", "sources_sha256", "words", "clock_seconds"
           ] + verify.SCORE_KEYS
 
@@ -75,30 +88,41 @@ def clear(folder):
         os.remove(os.path.join(folder, name))
 
 
-def report(rows, metric):
+def rate_of(rows, name, metric):
+    """The learning rate, as its text, at which this side's trial scored best; "" where there were no trials"""
+    trials = [(float(row[metric]), row["technique"].split(" lr ")[1]) for row in rows
+              if row["technique"].startswith(name + " lr ")]
+    return min(trials)[1] if trials else ""
+
+
+def report(rows, metric, beyond):
     """The table"""
-    groups = {}
+    groups, sides, all_on = {}, TECHNIQUES, "all on"
+    if beyond:
+        sides, all_on = {name: side[1:] for name, side in BEYOND.items()}, "paper"
     for row in rows:
         groups.setdefault(row["technique"], {})[row["seed"]] = float(row[metric])
-    need("all on" in groups, "the table", "it has no run with all techniques on yet")
-    first, whole = rows[0], groups["all on"]
+    need(all_on in groups, "the table", 'it has no run of "%s" yet' % all_on)
+    first, whole = rows[0], groups[all_on]
     print("%s on track %s, %s steps%s; sources %s\n" %
           (metric, first["track"], first["steps"], first["words"] and
            ", " + first["words"], first["sources_sha256"][:16]))
-    print("| off | n | %s | difference | in standard errors | author's FID without, with it | |" % metric)
+    print("| %s | n | %s | difference | in standard errors | author's FID without, with it | |" %
+          ("on" if beyond else "off", metric))
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    for name in ["all on"] + list(TECHNIQUES):
-        x = groups.get(name, {})
-        without, with_, why = TECHNIQUES.get(name, (None, None, ""))
+    for name in [all_on] + list(sides):
+        x, rate = groups.get(name, {}), rate_of(rows, name, metric)
+        without, with_, why = sides.get(name, (None, None, ""))
         author = "%.3f, %.3f (%+.3f)" % (without, with_, without - with_) if without else ""
         score = ("%.4g ± %.2g" %
                  (verify.mean_of(list(x.values())), verify.deviation_of(list(x.values()))) if x else "")
         pairs, mean, errors = [x[seed] - whole[seed] for seed in x if seed in whole], "", ""
-        if name != "all on" and pairs:
+        if name != all_on and pairs:
             mean = "%+.4g" % verify.mean_of(pairs)
             error = verify.deviation_of(pairs) / math.sqrt(len(pairs))
             errors = "%+.1f" % (verify.mean_of(pairs) / error) if error > 0 else ""
-        print("| %s | %d | %s | %s | %s | %s | %s |" % (name, len(x), score, mean, errors, author, why))
+        print("| %s%s | %d | %s | %s | %s | %s | %s |" %
+              (name, rate and ", lr " + rate, len(x), score, mean, errors, author, why))
 
 
 def main(argv):
@@ -108,7 +132,9 @@ def main(argv):
     parser.add_argument("--track", default="digits")
     parser.add_argument("--steps", type=int, help="where the track leaves them free")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--only", nargs="+", metavar="TECHNIQUE", choices=list(TECHNIQUES))
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=list(TECHNIQUES) + list(BEYOND))
+    parser.add_argument("--beyond", action="store_true", help="the later parts on, not the paper's off")
+    parser.add_argument("--tune", nargs="+", default=[], metavar="LR", help="learning rates tried on each side")
     parser.add_argument("--csv", default="ablations.csv")
     parser.add_argument("--logs", help="folder of the runs [beside the CSV, its name without .csv]")
     parser.add_argument("--train", default=os.path.join(verify.ROOT, "train_srdit"))
@@ -121,8 +147,12 @@ def main(argv):
     rows = read_rows(options.csv)
     if options.report:
         need(rows, options.csv, "it has no runs yet")
-        return report(rows, options.metric)
+        return report(rows, options.metric, options.beyond)
 
+    all_on, sides = ("paper", BEYOND) if options.beyond else ("all on", TECHNIQUES)
+    for name in options.only or []:
+        need(name in sides, "--only", "%s is %s" % (name, "off with --no-%s, without --beyond" % name
+                                                    if options.beyond else "one of --beyond"))
     program, words = os.path.abspath(options.train), list(extra)
     need(os.path.exists(program), program, "it is not there; make builds it")
     if options.steps:
@@ -137,38 +167,59 @@ def main(argv):
                 "its runs are of %s %s, and these would be of %s; name another --csv" %
                 (key, row[key] or '""', mine or '""'))
     folder = os.path.abspath(options.logs or os.path.splitext(options.csv)[0] + ".runs")
-    done, began = {(row["technique"], row["seed"]) for row in rows}, time.monotonic()
-    for seed in range(1, options.seeds + 1):
-        for name in ["all on"] + (options.only or list(TECHNIQUES)):
-            if (name, str(seed)) in done:
-                continue
-            if time.monotonic() - began > 60 * options.minutes:
-                print("%g minutes are over; the same command goes on" % options.minutes)
-                return report(read_rows(options.csv), options.metric)
-            out = os.path.join(folder, "%s-%d" % (name.replace(" ", "-"), seed))
-            log = os.path.join(out, "track.log")
-            if not os.path.exists(log):  # else its row was not written any more
-                command = [program, "--track", options.track, "--seed", str(seed), "--out", out] + words
-                command += [] if name == "all on" else ["--no-" + name]
-                clear(out)
-                print("%s off, seed %d" % (name, seed) if name != "all on" else "all on, seed %d" % seed,
-                      flush=True)
-                made = subprocess.run(command, cwd=verify.ROOT, stdout=subprocess.DEVNULL)
-                need(made.returncode == 0, out, "the run ended with status %d" % made.returncode)
-            run = verify.Log(log)
-            need((run.sources_sha, run.seed) == (sources, str(seed)), log, "it is of another program or seed")
-            row = {
-                "technique": name,
-                "seed": seed,
-                "track": options.track,
-                "steps": run.settings["steps"],
-                "sources_sha256": sources,
-                "words": text,
-                "clock_seconds": run.run["clock_seconds"]
-            }
-            row.update({key: "%.17g" % run.number(run.scores, key) for key in verify.SCORE_KEYS})
-            append(options.csv, row)
-    report(read_rows(options.csv), options.metric)
+    began = time.monotonic()
+
+    def side_flags(name, rate):
+        flags = (BEYOND[name][0] if name in BEYOND else ["--no-" + name]) if name != all_on else []
+        muon = ["--muon-lr", "%g" % (10 * float(rate))] if rate and name in MUONS else []
+        return flags + (["--lr", rate] if rate else []) + muon
+
+    names = [all_on] + (options.only or list(sides))
+    runs = [(name + " lr " + rate, TUNING_SEED, name, rate) for rate in options.tune for name in names]
+    runs += [(name, seed, name, None) for seed in range(1, options.seeds + 1) for name in names]
+    for title, seed, name, rate in runs:
+        if time.monotonic() - began > 60 * options.minutes:
+            print("%g minutes are over; the same command goes on" % options.minutes)
+            break
+        out = os.path.join(folder, "%s-%d" % (title.replace(" ", "-"), seed))
+        log = os.path.join(out, "track.log")
+        os.makedirs(folder, exist_ok=True)
+        lock = open(out + ".lock", "w")   # until the next run or the end
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue                      # another sitting makes it
+        known = read_rows(options.csv)
+        trials = {row["technique"] for row in known if row["technique"].startswith(name + " lr ")}
+        if (title, str(seed)) in {(row["technique"], row["seed"]) for row in known}:
+            continue
+        if rate is None and len(trials) < len(options.tune):
+            print("%s, seed %d: its trials are not all there yet; the same command goes on" % (name, seed))
+            continue
+        if not os.path.exists(log):  # else its row was not written any more
+            rate = rate_of(known, name, options.metric) if rate is None else rate
+            command = [program, "--track", options.track, "--seed", str(seed), "--out", out] + words
+            clear(out)
+            off = " off" if name != all_on and not options.beyond else ""
+            print("%s%s, seed %d" % (title, off, seed), flush=True)
+            made = subprocess.run(command + side_flags(name, rate), cwd=verify.ROOT, stdout=subprocess.DEVNULL)
+            need(made.returncode == 0, out, "the run ended with status %d" % made.returncode)
+        run = verify.Log(log)
+        need((run.sources_sha, run.seed) == (sources, str(seed)), log, "it is of another program or seed")
+        row = {
+            "technique": title,
+            "seed": seed,
+            "track": options.track,
+            "steps": run.settings["steps"],
+            "sources_sha256": sources,
+            "words": text,
+            "clock_seconds": run.run["clock_seconds"]
+        }
+        row.update({key: "%.17g" % run.number(run.scores, key) for key in verify.SCORE_KEYS})
+        append(options.csv, row)
+    rows = read_rows(options.csv)
+    if all_on in {row["technique"] for row in rows}:
+        report(rows, options.metric, options.beyond)
 
 
 if __name__ == "__main__":

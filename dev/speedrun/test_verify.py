@@ -523,6 +523,18 @@ def test_ablations(work):
         f.write("\n".join(rows[:4]) + "\n" + rows[4][:40])
     check("a row that is cut", "line 5 is not whole" in call_ablations("--report")[0],
           call_ablations("--report")[0])
+    os.remove(table)
+    beyond = ("--beyond", "--tune", "0.002", "0.05", "--seeds", "1", "--only", "muon")
+    sentence, said = call_ablations("--minutes", "0", *beyond, "--", *TINY)
+    check("no minute left: no run", sentence == "" and not os.path.exists(table), sentence or said)
+    sentence, said = call_ablations(*beyond, "--", *TINY)
+    check("later parts: four trials, two runs", sentence == "" and said.count("seed 1000") == 4 and
+          said.count("seed 1\n") == 2 and "| muon, lr 0.05 | 1 |" in said, sentence or said)
+    with open(os.path.join(work, "ablations.runs", "muon-1", "track.log"), encoding="utf-8") as f:
+        command = f.read().split("\ncommand ")[1].split("\n")[0]
+    check("Muon's rate is ten times as high", "--lr 0.05 --muon-lr 0.5" in command, command)
+    check("a part that is of the other table", "without --beyond" in
+          call_ablations("--beyond", "--only", "rope", "--", *TINY)[0])
     with open(table, "w") as f:
         f.write("x,y\n")
     check("another table", "columns" in call_ablations("--report")[0])
