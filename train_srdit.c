@@ -2863,9 +2863,11 @@ static int report_end(Training *t) {
     if (ranks.size > 1 && t->step > t->first) ranks_report(t);
     int lacks = ranks_first(!ranks.rank && folder_lacks_picture(&t->folder));
     if (!ranks.rank && (t->step > t->first || lacks)) curve_write(t->folder.curve, t->folder.log);
-    if (interrupted && t->step == t->first)
+    // What follows all do alike: a signal in the last steps reaches one rank now and another never.
+    int cut_short = ranks_first(interrupted);
+    if (cut_short && t->step == t->first)
         printf("\ninterrupted before the first step; nothing was written to %s\n", t->folder.name);
-    else if (interrupted) {
+    else if (cut_short) {
         printf("\ninterrupted after step %d; to go on:  ", t->step);
         print_again(&t->run, t->folder.checkpoint);
     } else if (t->step > t->first) {
@@ -2877,7 +2879,7 @@ static int report_end(Training *t) {
         if (lacks) good = write_samples(t);   // it was stopped while drawing
     } else printf("no step was asked for, and nothing was written to %s\n", t->folder.name);
     if (t->folder.made && t->step == t->first) rmdir(t->folder.name);   // if nothing is in it
-    return interrupted ? 130 : !good;
+    return cut_short || interrupted ? 130 : !good;
 }
 
 // Ends the program where --export would replace what the run reads or writes, or another checkpoint.
