@@ -2985,6 +2985,7 @@ static void training_close(Training *t) {
     loader_stop(&t->loader);
     for (int i = 0; i < 2; i++)
         if (t->loader.batch[i]) batch_free(t->loader.batch[i]);
+    ranks_first(0);   // rank 0 may have drawn or written for long; NCCL is left by all at once
     t->backend->destroy(t->model);
     data_close(t->data);
     if (!ranks.rank) close(t->folder.lock);
