@@ -3275,12 +3275,16 @@ static struct {
     decltype(&ncclGroupEnd) GroupEnd;
 } nccl;
 static ncclComm_t comm;
+// NCCL takes calls with one communicator from one thread at a time; the listening thread asks after it, too.
+static pthread_mutex_t nccl_lock = PTHREAD_MUTEX_INITIALIZER;
 
 // Calls return before they are done; a rank that does not come is waited for until the deadline.
 static void check_nccl(ncclResult_t r, const char *call) {
     double end = now_seconds() + ranks.deadline;
     for (; r == ncclInProgress && comm; usleep(100)) {
-        if (now_seconds() > end) die("NCCL: %s has not ended within %.0f s", call, ranks.deadline);
+        if (now_seconds() > end)
+            die("NCCL: %s has not ended within %.0f s (RANKS_DEADLINE=SECONDS waits longer)", call,
+                ranks.deadline);
         ncclResult_t asked = nccl.CommGetAsyncError(comm, &r);
         if (asked != ncclSuccess) r = asked;
     }
@@ -3288,14 +3292,19 @@ static void check_nccl(ncclResult_t r, const char *call) {
         die("NCCL: %s: %s (%s); NCCL_DEBUG=INFO says more", call, nccl.GetErrorString(r),
             nccl.GetLastError(NULL));
 }
-#define CHECK_NCCL(call, ...) check_nccl(nccl.call(__VA_ARGS__), #call)
-// What the listening thread asks every second (dev/lib/ranks.h)
+#define CHECK_NCCL(call, ...)                                                                                \
+    (pthread_mutex_lock(&nccl_lock), check_nccl(nccl.call(__VA_ARGS__), #call),                              \
+     pthread_mutex_unlock(&nccl_lock))
+// What the listening thread asks every second (dev/lib/ranks.h); while a call is under way, that one asks.
 static int nccl_trouble(char text[1024]) {
-    ncclResult_t r = ncclSuccess;
-    if (nccl.CommGetAsyncError(comm, &r) == ncclSuccess && (r == ncclSuccess || r == ncclInProgress))
-        return 0;
-    snprintf(text, 1024, "NCCL: %s (%s)", nccl.GetErrorString(r), nccl.GetLastError(NULL));
-    return 1;
+    ncclResult_t r = ncclSuccess, asked = ncclSuccess;
+    if (pthread_mutex_trylock(&nccl_lock)) return 0;
+    if (comm) asked = nccl.CommGetAsyncError(comm, &r);
+    if (asked != ncclSuccess) r = asked;
+    int bad = r != ncclSuccess && r != ncclInProgress;
+    if (bad) snprintf(text, 1024, "NCCL: %s (%s)", nccl.GetErrorString(r), nccl.GetLastError(NULL));
+    pthread_mutex_unlock(&nccl_lock);
+    return bad;
 }
 static void nccl_open(void) {
     const char *path = getenv("NCCL_LIBRARY");
@@ -3332,10 +3341,11 @@ static void nccl_open(void) {
     ranks.trouble = nccl_trouble;
 }
 static void nccl_close(void) {
-    ranks.trouble = NULL;
     CHECK_NCCL(CommFinalize, comm);   // polled; then there is nothing left that could fail
+    pthread_mutex_lock(&nccl_lock);
     nccl.CommDestroy(comm);
-    comm = NULL;
+    comm = NULL;   // nccl_trouble asks no more
+    pthread_mutex_unlock(&nccl_lock);
 }
 // In place, on ranks_stream: all[size][n] of which this rank has its own, sums of it, and sums of all
 static void ranks_gather(float *all, size_t n) {
