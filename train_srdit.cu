@@ -3413,7 +3413,8 @@ static void muon_broadcast(GpuModel *g, float *block, size_t begin, size_t end) 
 }
 // Where the buckets begin: borders between tensors, moved to a multiple of 64 `size`. They move up, so that
 // the bucket before gets a little of what has its gradient earlier and whose weights may come early; but
-// that of what lies behind a decoder moves down, since its gradients come after the decoder's.
+// that of what lies behind a decoder moves down, since its gradients come after the decoder's. (Without one
+// the projector's first numbers come with the last run of g, and are needed before: projector_forward.)
 static void buckets_plan(GpuModel *g) {
     const Config *c = &g->base.c;
     Buckets *b = &g->buckets;
@@ -3678,7 +3679,8 @@ static void projector_forward(GpuModel *g, const Params *w, int B) {
     Acts *a = &g->a;
     int D = c->hidden_size, M = c->projector_dim, Z = c->z_dim, N = align_rows(c, B);
     const floatX *x = a->E_low + (size_t)align_first(c, B) * D;
-    buckets_await(g, g->buckets.count - 1, g->buckets.count - 1);
+    int last = g->buckets.count - 1;
+    buckets_await(g, last - !c->num_h, last);   // without a decoder p0_w begins in the bucket before
     linear_forward<floatX>(a->p0, x, low(g, w->p0_w), low(g, w->p0_b), N, D, M);
     silu_forward<floatX>(a->p0_silu, a->p0, (size_t)N * M);
     linear_forward<floatX>(a->p2, a->p0_silu, low(g, w->p2_w), low(g, w->p2_b), N, M, M);
