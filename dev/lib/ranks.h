@@ -10,8 +10,9 @@
 //   ranks_close         waits for all and says goodbye
 //
 // From ranks_open to ranks_close a thread listens. A rank that dies by die() tells the others why; one that
-// is killed shows by its closed connection, one that hangs or is cut off by its silence. Each of these ends
-// every rank with one sentence that names it, within 30 seconds.
+// is killed shows by its closed connection, one that is stopped or cut off by its silence. Each of these ends
+// every rank with one sentence that names it, within 30 seconds. But a rank whose training hangs, for a disk
+// or a GPU, still gives signs of life, and is waited for.
 #ifndef SRDIT_RANKS_H
 #define SRDIT_RANKS_H
 #include "base.h"
