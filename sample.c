@@ -1444,7 +1444,7 @@ static int sample_main(int argc, char **argv, const Painter *painter) {
 
     Outputs outputs;
     outputs_open(&outputs, &r, &source, &classes, &settings, &layout, batch);
-    catch_interrupts();
+    catch_interrupts(0);
     double seconds = painter->draw_all(&outputs, backend, m, &sampling, batch);
     outputs_close(&outputs);
     print_times(&outputs, &sampling, seconds);

@@ -3065,7 +3065,7 @@ static int train_main(int argc, char **argv, const Backend *backend) {
     data_check(d, &c);
     Training t = training_open(&c, &run, backend, d, resume, step);
     print_start(&t);
-    catch_interrupts();
+    catch_interrupts(ranks.size > 1);
     if (track) track_warm_up(track, &t);
     train(&t);
     int status = report_end(&t);

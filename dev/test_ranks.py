@@ -224,7 +224,9 @@ def roll_call():
     all_end("rank 1 hangs", ranks, "rank 1 on", dead=[1], within=15)
     ranks = Ranks(3, ["count"], program=CHECK)
     time.sleep(1)
-    ranks.processes[2].send_signal(signal.SIGINT)
+    for _ in range(2):   # by the terminal, and by torchrun
+        ranks.processes[2].send_signal(signal.SIGINT)
+        time.sleep(0.002)
     results = ranks.wait()
     counts = {r[2].split(":")[-1] for r in results}
     check("one is interrupted: all stop at the same step", all(r[0] == 0 for r in results) and len(counts) == 1,

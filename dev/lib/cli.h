@@ -264,17 +264,19 @@ static const char *text_after(const char *flag, int argc, char **argv) {
 // ----------------------------------------------------------------------------------------------------------
 // Ctrl-C, threads
 
-// 1 after the first Ctrl-C, SIGTERM or SIGHUP; the second ends the program
+// 1 after the first Ctrl-C, SIGTERM or SIGHUP
 static volatile sig_atomic_t interrupted;
 static void on_interrupt(int signal) { (void)signal, interrupted = 1; }
+// The second Ctrl-C ends the program, unless it was started as one of several ranks: torchrun sends its
+// processes a Ctrl-C that the terminal has sent them already, and in the end a signal that nobody catches.
 // Signals that were ignored when the program began (by nohup, say) stay so. A reader of our output that ends
 // must not end a training: what is lost then is said at the end.
-static void catch_interrupts(void) {
+static void catch_interrupts(int one_of_several) {
     static const int signals[] = {SIGINT, SIGTERM, SIGHUP};
     struct sigaction action, before;
     memset(&action, 0, sizeof(action));
     action.sa_handler = on_interrupt;
-    action.sa_flags = (int)SA_RESETHAND;
+    action.sa_flags = one_of_several ? 0 : (int)SA_RESETHAND;
     for (int i = 0; i < 3; i++) {
         sigaction(signals[i], NULL, &before);
         if (before.sa_handler != SIG_IGN) sigaction(signals[i], &action, NULL);
