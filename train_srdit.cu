@@ -3327,17 +3327,18 @@ static void nccl_open(void) {
     FIND(GroupStart);
     FIND(GroupEnd);
 #undef FIND
-    // With this every rank's ncclGetUniqueId gives the same handle, and rank 0 listens there. Rings add in
-    // one order; other algorithms are left to who sets NCCL_ALGO.
-    char where[300];
-    snprintf(where, sizeof(where), "%s:%d", ranks.host, ranks.port + 1);
-    setenv("NCCL_COMM_ID", where, 0);
+    // Rings add in one order; other algorithms are left to who sets NCCL_ALGO.
     setenv("NCCL_ALGO", "Ring", 0);
-    ncclUniqueId id;
+    // Rank 0's NCCL listens at an address of its choice (NCCL_SOCKET_IFNAME), which its handle tells the
+    // others.
+    static ncclUniqueId handles[MAX_RANKS];
+    ncclUniqueId own;
+    memset((void *)&own, 0, sizeof(own));
+    if (!ranks.rank) CHECK_NCCL(GetUniqueId, &own);
+    ranks_exchange(handles, &own, sizeof(own));
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
     config.blocking = 0;
-    CHECK_NCCL(GetUniqueId, &id);
-    CHECK_NCCL(CommInitRankConfig, &comm, ranks.size, id, ranks.rank, &config);
+    CHECK_NCCL(CommInitRankConfig, &comm, ranks.size, handles[0], ranks.rank, &config);
     ranks.trouble = nccl_trouble;
 }
 static void nccl_close(void) {

@@ -42,10 +42,10 @@ def test(f):
 # Starting ranks
 
 def free_port():
-    """Of three neighbours that are free: torchrun's, NCCL's, and where the ranks meet"""
+    """Of two neighbours that are free: torchrun's, and where the ranks meet"""
     while True:
         port = random.randrange(20000, 30000)
-        sockets = [socket.socket() for _ in range(3)]
+        sockets = [socket.socket() for _ in range(2)]
         try:
             for i, s in enumerate(sockets):
                 s.bind(("", port + i))
@@ -234,7 +234,7 @@ def roll_call():
     port = free_port()
     with socket.socket() as other:   # what an earlier run left, or another program
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        other.bind(("", port + 2))
+        other.bind(("", port + 1))
         other.listen()
         all_end("the port is taken", Ranks(2, ["end"], program=CHECK, port=port), "port", within=25)
     all_end("two say they are rank 1", Ranks(3, ["wait"], {2: (["wait"], {"RANK": "1"})}, program=CHECK),

@@ -2,7 +2,8 @@
 // A library of its own, which an emulated program opens as it would the real one (libnccl.so.2); nccl.h is the
 // real one, so that declarations agree. Sums are taken in the order of the ranks.
 //
-// Processes meet in a file in /dev/shm named by NCCL_COMM_ID, which rank 0 makes, and removes when all are there.
+// Processes meet in a file in /dev/shm named by the handle that ncclGetUniqueId makes up; rank 0 makes it,
+// and removes it when all are there.
 // As with the real one, whoever has been left alone waits for ever: a deadline is the program's business.
 // Communicators are non-blocking: as long as a process is missing, ncclCommGetAsyncError says ncclInProgress.
 #include <cuda_runtime.h>
@@ -17,6 +18,7 @@
 #include <string.h>
 #include <string>
 #include <sys/mman.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { SLOT = 1 << 18, MOST = 64, MAGIC = 0x6e63636c };
@@ -97,10 +99,10 @@ static ncclResult_t queue(cudaStream_t s, std::function<void()> work) {
 
 extern "C" {
 ncclResult_t ncclGetUniqueId(ncclUniqueId *id) {
-    const char *where = getenv("NCCL_COMM_ID");
+    timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
     memset((void *)id, 0, sizeof *id);
-    if (!where) return ncclInvalidUsage;        // the real one would make one up, to be sent to the others
-    snprintf(id->internal, sizeof id->internal, "%s", where);
+    snprintf(id->internal, sizeof id->internal, "%d.%lld.%ld", (int)getpid(), (long long)now.tv_sec, now.tv_nsec);
     return ncclSuccess;
 }
 ncclResult_t ncclCommInitRankConfig(ncclComm_t *comm, int size, ncclUniqueId id, int rank, ncclConfig_t *config) {

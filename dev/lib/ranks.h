@@ -30,7 +30,7 @@ enum { MAX_RANKS = 1024, RECORD_BYTES = 512, AHEAD = 4 };
 typedef struct {
     int rank, size, local;             // size 1: alone; local: among those of this machine
     char host[256];                    // where rank 0 is
-    int port;                          // MASTER_PORT; the next is NCCL's, the one after it ours
+    int port;                          // MASTER_PORT, which may be its starter's own; the next is ours
     double deadline;                   // seconds that a silent or missing rank is waited for
     const char *checkpoint;            // the last one, for last words; NULL: there is none yet
     int (*trouble)(char text[1024]);   // asked now and then: 1 and a sentence, if something is wrong
@@ -87,8 +87,8 @@ static void ranks_environment(Ranks *r) {
     if (by == 2 && getenv("SLURM_JOB_ID")) job = getenv("SLURM_JOB_ID");
     uint32_t hash = 0;
     for (const char *s = by && job ? job : ""; *s; s++) hash = hash * 31 + (unsigned char)*s;
-    r->port = getenv("MASTER_PORT") || !by ? environment_number("MASTER_PORT", 1024, 65533)
-                                           : 20000 + (int)(hash % 4000) * 3;
+    r->port = getenv("MASTER_PORT") || !by ? environment_number("MASTER_PORT", 1024, 65534)
+                                           : 20000 + (int)(hash % 6000) * 2;
     if (getenv("RANKS_DEADLINE")) r->deadline = environment_number("RANKS_DEADLINE", 1, 86400);
 }
 
@@ -232,7 +232,7 @@ static void ranks_hear(int i, int fd, const Frame *f) {
 // Rank 0 waits for all the others.
 static void ranks_await(double end) {
     struct sockaddr_in6 any;
-    int port = ranks.port + 2, on = 1, off = 0, missing = ranks.size - 1;
+    int port = ranks.port + 1, on = 1, off = 0, missing = ranks.size - 1;
     int all = socket(AF_INET6, SOCK_STREAM | SOCK_CLOEXEC, 0);
     memset(&any, 0, sizeof(any));
     any.sin6_family = AF_INET6, any.sin6_port = htons((uint16_t)port), any.sin6_addr = in6addr_any;
@@ -288,7 +288,7 @@ static void ranks_call(double end) {
     struct addrinfo hints, *found = NULL;
     memset(&hints, 0, sizeof(hints));
     hints.ai_socktype = SOCK_STREAM;
-    snprintf(port, sizeof(port), "%d", ranks.port + 2);
+    snprintf(port, sizeof(port), "%d", ranks.port + 1);
     gethostname(name, sizeof(name) - 1);
     int error = 0;
     for (;; usleep(100000)) {
