@@ -14,7 +14,10 @@ NVCC     ?= $(shell command -v nvcc 2>/dev/null || ls /usr/local/cuda/bin/nvcc 2
 
 # -fno-math-errno lets sqrt be one instruction, and -fno-trapping-math lets gcc turn a comparison of floats into a
 # vector's (AVX2 has no masks): nothing here reads errno or the exception flags. No fast-math: NaN must stay NaN.
-CFLAGS   := -std=gnu11 -g $(if $(filter yes,$(NATIVE)),$(OPTIMIZE),-O3) -fno-math-errno -fno-trapping-math $(WARN)
+# Tuning for AMD's Zen, gcc rounds the products of a sum apart where the sum stands alone (as of one row and one
+# vector), so that a row's bits would depend on how many rows are multiplied beside it: never.
+FMA      ?= $(if $(call probe,$(empty_main),-Werror --param=avoid-fma-max-bits=0),--param=avoid-fma-max-bits=0)
+CFLAGS   := -std=gnu11 -g $(if $(filter yes,$(NATIVE)),$(OPTIMIZE),-O3) -fno-math-errno -fno-trapping-math $(FMA) $(WARN)
 CFLAGS   += $(if $(filter yes,$(OPENMP)),-fopenmp,-Wno-unknown-pragmas)
 LDLIBS   := -lm -pthread
 LIB      := $(wildcard dev/lib/*.h)

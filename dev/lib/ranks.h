@@ -328,7 +328,9 @@ static void ranks_open(void) {
     if (pthread_create(&ranks.thread, NULL, ranks_listen, NULL))
         die("the thread that listens to the other ranks cannot be started");
     // every rank's line in one place, rank 0's terminal; what the others would print it prints too
-    if (ranks.rank && !freopen("/dev/null", "w", stdout)) die("/dev/null cannot be opened");
+    int null = ranks.rank ? open("/dev/null", O_WRONLY | O_CLOEXEC) : -1;
+    if (ranks.rank && (null < 0 || dup2(null, STDOUT_FILENO) < 0)) die("/dev/null cannot be opened");
+    if (null >= 0) close(null);
 }
 
 // all[size][bytes]: each rank's record `mine`, of at most RECORD_BYTES. Returns when all have given theirs.
