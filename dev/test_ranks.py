@@ -265,6 +265,10 @@ def parts():
                  env={"CUDA_CPU_ASYNC": "1"} if name == "late" else {}):
             agree(out, "two-" + name)
 
+    # without a decoder the last bucket begins within the projector, which 3 does not divide
+    if train(3, "three-no-h", ["--num-h", "0", "--steps", "3"], env={"CUDA_CPU_ASYNC": "1"}):
+        agree("one-no-h", "three-no-h")
+
 def gone_on(begun, folder, size, args):
     """A copy of a run, gone on with by `size` ranks"""
     shutil.copytree(os.path.join(work, begun), os.path.join(work, folder))
