@@ -210,9 +210,8 @@ static double shift_time(const Config *c, double u) {
 
 // Ends the program over settings. where: the file that has them, whose names they have; NULL: the command
 // line, where they are flags
-static void refuse(const char *where, const char *format, ...)
-    __attribute__((noreturn, format(printf, 2, 3)));
-static void refuse(const char *where, const char *format, ...) {
+__attribute__((noreturn, format(printf, 2, 3))) static void refuse(const char *where, const char *format,
+                                                                   ...) {
     char text[512], flags[1024];
     va_list list;
     va_start(list, format);
@@ -2926,12 +2925,11 @@ static void settings_agree(const Config *c, const Run *run, const Data *d, const
             enum Kind kind = tables[k].options[i].kind;
             if (kind == TEXT || kind == LIST || !strcmp(tables[k].options[i].name, "threads")) continue;
             option_text(text, &tables[k], i);
-            for (const char *s = text; *s; s++) own.flags = (own.flags ^ (unsigned char)*s) * 1099511628211u;
-            own.flags = own.flags * 1099511628211u + 1;
+            own.flags = print_bytes(own.flags, (const uint8_t *)text, strlen(text) + 1, 1);
         }
     if (run->export_to) own.flags++;
-    for (size_t i = 0; resume && i < resume->size; i += 1 + resume->size / 65536)
-        own.start = (own.start ^ ((const unsigned char *)resume->map)[i]) * 1099511628211u;
+    if (resume)
+        own.start = print_bytes(0, (const uint8_t *)resume->map, resume->size, 1 + resume->size / 65536);
     ranks_exchange(all, &own, sizeof(own));
     for (int i = 1; i < ranks.size; i++) {
         if (all[i].flags != all[0].flags) die("rank %d was started with other flags than rank 0", i);

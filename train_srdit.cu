@@ -4716,9 +4716,10 @@ static Losses read_losses(Model *model) {
     GpuModel *g = gpu_of(model);
     const Config *c = &model->c;
     DeviceLosses d;
-    double shared[5];
+    double shared[5] = {0};
     CHECK(cudaMemcpyAsync(&d, g->losses, sizeof(d), cudaMemcpyDeviceToHost, stream));
-    CHECK(cudaMemcpyAsync(shared, g->shared, sizeof(shared), cudaMemcpyDeviceToHost, stream));
+    if (ranks.size > 1)
+        CHECK(cudaMemcpyAsync(shared, g->shared, sizeof(shared), cudaMemcpyDeviceToHost, stream));
     CHECK(cudaMemsetAsync(g->losses, 0, offsetof(DeviceLosses, bad_step), stream));   // which stays
     CHECK(cudaStreamSynchronize(stream));
     if (ranks.size > 1) d.denoise = shared[1], d.cls = shared[2], d.align = shared[3], d.cfm = shared[4];

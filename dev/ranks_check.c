@@ -4,8 +4,8 @@
 
 int main(int argc, char **argv) {
     const char *what = argc > 1 ? argv[1] : "end";
+    ranks_environment(&ranks);
     if (!strcmp(what, "who")) {
-        ranks_environment(&ranks);
         printf("%d %d %d %s %d\n", ranks.rank, ranks.size, ranks.local, ranks.host, ranks.port);
         return 0;
     }

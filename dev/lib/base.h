@@ -53,8 +53,8 @@ typedef float real;
 #define HOST_DEVICE
 #endif
 
-static void (*before_death)(
-    const char *text);   // what die() does first: one of several ranks tells the others
+// What die() does first: one of several ranks tells the others
+static void (*before_death)(const char *text);
 
 // One sentence on stderr and the end: for mistakes of the user's, and for a machine that cannot go on. What
 // it quotes may come from a hostile file, so control characters do not reach the terminal.

@@ -316,8 +316,8 @@ static void ranks_call(double end) {
         freeaddrinfo(found);
     }
 }
+// After ranks_environment
 static void ranks_open(void) {
-    ranks_environment(&ranks);
     if (ranks.size == 1) return;
     pthread_mutex_init(&ranks.lock, NULL), pthread_mutex_init(&ranks.send_lock, NULL);
     pthread_cond_init(&ranks.changed, NULL);
