@@ -1,10 +1,9 @@
 // From a checkpoint to pictures: the sampler's front end, and the decoder of the INVAE latents.
 //
-// What this file is: the convolutional decoder that turns ImageNet latents into pixels, the solvers that
-// train_srdit.c lacks (Euler and Heun on the probability-flow ODE), the command line, and the places where
-// pictures can go (a PNG grid, one PNG each, an .npz for the ADM evaluator, latents, the terminal). What it
-// refuses to become: an image library. The network and Euler-Maruyama are train_srdit.c's; the formats of
-// files and terminals are dev/lib's.
+// What this file is: the convolutional decoder that turns ImageNet latents into pixels, the command line, and
+// the places where pictures can go (a PNG grid, one PNG each, an .npz for the ADM evaluator, latents, the
+// terminal). What it refuses to become: an image library. The network and the samplers are train_srdit.c's;
+// the formats of files and terminals are dev/lib's.
 //
 // sample.cu draws and decodes on a GPU; it includes this file for everything else.
 //
@@ -544,8 +543,9 @@ typedef struct {
 #define SAMPLE_OPTION(name, field, kind, low, high, help)                                                    \
     { name, kind, offsetof(SampleRun, field), low, high, FREE, help, 0, NULL }
 static const Option sample_options[] = {
-    SAMPLE_OPTION("sampler", sampler, TEXT, 0, 0,
-                  "em: stochastic Euler-Maruyama, as the paper scores; or the ODE with euler or heun [em]"),
+    SAMPLE_OPTION(
+        "sampler", sampler, TEXT, 0, 0,
+        "em: stochastic Euler-Maruyama, as the paper scores; or the ODE with euler, heun or ab2 [em]"),
     SAMPLE_OPTION("steps", steps, WHOLE, 1, 1e6, "steps from noise to data; 250 to score"),
     SAMPLE_OPTION("cfg", cfg, NUMBER, 1, 1000, "classifier-free guidance; 1: none"),
     SAMPLE_OPTION("cls_cfg", cls_cfg, NUMBER, -1, 1000,
@@ -573,7 +573,7 @@ static const Option sample_options[] = {
                   "for the ADM evaluator; the same command goes on with what an interrupted one left"),
     SAMPLE_OPTION("latents", latents, TEXT, 0, 0, "safetensors with what the network made, undecoded"),
     SAMPLE_OPTION("score", score, TEXT, 0, 0,
-                  "compare 10000 pictures, or --num, with the held-out ones of this data shard; by heun, 6 "
+                  "compare 10000 pictures, or --num, with the held-out ones of this data shard; by ab2, 6 "
                   "steps, unless --sampler or --steps is given"),
     SAMPLE_OPTION("judge", judge, TEXT, 0, 0, "the network that scores [the data set's own]"),
     SAMPLE_OPTION("show", show, SWITCH, 0, 0, "show the pictures in the terminal"),
@@ -610,6 +610,10 @@ static void sample_help(const char *program, SampleRun *r) {
     printf("\nThe same seed makes the same pictures whatever --batch and --threads are.\n");
 }
 
+static int evaluations_of(const SampleRun *r) {
+    return strcmp(r->sampler, "heun") ? r->steps : 2 * r->steps - 1;
+}
+
 // Reads the command line; what contradicts itself is a mistake. Without an output it will be pictures.png
 // beside the checkpoint; without a checkpoint the newest run's, which is named.
 static void sample_flags(SampleRun *r, int argc, char **argv) {
@@ -617,10 +621,10 @@ static void sample_flags(SampleRun *r, int argc, char **argv) {
     int given[sizeof(sample_options) / sizeof(sample_options[0])] = {0};
     table.given = given;
     options_parse(&table, 1, &r->checkpoint, argc, argv);
-    if (strcmp(r->sampler, "em") && strcmp(r->sampler, "euler") && strcmp(r->sampler, "heun"))
-        die("--sampler %s: there is no such sampler; there are em, euler and heun", r->sampler);
+    if (strcmp(r->sampler, "em") && solver_of(r->sampler) < 0)
+        die("--sampler %s: there is no such sampler; there are em, euler, heun and ab2", r->sampler);
     if (r->score && !given[option_find(&table, "sampler")] && !given[option_find(&table, "steps")])
-        r->sampler = "heun", r->steps = 6;   // as good a score as the paper's 50 steps (data/README.md)
+        r->sampler = "ab2", r->steps = 6;   // as good a score as the paper's 50 steps (data/README.md)
     static const char *const guiding[] = {"cls_cfg", "guidance_low", "guidance_high", "no_path_drop"};
     for (int i = 0; i < 4 && r->cfg <= 1; i++)
         if (given[option_find(&table, guiding[i])]) {
@@ -1291,8 +1295,7 @@ static void print_plan(const SampleRun *r, const Source *s, const Model *m, cons
         printf("%s: %d x %d to %d x %d pixels, %.0f MB of weights, %.0f MB of maps\n", r->decoder, S, S, s->H,
                s->W, (double)s->decoder->weight_bytes / 1e6,
                3.0 * (double)decoder_map_elements(s->decoder, S, S) * sizeof(real) / 1e6);
-    printf("sampler %s, %d steps, %d evaluations; ", r->sampler, r->steps,
-           strcmp(r->sampler, "heun") ? r->steps : 2 * r->steps - 1);
+    printf("sampler %s, %d steps, %d evaluations; ", r->sampler, r->steps, evaluations_of(r));
     if (r->cfg > 1)
         printf("cfg %g, cls-cfg %g, t %g to %g, path drop %s; ", r->cfg, r->cls_cfg, r->low, r->high,
                r->no_path_drop ? "off" : "on");
@@ -1337,7 +1340,7 @@ static double decoder_flops(const Decoder *d, int h, int w) {
 
 // What there is to compute, and what it would take at the peak of the card, where that is known
 static void print_work(const SampleRun *r, const Source *s, const Classes *k, const Backend *backend) {
-    double evaluations = strcmp(r->sampler, "heun") ? r->steps : 2 * r->steps - 1, S = s->c.input_size,
+    double evaluations = evaluations_of(r), S = s->c.input_size,
            guided = r->cfg > 1 ? evaluations * (r->high - r->low) : 0;   // nearly: times may be shifted
     double drawing =
                evaluations * evaluation_flops(&s->c, 0) + guided * evaluation_flops(&s->c, !r->no_path_drop),
@@ -1355,7 +1358,7 @@ static void draw_batch(double *x, double *cls, const Backend *backend, Model *m,
                        const char *sampler, const int *y, Watch *w) {
     sampler_noise(x, cls, &m->c, s, 0, w->n);
     if (!strcmp(sampler, "em")) sample_euler_maruyama(x, cls, backend, m, s, y, w->n, watch, w);
-    else sample_ode(x, cls, backend, m, s, !strcmp(sampler, "heun"), y, w->n, watch, w);
+    else sample_ode(x, cls, backend, m, s, (enum Solver)solver_of(sampler), y, w->n, watch, w);
 }
 
 // Draws all pictures, batch by batch, into the outputs; returns the seconds that it took.

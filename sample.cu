@@ -561,28 +561,28 @@ __global__ void __launch_bounds__(256)
     }
 }
 
-// Euler's step to[e] = x + v dt, keeping v; Heun's second: to = x + (first + v) / 2 dt
+// to[e] = x + (v + (v - before) r) dt, of v alone where r is 0; keep: `before` becomes v
 __global__ void __launch_bounds__(256)
-    ode_kernel(double *to, const double *x, float *first, const float *velocity, double w, double dt,
-               int second, size_t count) {
+    ode_kernel(double *to, const double *x, float *before, const float *velocity, double w, double dt,
+               double r, int keep, size_t count) {
     size_t e = (size_t)blockIdx.x * 256 + threadIdx.x;
     if (e >= count) return;
-    float v = guided(velocity, e, count, w);
-    to[e] = x[e] + (second ? dt * ((double)first[e] + v) / 2 : dt * v);
-    if (!second) first[e] = v;
+    double v = guided(velocity, e, count, w);
+    to[e] = x[e] + dt * (r ? v + (v - before[e]) * r : v);
+    if (keep) before[e] = (float)v;
 }
 
 enum { AHEAD = 4 };   // steps that are queued before the oldest must have ended
 typedef struct {
     double *x, *cls, *x2, *cls2;   // [n,C,S,S], [n,Z]: the state, and Heun's between two evaluations
-    float *first, *first_cls;      // the velocities of Heun's first
+    float *before, *before_cls;    // the velocities of the evaluation before
     char *memory;
     cudaEvent_t step_done[AHEAD];
 } SamplerWork;
 static void sampler_layout(SamplerWork *w, DeviceArena *m, const Config *c, int n) {
     size_t latent = (size_t)n * (size_t)latent_of(c), Z = (size_t)n * (size_t)c->z_dim;
-    take(w->x, m, latent), take(w->x2, m, latent), take(w->first, m, latent);
-    take(w->cls, m, Z), take(w->cls2, m, Z), take(w->first_cls, m, Z);
+    take(w->x, m, latent), take(w->x2, m, latent), take(w->before, m, latent);
+    take(w->cls, m, Z), take(w->cls2, m, Z), take(w->before_cls, m, Z);
 }
 static SamplerWork *sampler_work(const Config *c, int n) {
     SamplerWork *w = (SamplerWork *)alloc_zero(1, sizeof(SamplerWork));
@@ -654,27 +654,28 @@ static void euler_maruyama_step(SamplerWork *w, GpuModel *g, const Sampling *s, 
     LAUNCHED();
 }
 
-// One evaluation of Euler's or Heun's: to = x + dt v(at), or, second, to = x + dt (v_before + v(at)) / 2
+// One evaluation, at the state or (second) between two: to = x + (v + (v - before) r) dt
 static void ode_evaluation(SamplerWork *w, GpuModel *g, const Sampling *s, int second, double *to,
-                           double *to_cls, double t, double dt, int n) {
+                           double *to_cls, double t, double dt, double r, int n) {
     const Config *c = &g->base.c;
     size_t latent = (size_t)n * (size_t)latent_of(c), Z = (size_t)n * (size_t)c->z_dim;
     int is_guided = guided_velocity(g, s, second ? w->x2 : w->x, second ? w->cls2 : w->cls, t, n);
-    ode_kernel<<<blocks_of(latent), 256, 0, stream>>>(to, w->x, w->first, g->in.noise, is_guided ? s->cfg : 0,
-                                                      dt, second, latent);
+    ode_kernel<<<blocks_of(latent), 256, 0, stream>>>(to, w->x, w->before, g->in.noise,
+                                                      is_guided ? s->cfg : 0, dt, r, !second, latent);
     LAUNCHED();
     if (!c->cls) return;
-    ode_kernel<<<blocks_of(Z), 256, 0, stream>>>(to_cls, w->cls, w->first_cls, g->a.cls_out,
-                                                 is_guided && s->cls_cfg > 0 ? s->cls_cfg : 0, dt, second, Z);
+    ode_kernel<<<blocks_of(Z), 256, 0, stream>>>(to_cls, w->cls, w->before_cls, g->a.cls_out,
+                                                 is_guided && s->cls_cfg > 0 ? s->cls_cfg : 0, dt, r, !second,
+                                                 Z);
     LAUNCHED();
 }
-// Step i of N of Euler or Heun
-static void ode_step(SamplerWork *w, GpuModel *g, const Sampling *s, int heun, int i, int n) {
-    const Config *c = &g->base.c;
-    double t = shift_time(c, 1 - (double)i / s->steps), next = shift_time(c, 1 - (double)(i + 1) / s->steps);
-    int twice = heun && i < s->steps - 1;
-    ode_evaluation(w, g, s, 0, twice ? w->x2 : w->x, twice ? w->cls2 : w->cls, t, next - t, n);
-    if (twice) ode_evaluation(w, g, s, 1, w->x, w->cls, next, next - t, n);
+// Step i of N of sample_ode's solvers, at times t[N+1]. Heun's mean of two velocities is r = -1/2.
+static void ode_step(SamplerWork *w, GpuModel *g, const Sampling *s, enum Solver solver, const double *t,
+                     int i, int n) {
+    double dt = t[i + 1] - t[i], r = solver == AB2 && i ? dt / (2 * (t[i] - t[i - 1])) : 0;
+    int twice = solver == HEUN && i < s->steps - 1;
+    ode_evaluation(w, g, s, 0, twice ? w->x2 : w->x, twice ? w->cls2 : w->cls, t[i], dt, r, n);
+    if (twice) ode_evaluation(w, g, s, 1, w->x, w->cls, t[i + 1], dt, -0.5, n);
 }
 
 // What a step of drawing has to do besides: write pictures of the batch before, say how far it is. x: the
@@ -704,7 +705,7 @@ static int sample(SamplerWork *w, Model *m, const Sampling *s, const char *sampl
         }
         if (i >= s->steps || stopped) continue;
         if (!strcmp(sampler, "em")) euler_maruyama_step(w, g, s, t, i, n);
-        else ode_step(w, g, s, !strcmp(sampler, "heun"), i, n);
+        else ode_step(w, g, s, (enum Solver)solver_of(sampler), t, i, n);
         CHECK(cudaEventRecord(done, stream));
     }
     free(t), free(classes);   // (all steps have ended)

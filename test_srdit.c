@@ -575,7 +575,7 @@ static void test_accumulation(void) {
 }
 
 // The solvers on a smooth field in place of the network, dx/dt = x cos(3t) + t: halving the step divides
-// Euler's error by about 2 and Heun's by about 4.
+// Euler's error by about 2, those of Heun and AB2 by about 4.
 static void smooth_velocity(Model *m, real *v, real *v_cls, const real *x, const real *cls, const real *t,
                             const int *y, int use_ema, int path_drop, int B) {
     (void)y, (void)use_ema, (void)path_drop;
@@ -592,24 +592,24 @@ static void test_solvers(void) {
     field.velocity = smooth_velocity;
     size_t latent = (size_t)latent_of(&stub.c), Z = (size_t)stub.c.z_dim;
     double *x = (double *)alloc_zero(latent, sizeof(double)), *cls = (double *)alloc_zero(Z, sizeof(double));
-    double ends[2][4];
+    double ends[3][4], ratio[3][2];
     int y = 0;
-    for (int heun = 0; heun < 2; heun++)
+    for (int solver = 0; solver < 3; solver++)
         for (int k = 0; k < 4; k++) {   // 40, 80, 160 steps, and the limit
             Sampling s = sampling_default();
             s.steps = k == 3 ? 20000 : 40 << k;
             for (size_t i = 0; i < latent; i++) x[i] = 1;
             for (size_t i = 0; i < Z; i++) cls[i] = 1;
-            sample_ode(x, cls, &field, &stub, &s, heun || k == 3, &y, 1, NULL, NULL);
-            ends[heun][k] = x[0] + cls[0];
+            sample_ode(x, cls, &field, &stub, &s, k == 3 ? HEUN : (enum Solver)solver, &y, 1, NULL, NULL);
+            ends[solver][k] = x[0] + cls[0];
         }
-    double ratio[2][2];
-    for (int heun = 0; heun < 2; heun++)
+    for (int solver = 0; solver < 3; solver++)
         for (int k = 0; k < 2; k++)
-            ratio[heun][k] = (ends[heun][k] - ends[heun][3]) / (ends[heun][k + 1] - ends[heun][3]);
-    result(fabs(ratio[0][1] - 2) < 0.1 && fabs(ratio[1][1] - 4) < 0.3, "ODE solvers",
-           "half the step divides the error by %.2f, %.2f (Euler) and %.2f, %.2f (Heun)", ratio[0][0],
-           ratio[0][1], ratio[1][0], ratio[1][1]);
+            ratio[solver][k] = (ends[solver][k] - ends[solver][3]) / (ends[solver][k + 1] - ends[solver][3]);
+    result(fabs(ratio[EULER][1] - 2) < 0.1 && fabs(ratio[HEUN][1] - 4) < 0.3 && fabs(ratio[AB2][1] - 4) < 0.3,
+           "ODE solvers",
+           "half the step divides the error by %.2f, %.2f (Euler), %.2f, %.2f (Heun), %.2f, %.2f (AB2)",
+           ratio[0][0], ratio[0][1], ratio[1][0], ratio[1][1], ratio[2][0], ratio[2][1]);
     free(x), free(cls);
 }
 
@@ -2537,7 +2537,7 @@ static void compare_sampler(const char *sampler, double cfg, double cls_cfg, int
     size_t latent = (size_t)n * (size_t)latent_of(&c), Z = (size_t)n * (size_t)c.z_dim, all = latent + Z;
     real *state[3];
     double *x = (double *)alloc_zero(all, sizeof(double));
-    int y[16], last = 0, em = !strcmp(sampler, "em"), heun = !strcmp(sampler, "heun");
+    int y[16], last = 0, em = !strcmp(sampler, "em"), solver = solver_of(sampler);
     for (int i = 0; i < n; i++) y[i] = i % c.num_classes;
     for (int k = 0; k < 3; k++) {
         state[k] = (real *)alloc_zero(all, sizeof(real));
@@ -2546,7 +2546,7 @@ static void compare_sampler(const char *sampler, double cfg, double cls_cfg, int
         if (k < 2) {
             sampler_noise(x, x + latent, &c, &s, 0, n);
             if (em) sample_euler_maruyama(x, x + latent, which, model, &s, y, n, NULL, NULL);
-            else sample_ode(x, x + latent, which, model, &s, heun, y, n, NULL, NULL);
+            else sample_ode(x, x + latent, which, model, &s, (enum Solver)solver, y, n, NULL, NULL);
         } else {
             gpu::SamplerWork *w = gpu::sampler_work(&c, n);
             gpu::sample(w, m, &s, sampler, y, n, n == 1 ? 1 : gpu::AHEAD, ends, &last);
@@ -2576,6 +2576,7 @@ static void test_sampler(void) {
     compare_sampler("em", 3, 1.5, 1, 0.5, 2);
     compare_sampler("euler", 1, 0, 1, 0, 2);
     compare_sampler("heun", 2, 1.5, 1, 0, 3);
+    compare_sampler("ab2", 2, 1.5, 1, 0, 3);
 }
 
 #ifdef CUDA_ON_CPU

@@ -973,7 +973,8 @@ typedef struct {
     real *parts, *work;      // [B,2Dh]; attention_work for each thread
     Losses *sample_losses;   // [B]
     double *norm_parts;      // one for each NORM_CHUNK trained numbers
-    real *muon_work;         // [m,n] and newton_schulz's work, of the largest of Muon's matrices
+    real *muon_work;   // [threads,muon_room]: of Muon's largest matrix [m,n] twice, newton_schulz's work
+    size_t muon_room;
 } Acts;
 enum { NORM_CHUNK = 4096 };
 
@@ -1103,7 +1104,7 @@ static size_t muon_room_of(const Tensor *t, size_t *longer) {
     size_t rows = (size_t)(t->shape[0] / t->muon_parts), cols = t->size / (size_t)t->muon_parts / rows;
     size_t shorter = rows < cols ? rows : cols;
     *longer = rows < cols ? cols : rows;
-    return 2 * rows * cols + 4 * shorter * shorter;
+    return (3 * rows * cols + 4 * shorter * shorter + 63) / 64 * 64;
 }
 
 // Memory for the parameters and the activations of max_batch samples. trained: the model is to be trained
@@ -1127,7 +1128,7 @@ static Model *model_allocate(const Config *c, int max_batch, int trained) {
         muon_room = room > muon_room ? room : muon_room;
         widest_product = side > widest_product ? side : widest_product;
     }
-    take(&count, muon_room);
+    take(&count, muon_room * (size_t)model->threads);
     size_t all = blocks * n + count.used + 64;
     model->activation_bytes = count.used * sizeof(real);
     model->parameter_bytes = blocks * n * sizeof(real);
@@ -1147,11 +1148,14 @@ static Model *model_allocate(const Config *c, int max_batch, int trained) {
     }
     acts_layout(&model->a, &arena, c, max_batch, model->threads);
     model->a.norm_parts = (double *)(void *)take(&arena, reals_of(chunks * sizeof(double)));
-    model->a.muon_work = take(&arena, muon_room);
+    model->a.muon_work = take(&arena, muon_room * (size_t)model->threads);
+    model->a.muon_room = muon_room;
     free(model->table.tensors);
     model->table = params_table(&model->w, c, model->params);
     free(params_table(&model->w_ema, c, model->ema).tensors);
     if (trained) free(params_table(&model->dw, c, model->grads).tensors);
+    matmul_reserve(widest_product);
+#pragma omp parallel num_threads(model->threads) if (muon_room)
     matmul_reserve(widest_product);
     return model;
 }
@@ -1642,41 +1646,39 @@ static void newton_schulz(real *X, real *work, const double poly[3], size_t m, s
         matmul(R, T, P, NULL, m, m, m, 0, 0, 0);
     }
 }
-// Muon's step and the moving average for the matrix [rows,cols] at place `at` of the trained numbers:
+// Muon's step and the moving average for a tensor's k-th matrix; q, k and v, where apart, are three of one:
 //   buffer = mu buffer + (1 - mu) g,  G = mu buffer + (1 - mu) g (Nesterov's momentum),  X of G / |G|,
 //   p = p (1 - lr decay) - lr max(1, fan_out / fan_in)^1/2 X
-static void muon_matrix(Model *model, const AdamW *o, real scale, size_t at, size_t rows, size_t cols,
-                        double shape_factor) {
+// fan_out and fan_in are the tensor's last two sizes, as Muon's author has it: p and p of a patch embedding
+// [D,C,p,p], although its matrix is D x C p p.
+static void muon_matrix(Model *model, const AdamW *o, real scale, const Tensor *t, int k, real *work) {
     const Config *c = &model->c;
-    size_t count = rows * cols, m = rows < cols ? rows : cols, n = rows < cols ? cols : rows;
+    size_t count = t->size / (size_t)t->muon_parts, at = t->offset + (size_t)k * count;
+    size_t rows = (size_t)(t->shape[0] / t->muon_parts), cols = count / rows;
+    size_t m = rows < cols ? rows : cols, n = rows < cols ? cols : rows;
+    double fans = (double)t->shape[t->ndim - 2] / t->muon_parts / t->shape[t->ndim - 1];
     real *buffer = model->m + at;   // the momentum lies where AdamW has its first moment
-    real *X = model->a.muon_work, *work = X + count, *p = model->params + at;
-    real *ema = model->ema + at, mu = (real)c->muon_momentum, one_mu = (real)(1 - c->muon_momentum);
+    real *G = work, *X = rows > cols ? G + count : G, *more = G + 2 * count;
+    real *p = model->params + at, *ema = model->ema + at;
+    real mu = (real)c->muon_momentum, one_mu = (real)(1 - c->muon_momentum);
     double sum = 0;
     for (size_t i = 0; i < count; i++) {
         real g = model->grads[at + i] * scale;
         buffer[i] = mu * buffer[i] + one_mu * g;
-        g = mu * buffer[i] + one_mu * g;
-        sum += (double)g * g;
-        X[rows > cols ? i % cols * rows + i / cols : i] = g;   // turned, if it has more rows
+        G[i] = mu * buffer[i] + one_mu * g;
+        sum += (double)G[i] * G[i];
     }
     real inverse = (real)(1 / (sqrt(sum) + 1e-7));
-    for (size_t i = 0; i < count; i++) X[i] *= inverse;
-    newton_schulz(X, work, muon_classic, m, n);
-    real rate = (real)(c->muon_lr * shape_factor), decay = (real)(1 - c->muon_lr * c->weight_decay);
+    for (size_t i = 0; i < count; i++) G[i] *= inverse;
+    if (rows > cols) transpose(X, (long)rows, G, (long)cols, (int)rows, (int)cols);
+    newton_schulz(X, more, muon_classic, m, n);
+    if (rows > cols) transpose(G, (long)cols, X, (long)rows, (int)cols, (int)rows);
+    real rate = (real)(c->muon_lr * sqrt(fmax(1, fans))), decay = (real)(1 - c->muon_lr * c->weight_decay);
     real e = (real)o->ema, one_e = (real)(1 - o->ema);
     for (size_t i = 0; i < count; i++) {
-        p[i] = p[i] * decay - rate * X[rows > cols ? i % cols * rows + i / cols : i];
+        p[i] = p[i] * decay - rate * G[i];
         ema[i] = e * ema[i] + one_e * p[i];
     }
-}
-// fan_out and fan_in are a tensor's last two sizes, as Muon's author has it: p and p of a patch embedding
-// [D,C,p,p], although its matrix is D x C p p. q, k and v, where apart, are three matrices of a tensor.
-static void muon_update(Model *model, const AdamW *o, real scale, const Tensor *t) {
-    size_t parts = (size_t)t->muon_parts, rows = (size_t)t->shape[0] / parts, cols = t->size / parts / rows;
-    double ratio = (double)t->shape[t->ndim - 2] / (double)parts / t->shape[t->ndim - 1];
-    for (size_t k = 0; k < parts; k++)
-        muon_matrix(model, o, scale, t->offset + k * rows * cols, rows, cols, sqrt(fmax(1, ratio)));
 }
 
 // Clipping to a global norm, then each tensor's optimizer and the moving average. A step whose loss or
@@ -1699,10 +1701,16 @@ static void update(Model *model, int step) {
         const Tensor *t = &table->tensors[i];
         if (!t->muon_parts) continue;
         adamw_update(model, &o, scale, done, t->offset);
-        muon_update(model, &o, scale, t);
         done = t->offset + t->size;
     }
     adamw_update(model, &o, scale, done, table->trained);
+    // The products are small: each thread takes whole matrices.
+#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(model->threads)
+    for (int i = 0; i < table->count; i++)
+        for (int k = 0; k < OF_MUON_QKV; k++)
+            if (k < table->tensors[i].muon_parts)
+                muon_matrix(model, &o, scale, &table->tensors[i], k,
+                            thread_work(model->a.muon_work, model->a.muon_room));
 }
 
 // The losses summed since the last call, and a fresh start
@@ -2169,30 +2177,51 @@ static int sample_euler_maruyama(double *x, double *cls, const Backend *backend,
 
 // The same marginals follow from an ordinary equation, dx/dt = v(x, t): no noise on the way, so few steps are
 // enough for a rough picture, and a solver of second order needs fewer still. x and cls are as above. N =
-// s->steps intervals, t = 1 - i/N, shifted. Euler: x += v(x, t) dt. Heun: x' = x + v(x, t) dt, then x +=
-// (v(x, t) + v(x', t + dt)) / 2 dt; its last interval is Euler's, as in the reference, so N steps are 2N - 1
-// evaluations (the error still falls with the square of the step, since one interval's error does).
+// s->steps intervals, t = 1 - i/N, shifted.
+//   Euler   x += v(x, t) dt
+//   Heun    x' = x + v(x, t) dt, then x += (v(x, t) + v(x', t + dt)) / 2 dt. Its last interval is Euler's, as
+//           in the reference, so N steps are 2N - 1 evaluations (the error still falls with the square of the
+//           step, since one interval's error does).
+//   AB2     (Adams and Bashforth) the line through v and the v before, u, leads to v in the middle of the
+//           interval: x += (v + (v - u) r) dt, r = dt / (2 dt before). The first interval is Euler's.
+enum Solver { EULER, HEUN, AB2 };
+static int solver_of(const char *sampler) {   // -1: none
+    static const char *const names[] = {"euler", "heun", "ab2"};
+    for (int i = 0; i < 3; i++)
+        if (!strcmp(sampler, names[i])) return i;
+    return -1;
+}
 static int sample_ode(double *x, double *cls, const Backend *backend, Model *model, const Sampling *s,
-                      int heun, const int *y, int n, Progress *progress, void *user) {
+                      enum Solver solver, const int *y, int n, Progress *progress, void *user) {
     const Config *c = &model->c;
     size_t latent = (size_t)n * (size_t)latent_of(c), Z = c->cls ? (size_t)n * (size_t)c->z_dim : 0;
     SamplerWork w = sampler_work(c, n);
     double *first = (double *)alloc_zero(latent, sizeof(double)),
            *x2 = (double *)alloc_zero(latent, sizeof(double));
     double *first_cls = (double *)alloc_zero(Z, sizeof(double)),
-           *cls2 = (double *)alloc_zero(Z, sizeof(double));
+           *cls2 = (double *)alloc_zero(Z, sizeof(double)), dt_before = INFINITY;
     int stopped = 0;
     for (int i = 0; i < s->steps && !stopped; i++) {
         double t = shift_time(c, 1 - (double)i / s->steps),
                next = shift_time(c, 1 - (double)(i + 1) / s->steps), dt = next - t;
-        int twice = heun && i < s->steps - 1;
+        double r = solver == AB2 ? dt / (2 * dt_before) : 0;
+        int twice = solver == HEUN && i < s->steps - 1;
         guided_velocity(&w, backend, model, s, x, cls, y, t, n);
-        for (size_t k = 0; k < latent; k++) first[k] = w.v[0][k], x2[k] = x[k] + dt * first[k];
-        for (size_t k = 0; k < Z; k++) first_cls[k] = w.v_cls[0][k], cls2[k] = cls[k] + dt * first_cls[k];
+        for (size_t k = 0; k < latent; k++) {
+            double v = w.v[0][k];
+            x2[k] = x[k] + dt * (v + (v - first[k]) * r);
+            first[k] = v;
+        }
+        for (size_t k = 0; k < Z; k++) {
+            double v = w.v_cls[0][k];
+            cls2[k] = cls[k] + dt * (v + (v - first_cls[k]) * r);
+            first_cls[k] = v;
+        }
         if (twice) guided_velocity(&w, backend, model, s, x2, cls2, y, next, n);
         for (size_t k = 0; k < latent; k++) x[k] = twice ? x[k] + dt * (first[k] + w.v[0][k]) / 2 : x2[k];
         for (size_t k = 0; k < Z; k++)
             cls[k] = twice ? cls[k] + dt * (first_cls[k] + w.v_cls[0][k]) / 2 : cls2[k];
+        dt_before = dt;
         if (progress) stopped = progress(i + 1, s->steps, x, user);
     }
     free(first), free(x2), free(first_cls), free(cls2), sampler_work_free(&w);

@@ -195,6 +195,7 @@ def test_same_bits(C):
         check("%s: the same bits for every batch and number of threads" % name, len(seen) == 1)
     pictures = {}
     for name, words in (("em", []), ("euler", ["--sampler", "euler"]), ("heun", ["--sampler", "heun"]),
+                        ("ab2", ["--sampler", "ab2"]),
                         ("cfg", ["--cfg", 3]),
                         ("cls", ["--cfg", 3, "--cls-cfg", 3]), ("whole", ["--cfg", 3, "--no-path-drop"]),
                         ("seed", ["--seed", 2]),
@@ -351,7 +352,7 @@ def test_bad_input(C):
             ([C, "--classes", ""], "list"),
             ([C, "--classes", "99999999999999999999"], "no class"),
             ([C, "--classes", "1", "--random-classes"], "exclude"),
-            ([C, "--sampler", "ddim"], "no such sampler; there are em, euler and heun"),
+            ([C, "--sampler", "ddim"], "no such sampler; there are em, euler, heun and ab2"),
             ([C, "--latents", C], "own input"), ([C, "--npz", C], "own input"),
             ([C, "--steps", "0"], "--steps"),
             ([C, "--steps", "2.5"], "whole"), ([C, "--steps", "ten"], "not a number"),

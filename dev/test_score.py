@@ -307,9 +307,10 @@ def test_memorisation():
         close("ratio of medians", s["ratio"], np.median(want) / np.median(other), CLOSED)
         check("share nearer than the first percentile",
               s["nearer"] == (want < np.quantile(other, 0.01)).mean(), s["nearer"])
-    far = rng.standard_normal((300, 48))                        # distances that float cannot tell apart
-    far *= (5 + 1e-9 * np.arange(300)[:, None]) / np.linalg.norm(far, axis=1, keepdims=True)
-    s = scores(made_pixels=far[:8] * 0, held_pixels=held, train_pixels=far)
+    spots = 10 * rng.standard_normal((8, 12)).repeat(4, 1)      # each with distances that float cannot tell apart
+    far = rng.standard_normal((8, 40, 12)).repeat(4, 2)
+    far *= (5 + 1e-9 * np.arange(40)[:, None]) / np.linalg.norm(far, axis=2, keepdims=True)
+    s = scores(made_pixels=spots, held_pixels=held, train_pixels=(spots[:, None] + far).reshape(-1, 48))
     close("nearest of nearly equal distances", s["nearest"], np.full(8, 5.), CLOSED)
     for size in (1e-30, 1e30):                                  # beyond what float holds
         s = scores(made_pixels=made * size, held_pixels=held * size, train_pixels=train * size)
@@ -604,11 +605,13 @@ MUTANTS = (
     ("distances: cancellation kept", "< 1e-5 * squares", "< 0 * squares"),
     ("distances: cross term once", "squares - 2 * *distance", "squares - *distance"),
     ("distances: columns past the end", "size_min(o->rows.n - p * DNR, count * DNR)", "count * DNR"),
-    ("nearest: squared", "sqrt(square) < best[i] ? sqrt(square) : best[i]", "square < best[i] ? square : best[i]"),
-    ("nearest: the last part wins", "sqrt(square) < best[i] ? sqrt(square) : best[i]", "sqrt(square)"),
+    ("nearest: squared", "fmin(best[i], sqrt(least))", "fmin(best[i], least)"),
+    ("nearest: the last part wins", "fmin(best[i], sqrt(least))", "sqrt(least)"),
     ("nearest: no scale", "largest > 0 ? 1 / largest : 1;", "1;"),
-    ("nearest: no slack", "least + 2 * slack", "least"),
-    ("nearest: |y|^2 whole", "0.5 * y_square[j] - (double)dot[j] > least", "y_square[j] - (double)dot[j] > least"),
+    ("nearest: no slack", " - 2 * slack;", ";"),
+    ("nearest: |y|^2 twice", "x_square[i] + y_square[j] -", "x_square[i] + 2 * y_square[j] -"),
+    ("nearest: sums, not their halves", "sum * scale / sqrt((double)COARSE)", "sum * scale"),
+    ("nearest: only the guess", "bound <= least * scale * scale", "0"),
     ("memorisation: upside down", "score_quantile(made, n, 0.5) / usual",
      "usual / score_quantile(made, n, 0.5)"),
     ("memorisation: the 10th percentile", "score_quantile(held_out, m, 0.01)",
@@ -635,8 +638,8 @@ MUTANTS = (
 )
 
 
-FIRST = {"judge": test_judge, "NaN": test_bad_input, "threads": test_threads, "sliced": test_against_scipy,
-         "Frechet": test_few_rows}      # the test that is most likely to notice
+FIRST = {"judge": test_judge, "nearest": test_memorisation, "NaN": test_bad_input, "threads": test_threads,
+         "sliced": test_against_scipy, "Frechet": test_few_rows}      # the test that is most likely to notice
 
 
 def run_tests(first=None, stop=False):

@@ -36,6 +36,7 @@
 static int omp_get_max_threads(void) { return 1; }
 static int omp_get_num_procs(void) { return 1; }
 static int omp_get_thread_num(void) { return 0; }
+static int omp_in_parallel(void) { return 0; }
 static void omp_set_num_threads(int n) { (void)n; }
 #endif
 

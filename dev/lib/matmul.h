@@ -2,7 +2,7 @@
 // be fast: dot products, column sums, exp, softmax. Only this file has vector types, the GNU ones that gcc
 // and clang share.
 //
-//   matmul          C = op(A) op(B) (+ bias, or + C), by all threads; not inside a parallel region
+//   matmul          C = op(A) op(B) (+ bias, or + C), by all threads; inside a parallel region by the caller's
 //   matmul_small    the same by one thread, on parts of larger matrices, as attention needs for each head
 //   matmul_naive    the definition: what the tests compare with; -DNAIVE puts it in matmul's place
 //   softmax_forward, softmax_backward    rows of scores, softmax_row(n) numbers apart, so of whole vectors
@@ -172,12 +172,15 @@ static real *rounded_copy(const real *x, long ld, long rows, long cols) {
 }
 #endif
 
-// Memory for the panels of products with up to N columns. It is kept between calls and grows where it must,
-// so that a program that knows its widest product can have it once.
+// Within a parallel region a product has but the thread that calls.
+static int matmul_threads(void) { return omp_in_parallel() ? 1 : omp_get_max_threads(); }
+
+// Memory of this thread for the panels of products with up to N columns. It is kept between calls and grows
+// where it must, so that a program that knows its widest product can have it once.
 static real *matmul_reserve(size_t N) {
-    static real *panels;
-    static size_t have;
-    size_t threads = (size_t)omp_get_max_threads();
+    static __thread real *panels;
+    static __thread size_t have;
+    size_t threads = (size_t)matmul_threads();
     size_t need = (size_t)KC * ((N + NR - 1) / NR * NR) + threads * (MC + 2 * MR) * KC;
     if (have < need) {
         free(panels);
@@ -191,7 +194,7 @@ static real *matmul_reserve(size_t N) {
 // C[M,N] = op(A)[M,K] op(B)[K,N] (+ bias, or + C where add). Matrices are whole; op transposes where ta, tb.
 static void matmul_tiled(real *C, const real *A, const real *B, const real *bias, int M, int N, int K, int ta,
                          int tb, int add) {
-    int panels = (N + NR - 1) / NR, blocks = (K + KC - 1) / KC, threads = omp_get_max_threads();
+    int panels = (N + NR - 1) / NR, blocks = (K + KC - 1) / KC, threads = matmul_threads();
     // short rows of A^T and B are near enough to each other to be read in place
     int copy = tb || N > 512 || N % NR, turn = ta && M > 512;
     // The threads share out the columns of C where there are more of them than rows, else the rows

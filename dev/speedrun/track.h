@@ -224,7 +224,7 @@ static real *track_samples(const Track *k, const Training *t, int *y, int n) {
     double *x = (double *)alloc_zero(TRACK_PART * latent, sizeof(double));
     double *cls = (double *)alloc_zero(TRACK_PART * Z, sizeof(double));
     Sampling s = sampling_default();
-    int whole = 1, heun = !strcmp(track_rule(k->name, "sampler"), "heun");
+    int whole = 1, solver = solver_of(track_rule(k->name, "sampler"));   // -1: em
     s.steps = track_number(k->name, "sample_steps");
     s.seed = t->run.seed;
     for (int i = 0; i < n; i++) y[i] = i % t->data->K;
@@ -232,9 +232,10 @@ static real *track_samples(const Track *k, const Training *t, int *y, int n) {
         int part = imin(TRACK_PART, n - i);
         s.first = i;
         sampler_noise(x, cls, &t->c, &s, 0, part);
-        whole = heun ? sample_ode(x, cls, t->backend, t->model, &s, 1, y + i, part, stop_if_interrupted, NULL)
-                     : sample_euler_maruyama(x, cls, t->backend, t->model, &s, y + i, part,
-                                             stop_if_interrupted, NULL);
+        whole = solver < 0 ? sample_euler_maruyama(x, cls, t->backend, t->model, &s, y + i, part,
+                                                   stop_if_interrupted, NULL)
+                           : sample_ode(x, cls, t->backend, t->model, &s, (enum Solver)solver, y + i, part,
+                                        stop_if_interrupted, NULL);
         for (size_t j = 0; j < (size_t)part * latent; j++) out[(size_t)i * latent + j] = (real)x[j];
     }
     free(x), free(cls);
