@@ -171,6 +171,26 @@ static int named_in(const char *list, const char *name) {
 // lambdas are measured as one tensor. Parameters after a step: compare_stepped.
 static double tolerance_of(void) { return sizeof(real) == 8 ? 1e-9 : 2000 * REAL_EPS; }
 
+// Immiscible noise: in.noise is of in.noise_candidates [k,B,C,S,S] the nearest to in.x, the first of equals
+static void replay_candidates(Report *r, const SafeFile *f, const Config *c, const Batch *batch) {
+    size_t latent = (size_t)latent_of(c), B = (size_t)batch->B, all = B * latent, k = (size_t)c->immiscible;
+    double *candidates = k > 1 ? want_read(f, "in.noise_candidates", k * all) : NULL;
+    if (!candidates) return;
+    real *candidate = (real *)alloc_zero(latent, sizeof(real));
+    double *noise = (double *)alloc_zero(all, sizeof(double));
+    for (size_t b = 0; b < B; b++) {
+        double least = INFINITY;
+        for (size_t j = 0; j < k; j++) {
+            const double *one = candidates + j * all + b * latent;
+            for (size_t i = 0; i < latent; i++) candidate[i] = (real)one[i];
+            double far = square_distance(candidate, batch->x + b * latent, latent);
+            if (far < least) least = far, memcpy(noise + b * latent, one, latent * sizeof(double));
+        }
+    }
+    compare(r, "in.noise", batch->noise, noise, all, tolerance_of(), 0);
+    free(candidates), free(candidate), free(noise);
+}
+
 static void replay_training(Report *r, const SafeFile *f, Model *m) {
     const Config *c = &m->c;
     int B = batch_of(f, "in.x"), steps = (int)safe_whole(f, "steps", 0, 1000, 0);
@@ -179,6 +199,7 @@ static void replay_training(Report *r, const SafeFile *f, Model *m) {
     double tol = tolerance_of();
     Batch *batch = batch_create(c, B);
     need(batch->x, f, "in.x", b * latent), need(batch->noise, f, "in.noise", b * latent);
+    replay_candidates(r, f, c, batch);
     for (size_t i = 0; i < latent; i++)
         batch->v_before[i] = batch->noise[(b - 1) * latent + i] - batch->x[(b - 1) * latent + i];
     if (c->cls) need(batch->cls, f, "in.cls", b * Z), need(batch->noise_cls, f, "in.noise_cls", b * Z);
@@ -302,9 +323,37 @@ static void replay_sampling(Report *r, const SafeFile *f, Model *m) {
     if (c->cls) free(cls_eps);
 }
 
+// The configuration of a reference file. What came after the paper is said there in words of its own: which
+// tensors are Muon's is part of the optimizer's name, AdamW's eps has another one beside Muon, and each
+// block's MLP has its width.
+static void reference_config(Config *c, const SafeFile *f) {
+    static const char *const optimizers[] = {"adamw", "muon_split", "muon_srdit13"};
+    const char *name = safe_metadata(f, "optimizer"), *widths = safe_metadata(f, "mlp_widths");
+    int k = 0, count = 0;
+    while (name && k < 3 && strcmp(name, optimizers[k])) k++;
+    if (k == 3)
+        die("%s: optimizer is %s, which is none of adamw, muon_split and muon_srdit13", f->path, name);
+    c->optimizer = k ? MUON : ADAMW;
+    c->muon = k == 2 ? SRDIT13 : SPLIT;
+    if (k && safe_number(f, "muon_steps", 5) != 5)
+        die("%s: muon_steps is %g, but the trainer makes 5", f->path, safe_number(f, "muon_steps", 5));
+    for (const char *at = widths; at && *at; at += strcspn(at, ","), at += *at == ',', count++) {
+        char *end;
+        long width = strtol(at, &end, 10);
+        if (end == at || (*end && *end != ',') || width < 1 || width > 1 << 20 || count == MAX_DEPTH)
+            die("%s: mlp_widths are %s, which are not the whole hidden widths of up to %d blocks", f->path,
+                widths, MAX_DEPTH);
+        c->hidden[count] = (int)width;
+    }
+    config_read(c, f, "optimizer muon mlp_widths");
+    if (count && count != c->depth)
+        die("%s: mlp_widths has %d numbers for %d blocks", f->path, count, c->depth);
+    if (k) c->eps = safe_number(f, "adamw_eps", c->eps);
+}
+
 static void replay_sit(Report *r, const SafeFile *f) {
     Config c = config_default();
-    config_read(&c, f);
+    reference_config(&c, f);
     int B = 1;
     static const char *const inputs[] = {"in.x", "eval.x_t", "sample.latents"};
     for (int i = 0; i < 3; i++)
@@ -1113,7 +1162,7 @@ static void test_runs(void) {
            "the step is finished, the checkpoint written and good to resume and export");
     SafeFile *f = safe_open(in_folder("export.safetensors"));
     Config c = config_default();
-    config_read(&c, f);
+    config_read(&c, f, "");
     Params w;
     Table t = params_table(&w, &c, NULL);
     int all = f->count == t.count;
@@ -1845,7 +1894,7 @@ static void compare_all(const char *only) {
         static const char *const muon[] = {"Muon", "Muon for all", "Muon, path drop", "Muon, 65 tokens"};
         CASE(muon[k], k == 3 ? long_config(8, 128, 2) : small_config(), 2, k == 2, 1);
         at[-1].c.optimizer = MUON, at[-1].c.muon = k == 1 ? SRDIT13 : SPLIT;
-        at[-1].c.muon_lr = 0.05, at[-1].c.weight_decay = 0.1;
+        at[-1].c.muon_lr = 0.05, at[-1].c.weight_decay = 0.1, at[-1].c.muon_weight_decay = 0.2;
     }
     static char names[2 * CONFIG_OPTIONS][64];
     for (int i = 0; i < 2 * CONFIG_OPTIONS; i++) {

@@ -40,6 +40,7 @@
 // ----------------------------------------------------------------------------------------------------------
 // Configuration: one table gives each setting its name in files, its flag, default, range and help
 
+enum { MAX_DEPTH = 128 };
 typedef struct {
     int depth, hidden_size, num_heads, patch_size, in_channels, input_size, num_classes, z_dim, projector_dim;
     int num_f, num_h;
@@ -51,8 +52,9 @@ typedef struct {
     int routing, path_drop, align, cls, cfm, qk_norm, rope, value_residual, time_shift, label_dropout, ema;
     // after the paper (README.md): what its author's later runs add
     int optimizer, muon, immiscible;
-    double muon_lr, muon_momentum;
+    double muon_lr, muon_momentum, muon_weight_decay;
     Series align_depths, mlp_widths;
+    int hidden[MAX_DEPTH];   // widths of the blocks' MLPs as reference files say them; 0: by what is above
 } Config;
 enum { ADAMW, MUON };      // Config's optimizer
 enum { SPLIT, SRDIT13 };   // and muon: which tensors, and how
@@ -60,7 +62,7 @@ enum { SPLIT, SRDIT13 };   // and muon: which tensors, and how
 // Defaults are the paper's at ImageNet-256 with INVAE latents, of size B/1. FIXED: shapes or states depend on
 // it. LATER: not in the paper; written to files only where it is not at its default, so that files of the
 // paper's recipe stay what they were.
-enum { MAX_DEPTH = 128, FREE = 0, FIXED = 1, LATER = 2 };
+enum { FREE = 0, FIXED = 1, LATER = 2 };
 #define SETTING(name, kind, initial, low, high, fixed, help)                                                 \
     { #name, kind, offsetof(Config, name), low, high, fixed, help, initial, NULL }
 #define CHOOSE(name, words, last, fixed, help)                                                               \
@@ -90,7 +92,7 @@ static const Option config_options[] = {
     SETTING(beta1, NUMBER, 0.9, 0, 0.9999999, FREE, "AdamW's decay of the first moment"),
     SETTING(beta2, NUMBER, 0.999, 0, 0.9999999, FREE, "AdamW's decay of the second moment"),
     SETTING(eps, NUMBER, 1e-8, 1e-30, 1, FREE, "AdamW's epsilon"),
-    SETTING(weight_decay, NUMBER, 0, 0, 1e6, FREE, "decoupled weight decay"),
+    SETTING(weight_decay, NUMBER, 0, 0, 1e6, FREE, "AdamW's decoupled weight decay"),
     SETTING(max_grad_norm, NUMBER, 1, 1e-12, 1e30, FREE, "gradients are clipped to this global norm"),
     SETTING(ema_decay, NUMBER, 0.9999, 0, 1, FREE,
             "decay of the weights' moving average, which is sampled from"),
@@ -114,6 +116,7 @@ static const Option config_options[] = {
     SETTING(muon_lr, NUMBER, 1e-3, 0, 1e6, LATER,
             "Muon's learning rate (default for nano and fashion: 0.02)"),
     SETTING(muon_momentum, NUMBER, 0.95, 0, 0.9999999, LATER, "Muon's momentum"),
+    SETTING(muon_weight_decay, NUMBER, 0, 0, 1e6, LATER, "Muon's decoupled weight decay"),
     SETTING(align_depths, SERIES, 0, 1, MAX_DEPTH, FIXED | LATER,
             "align the outputs of these blocks, counted from 1: 2,4,6 (default: block Lf's alone)"),
     SETTING(immiscible, WHOLE, 1, 1, 1024, LATER, "noise is the nearest to its latent of so many draws"),
@@ -177,11 +180,16 @@ static int kept_of(const Config *c) {   // Tk = max(1, (int)(T (1 - r))), in dou
 }
 static int hidden_of(const Config *c, int block) {   // of the block's MLP
     const Series *s = &c->mlp_widths;
+    if (c->hidden[block]) return c->hidden[block];
     if (!s->count) return (int)(c->hidden_size * c->mlp_ratio);
     double width = s->x[0] + (s->x[1] - s->x[0]) * block / imax(1, c->depth - 1);
     return imax(1, (int)(c->hidden_size * width / 64 + 0.5)) * 64;
 }
-static int most_hidden_of(const Config *c) { return imax(hidden_of(c, 0), hidden_of(c, c->depth - 1)); }
+static int most_hidden_of(const Config *c) {
+    int most = 0;
+    for (int i = 0; i < c->depth; i++) most = imax(most, hidden_of(c, i));
+    return most;
+}
 static int latent_of(const Config *c) { return c->in_channels * c->input_size * c->input_size; }
 static int patch_dim_of(const Config *c) { return c->in_channels * c->patch_size * c->patch_size; }
 static int is_sparse(const Config *c, int block) { return block >= c->num_f && block < c->depth - c->num_h; }
@@ -263,12 +271,14 @@ static void config_check(const Config *c, const char *where) {
     }
 }
 
-// The configuration in a file's metadata, read over `c`. `switch_off` lists techniques that are off.
-static void config_read(Config *c, const SafeFile *f) {
+// The configuration in a file's metadata, read over `c`. `switch_off` lists techniques that are off. except:
+// names that are left to the caller
+static void config_read(Config *c, const SafeFile *f, const char *except) {
     OptionTable t = config_table(c);
     for (int i = 0; i < t.count; i++) {
         const char *name = t.options[i].name;
-        if (safe_metadata(f, name)) option_put(&t, i, safe_metadata(f, name), f->path, name);
+        if (safe_metadata(f, name) && !strstr(except, name))
+            option_put(&t, i, safe_metadata(f, name), f->path, name);
     }
     if (safe_metadata(f, "proj_coeff"))   // its name in reference files
         option_set(&t, option_find(&t, "align_coeff"), safe_number(f, "proj_coeff", 0), f->path,
@@ -1673,7 +1683,8 @@ static void muon_matrix(Model *model, const AdamW *o, real scale, const Tensor *
     if (rows > cols) transpose(X, (long)rows, G, (long)cols, (int)rows, (int)cols);
     newton_schulz(X, more, muon_classic, m, n);
     if (rows > cols) transpose(G, (long)cols, X, (long)rows, (int)cols, (int)rows);
-    real rate = (real)(c->muon_lr * sqrt(fmax(1, fans))), decay = (real)(1 - c->muon_lr * c->weight_decay);
+    real rate = (real)(c->muon_lr * sqrt(fmax(1, fans))),
+         decay = (real)(1 - c->muon_lr * c->muon_weight_decay);
     real e = (real)o->ema, one_e = (real)(1 - o->ema);
     for (size_t i = 0; i < count; i++) {
         p[i] = p[i] * decay - rate * G[i];
@@ -1903,16 +1914,20 @@ static void draw_kept(int *ids, size_t k, size_t T, uint64_t *scratch, uint64_t 
 HOST_DEVICE static uint32_t noise_stream(int candidate) {
     return candidate ? (uint32_t)STREAM_CANDIDATE + (uint32_t)candidate - 1 : (uint32_t)STREAM_NOISE;
 }
+static double square_distance(const real *a, const real *b, size_t n) {
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) sum += ((double)a[i] - b[i]) * ((double)a[i] - b[i]);
+    return sum;
+}
 static void draw_noise(real *noise, const real *x, const Config *c, uint64_t seed, uint32_t step,
                        uint32_t sample) {
     size_t latent = latent_of(c);
     double least = INFINITY;
     int nearest = 0;
     for (int k = 0; k < c->immiscible && c->immiscible > 1; k++) {
-        double sum = 0;
         fill_normal(noise, latent, seed, noise_stream(k), step, sample);
-        for (size_t i = 0; i < latent; i++) sum += ((double)noise[i] - x[i]) * ((double)noise[i] - x[i]);
-        if (sum < least) least = sum, nearest = k;
+        double far = square_distance(noise, x, latent);
+        if (far < least) least = far, nearest = k;
     }
     fill_normal(noise, latent, seed, noise_stream(nearest), step, sample);
 }
@@ -2256,7 +2271,7 @@ typedef struct {
     char **words;   // the command line, for how to go on
     int word_count;
     int batch, accum, steps, log_every, save_every, sample_every, sample_steps, threads, overwrite;
-    int no_graph, profile;
+    int no_graph, profile, reduce_bf16;
     uint64_t seed;
 } Run;
 #define OPTION(name, field, kind, initial, low, high, help)                                                  \
@@ -2289,6 +2304,8 @@ static const Option run_options[] = {
     OPTION("no_graph", no_graph, SWITCH, 0, 0, 1,
            "GPU: launch every kernel, instead of replaying a recorded step"),
     OPTION("profile", profile, SWITCH, 0, 0, 1, "GPU: at the end, where the time of the steps went"),
+    OPTION("reduce_bf16", reduce_bf16, SWITCH, 0, 0, 1,
+           "several GPUs: gradients go to each other in bf16, half the bytes"),
 };
 enum { RUN_OPTIONS = sizeof(run_options) / sizeof(run_options[0]) };
 
@@ -2412,7 +2429,7 @@ static SafeFile *checkpoint_open(const char *path, Config *c) {
     const char *format = safe_metadata(f, "format");
     if (!format || (strcmp(format, "srdit-checkpoint-1") && strcmp(format, "srdit-export-1")))
         die("%s: not a checkpoint of this program: its metadata has no format srdit-checkpoint-1", path);
-    config_read(c, f);
+    config_read(c, f, "");
     return f;
 }
 
@@ -2591,8 +2608,8 @@ static void check_resumed(const SafeFile *f, const OptionTable *config, const Co
 
 // Flags that others leave without effect: Muon's need Muon, and a ratio is not for MLPs of given widths.
 static void flags_check(const Config *c, const OptionTable *config) {
-    static const char *const names[] = {"muon", "muon_lr", "muon_momentum"};
-    for (int k = 0; k < 3 && c->optimizer != MUON; k++)
+    static const char *const names[] = {"muon", "muon_lr", "muon_momentum", "muon_weight_decay"};
+    for (int k = 0; k < 4 && c->optimizer != MUON; k++)
         if (config->given[option_find(config, names[k])]) {
             char flag[FLAG_BYTES];
             flag_of(flag, &config->options[option_find(config, names[k])]);
@@ -3082,6 +3099,10 @@ static int train_main(int argc, char **argv, const Backend *backend) {
     if (!backend->begin && (run.no_graph || run.profile))
         die("--%s: only the GPU's trainer has it (make train_srdit_cu)",
             run.profile ? "profile" : "no-graph");
+    if (run.reduce_bf16 && ranks.size == 1)
+        die("--reduce-bf16: it is for several GPUs (torchrun --nproc-per-node 8 --no-python "
+            "./train_srdit_cu)");
+    ranks.bf16 = run.reduce_bf16;
     use_threads(run.threads);
 
     Data *d = data_open(run.data.items, run.data.count);

@@ -59,6 +59,9 @@
 #ifdef NCCL   // several GPUs (make says whether nccl.h was found); the library is opened only for them
 #include <dlfcn.h>
 #include <nccl.h>
+#if NCCL_VERSION_CODE < 21400
+#error "nccl.h is older than 2.14: install a newer NCCL, or build for one GPU with make NCCL=/nowhere"
+#endif
 #ifndef NCCL_NAME
 #define NCCL_NAME "libnccl.so.2"
 #endif
@@ -394,13 +397,14 @@ static float *sum_parts(Sums *s, float *dst, int rows, int cols) {
 }
 
 // out = in rounded to floatX. 4 + 2 bytes an element; bound by memory.
-__global__ void __launch_bounds__(256) cast_kernel(floatX *out, const float *in, size_t n) {
+template <class Out, class In>
+__global__ void __launch_bounds__(256) cast_kernel(Out *out, const In *in, size_t n) {
     size_t i = ((size_t)blockIdx.x * 256 + threadIdx.x) * 4;
     if (i < n) store4(out + i, load4(in + i));
 }
-static void cast(floatX *out, const float *in, size_t n) {   // n is a multiple of 4
-    if (!n) return;
-    cast_kernel<<<(unsigned)((n / 4 + 255) / 256), 256, 0, stream>>>(out, in, n);
+template <class Out, class In> static void cast(Out *out, const In *in, size_t n, cudaStream_t on = stream) {
+    if (!n) return;   // n is a multiple of 4
+    cast_kernel<Out, In><<<(unsigned)((n / 4 + 255) / 256), 256, 0, on>>>(out, in, n);
     LAUNCHED();
 }
 
@@ -2984,6 +2988,7 @@ typedef struct {
     Buckets buckets;
     float *ema_whole;   // ema, or where it is gathered from several ranks
     double *shared;     // [5] of all ranks: the squared norm, the four losses
+    bf16 *rounded;      // a bucket's gradients on their way (--reduce-bf16)
     float *host;        // what `activation` returns lies here
     size_t host_size;
 } GpuModel;
@@ -3037,7 +3042,7 @@ static BlockRun run_of(const Config *c, int i) {
               : i < first_h ? first_h
                             : c->depth + (c->num_h == 0);
     int most = 2 * tokens_of(c) / tokens_in(c, i);
-    if (c->mlp_widths.count) most = 1;   // no two have the same shapes
+    if (c->mlp_widths.count || c->hidden[0]) most = 1;   // no two have the same shapes
     BlockRun run;
     run.first = begin + (i - begin) / most * most;
     run.count = imin(most, end - run.first);
@@ -3203,6 +3208,9 @@ static size_t memory_layout(GpuModel *g, DeviceArena *m, int B) {
     take(g->rope, m, (size_t)grid_of(c) * (size_t)(c->hidden_size / c->num_heads / 4));
     take(g->losses, m, 1);
     take(g->shared, m, 5);
+    size_t most = 0;
+    for (int k = 0; k < b->count; k++) most = largest(most, b->begin[k + 1] - b->begin[k]);
+    take(g->rounded, m, ranks.bf16 ? most : 0);
     take(g->constants, m, 1);
     take(g->loss_parts, m, 4 * loss_parts_of(c, B));
     take(g->norm_parts, m, (size_t)imax(1, b->count) * NORM_BLOCKS);
@@ -3250,12 +3258,13 @@ static void use_weights(GpuModel *g, enum Block which) {
 //   stream        backward h      g      f     e | norm   AdamW of e f r g h | forward e   f     g     h
 //   ranks_stream            sum h | r  g |  f | e        weights e | f | r | g | h
 //
-// Of each bucket a rank gets the sum of its piece (reduce-scatter), to which it makes the step: so moments
-// and moving average of a piece are on one rank only (ZeRO-1). Then all get all pieces (all-gather). The
-// weights in float stay whole on every rank, since biases, norms and tables are read from them. Muon needs
-// whole matrices: there gradients and moments stay whole, each matrix has an owner who makes its step and
-// sends it round, and the rest every rank steps alike. Every sum has a fixed order. A step is not replayed as
-// a CUDA graph: its launches hide behind the step before.
+// Of each bucket a rank gets the sum of its piece (reduce-scatter), to which it makes the step: so moments,
+// moving average and the weights in float of a piece are on one rank only (ZeRO-1). Then all get all pieces
+// (all-gather) of the weights as the products read them, rounded, and the few that are read in float: biases,
+// norms, labels. For a checkpoint or pictures the float ones are gathered, too. Muon needs whole matrices:
+// there gradients and moments stay whole, each matrix has an owner who makes its step and sends it round, and
+// the rest every rank steps alike. Every sum has a fixed order. A step is not replayed as a CUDA graph: its
+// launches hide behind the step before.
 
 #ifdef NCCL
 // The calls of NCCL, found when they are needed: one GPU does without the library
@@ -3278,13 +3287,16 @@ static ncclComm_t comm;
 // NCCL takes calls with one communicator from one thread at a time; the listening thread asks after it, too.
 static pthread_mutex_t nccl_lock = PTHREAD_MUTEX_INITIALIZER;
 
-// Calls return before they are done; a rank that does not come is waited for until the deadline.
+// Calls return before they are done. While ranks join and part one that does not come is waited for until
+// the deadline; in between the listening thread hears of it, and a call may have to wait for as long as rank 0
+// writes a checkpoint.
+static double nccl_patience = INFINITY;
 static void check_nccl(ncclResult_t r, const char *call) {
-    double end = now_seconds() + ranks.deadline;
+    double end = now_seconds() + nccl_patience;
     for (; r == ncclInProgress && comm; usleep(100)) {
         if (now_seconds() > end)
             die("NCCL: %s has not ended within %.0f s (RANKS_DEADLINE=SECONDS waits longer)", call,
-                ranks.deadline);
+                nccl_patience);
         ncclResult_t asked = nccl.CommGetAsyncError(comm, &r);
         if (asked != ncclSuccess) r = asked;
     }
@@ -3338,51 +3350,50 @@ static void nccl_open(void) {
     ranks_exchange(handles, &own, sizeof(own));
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
     config.blocking = 0;
+    nccl_patience = ranks.deadline;
     CHECK_NCCL(CommInitRankConfig, &comm, ranks.size, handles[0], ranks.rank, &config);
+    nccl_patience = INFINITY;
     ranks.trouble = nccl_trouble;
 }
 static void nccl_close(void) {
+    nccl_patience = ranks.deadline;
     CHECK_NCCL(CommFinalize, comm);   // polled; then there is nothing left that could fail
     pthread_mutex_lock(&nccl_lock);
     nccl.CommDestroy(comm);
     comm = NULL;   // nccl_trouble asks no more
     pthread_mutex_unlock(&nccl_lock);
 }
-// In place, on ranks_stream: all[size][n] of which this rank has its own, sums of it, and sums of all
-static void ranks_gather(float *all, size_t n) {
-    CHECK_NCCL(AllGather, all + (size_t)ranks.rank * n, all, n, ncclFloat, comm, ranks_stream);
+static ncclDataType_t type_of(const float *) { return ncclFloat; }
+static ncclDataType_t type_of(const double *) { return ncclDouble; }
+static ncclDataType_t type_of(const bf16 *) { return ncclBfloat16; }
+// On ranks_stream: all[size][n] of which this rank has its own (in place where that is all + rank n), sums of
+// it, and sums of all
+template <class T> static void ranks_gather(T *all, const T *own, size_t n) {
+    CHECK_NCCL(AllGather, own, all, n, type_of(all), comm, ranks_stream);
 }
-static void ranks_gather_from(float *all, const float *own, size_t n) {
-    CHECK_NCCL(AllGather, own, all, n, ncclFloat, comm, ranks_stream);
+template <class T> static void ranks_scatter_sum(T *all, size_t n) {
+    CHECK_NCCL(ReduceScatter, all, all + (size_t)ranks.rank * n, n, type_of(all), ncclSum, comm,
+               ranks_stream);
 }
-static void ranks_scatter_sum(float *all, size_t n) {
-    CHECK_NCCL(ReduceScatter, all, all + (size_t)ranks.rank * n, n, ncclFloat, ncclSum, comm, ranks_stream);
+template <class T> static void ranks_sum(T *all, size_t n) {
+    CHECK_NCCL(AllReduce, all, all, n, type_of(all), ncclSum, comm, ranks_stream);
 }
-static void ranks_broadcast(float *x, size_t n, int from) {
-    CHECK_NCCL(Broadcast, x, x, n, ncclFloat, from, comm, ranks_stream);
+template <class T> static void ranks_broadcast(T *x, size_t n, int from) {
+    CHECK_NCCL(Broadcast, x, x, n, type_of(x), from, comm, ranks_stream);
 }
-static void ranks_group(int begin) {   // calls in between go as one
-    if (begin) CHECK_NCCL(GroupStart);
-    else CHECK_NCCL(GroupEnd);
-}
-static void ranks_sum(float *all, size_t n) {
-    CHECK_NCCL(AllReduce, all, all, n, ncclFloat, ncclSum, comm, ranks_stream);
-}
-static void ranks_sum(double *all, size_t n) {
-    CHECK_NCCL(AllReduce, all, all, n, ncclDouble, ncclSum, comm, ranks_stream);
-}
+static void ranks_group_begin(void) { CHECK_NCCL(GroupStart); }   // calls in between go as one
+static void ranks_group_end(void) { CHECK_NCCL(GroupEnd); }
 #else
 static void nccl_open(void) {
     die("this was built without NCCL (make said so), which several GPUs need: install it and build again");
 }
 static void nccl_close(void) {}
-static void ranks_gather(float *, size_t) {}
-static void ranks_gather_from(float *, const float *, size_t) {}
-static void ranks_scatter_sum(float *, size_t) {}
-static void ranks_broadcast(float *, size_t, int) {}
-static void ranks_group(int) {}
-static void ranks_sum(float *, size_t) {}
-static void ranks_sum(double *, size_t) {}
+template <class T> static void ranks_gather(T *, const T *, size_t) {}
+template <class T> static void ranks_scatter_sum(T *, size_t) {}
+template <class T> static void ranks_sum(T *, size_t) {}
+template <class T> static void ranks_broadcast(T *, size_t, int) {}
+static void ranks_group_begin(void) {}
+static void ranks_group_end(void) {}
 #endif
 
 // Each tensor that Muon takes goes to the rank that has least to do so far; a product's work is that of its
@@ -3401,16 +3412,34 @@ static void muon_owners(GpuModel *g) {
         work[owner[i]] += (double)t->size * imin(rows, cols);
     }
 }
-// From their owners, to all: the matrices of a block that begin between two places
-static void muon_broadcast(GpuModel *g, float *block, size_t begin, size_t end) {
+// A tensor that is read in float, not only by products; of the others all but its owners need the rounded
+// twin alone, where there is one.
+enum Readers { BY_PRODUCTS = 1, IN_FLOAT = 2 };
+static enum Readers readers_of(const GpuModel *g, const Tensor *t) {
+    const float *p = g->params + t->offset;
+    return t->ndim < 2 || p == g->w.label || p == g->w.mask_token ? IN_FLOAT : BY_PRODUCTS;
+}
+// Numbers that this rank will not be told any more: the emulator makes them NaN, so that nobody reads them.
+static void forget(float *x, size_t n) {
+#ifdef CUDA_ON_CPU
+    CHECK(cudaMemsetAsync(x, 0xff, n * sizeof(float), ranks_stream));
+#else
+    (void)x, (void)n;
+#endif
+}
+// From their owners, to all: Muon's matrices of a block that begin between two places and have such readers
+template <class T> static void muon_broadcast(GpuModel *g, T *block, size_t begin, size_t end, int readers) {
     const Table *table = &g->base.table;
-    ranks_group(1);
+    ranks_group_begin();
     for (int i = 0; i < table->count; i++) {
         const Tensor *t = &table->tensors[i];
-        if (t->muon_parts && t->offset >= begin && t->offset < end)
-            ranks_broadcast(block + t->offset, t->size, g->buckets.owner[i]);
+        int owner = g->buckets.owner[i];
+        if (!t->muon_parts || t->offset < begin || t->offset >= end || !(readers & readers_of(g, t)))
+            continue;
+        ranks_broadcast(block + t->offset, t->size, owner);
+        if (sizeof(T) < sizeof(float) && owner != ranks.rank) forget(g->params + t->offset, t->size);
     }
-    ranks_group(0);
+    ranks_group_end();
 }
 // Where the buckets begin: borders between tensors, moved to a multiple of 64 `size`. They move up, so that
 // the bucket before gets a little of what has its gradient earlier and whose weights may come early; but
@@ -3470,45 +3499,76 @@ static void bucket_reduce(GpuModel *g, int k) {
     sums_end(&g->sums);
     ranks_after(b->ready[k]);
     float *grads = g->grads + b->begin[k];
-    if (b->sharded) ranks_scatter_sum(grads, piece_size(b, k));
-    else ranks_sum(grads, bucket_size(b, k));
+    size_t n = bucket_size(b, k), piece = piece_size(b, k), own = b->sharded ? ranks.rank * piece : 0;
+    if (ranks.bf16) cast(g->rounded, grads, n, ranks_stream);
+    if (ranks.bf16 && b->sharded) ranks_scatter_sum(g->rounded, piece);
+    else if (ranks.bf16) ranks_sum(g->rounded, n);
+    else if (b->sharded) ranks_scatter_sum(grads, piece);
+    else ranks_sum(grads, n);
+    if (ranks.bf16) cast(grads + own, g->rounded + own, b->sharded ? piece : n, ranks_stream);
+}
+// What is read in float of bucket k goes from the pieces where it lies to all.
+static void floats_broadcast(GpuModel *g, int k) {
+    const Buckets *b = &g->buckets;
+    size_t piece = piece_size(b, k);
+    ranks_group_begin();
+    for (int i = 0; i < g->base.table.count; i++) {
+        const Tensor *t = &g->base.table.tensors[i];
+        for (int r = 0; r < ranks.size && t->trained; r++) {
+            size_t begin = b->begin[k] + r * piece, low = largest(begin, t->offset),
+                   high = t->offset + t->size < begin + piece ? t->offset + t->size : begin + piece;
+            if (low >= high) continue;
+            if (readers_of(g, t) == IN_FLOAT) ranks_broadcast(g->params + low, high - low, r);
+            else if (r != ranks.rank) forget(g->params + low, high - low);
+        }
+    }
+    ranks_group_end();
 }
 // The weights of bucket k are new in this rank's piece: they go to all.
 static void bucket_gather(GpuModel *g, int k) {
     Buckets *b = &g->buckets;
+    size_t begin = b->begin[k], end = b->begin[k + 1], own = begin + ranks.rank * piece_size(b, k);
     ranks_after(b->ready[k]);
-    if (b->sharded) ranks_gather(g->params + b->begin[k], piece_size(b, k));
-    else muon_broadcast(g, g->params, b->begin[k], b->begin[k + 1]);
+    if (!b->sharded) {
+        muon_broadcast(g, g->params, begin, end, g->weights ? IN_FLOAT : IN_FLOAT | BY_PRODUCTS);
+        if (g->weights) muon_broadcast(g, g->weights, begin, end, BY_PRODUCTS);
+    } else if (g->weights) {
+        ranks_gather(g->weights + begin, g->weights + own, piece_size(b, k));
+        floats_broadcast(g, k);
+    } else ranks_gather(g->params + begin, g->params + own, piece_size(b, k));
     CHECK(cudaEventRecord(b->there[k], ranks_stream));
     b->due[k] = 1;
 }
-// Before their first use: all ranks' weights of buckets first ... last are here, and rounded.
+// Before their first use: all ranks' weights of buckets first ... last are here.
 static void buckets_await(GpuModel *g, int first, int last) {
     Buckets *b = &g->buckets;
     for (int k = imax(first, 0); k <= last && k < b->count; k++) {
-        if (!b->due[k]) continue;
+        if (b->due[k]) CHECK(cudaStreamWaitEvent(stream, b->there[k], 0));
         b->due[k] = 0;
-        CHECK(cudaStreamWaitEvent(stream, b->there[k], 0));
-        if (g->weights) cast(g->weights + b->begin[k], g->params + b->begin[k], bucket_size(b, k));
     }
 }
 // Where a rank's own pieces of its moments and average lie, that of bucket k
 static size_t piece_at(const Buckets *b, int k) { return b->begin[k] / ranks.size; }
 // A block of moments or averages, whole: in g->grads, which nobody needs between two steps, or, with Muon,
-// where it is. All ranks call this.
+// where it is; or the weights in float, where they are. All ranks call this.
 static float *gather_pieces(GpuModel *g, float *own) {
     Buckets *b = &g->buckets;
     if (ranks.size == 1) return own;
+    float *all = !b->sharded || own == g->params ? own : g->grads;
     ranks_after(b->ready[0]);
-    for (int k = 0; k < b->count && b->sharded; k++)
-        ranks_gather_from(g->grads + b->begin[k], own + piece_at(b, k), piece_size(b, k));
-    if (!b->sharded) muon_broadcast(g, own, 0, g->base.table.trained);
+    for (int k = 0; k < b->count && b->sharded; k++) {
+        size_t begin = b->begin[k], at = all == own ? begin + ranks.rank * piece_size(b, k) : piece_at(b, k);
+        ranks_gather(all + begin, own + at, piece_size(b, k));
+    }
+    if (!b->sharded) muon_broadcast(g, own, 0, g->base.table.trained, IN_FLOAT | BY_PRODUCTS);
     stream_after(b->there[0]);
-    return b->sharded ? g->grads : own;
+    return all;
 }
 static void gather_ema(Model *m) {
     GpuModel *g = gpu_of(m);
     gather_pieces(g, g->ema);
+    if (g->weights)
+        gather_pieces(g, g->params);   // they are rounded anew after the average has had their place
     if (g->weights_of == EMA && ranks.size > 1) g->weights_of = GRADS;   // an older one's
 }
 
@@ -4637,7 +4697,7 @@ static void muon_update(GpuModel *g) {
                       (float)c->muon_momentum,
                       (float)(1 - c->muon_momentum),
                       (float)c->muon_lr,
-                      (float)(1 - c->muon_lr * c->weight_decay),
+                      (float)(1 - c->muon_lr * c->muon_weight_decay),
                       m * n};
         dim3 grid(MUON_BLOCKS, (unsigned)one->count);
         muon_momentum_kernel<<<grid, 256, 0, stream>>>(k);
@@ -4744,18 +4804,18 @@ static float *model_block(GpuModel *g, enum Block which) {
     if (which == GRADS) zero_now(g);
     return blocks[which];
 }
-static int in_pieces(enum Block which) {   // 1: no rank has all of it
-    return ranks.size > 1 && (which == EMA || which == ADAM_M || which == ADAM_V);
+static int in_pieces(const GpuModel *g, enum Block which) {   // 1: no rank has all of it
+    return ranks.size > 1 && (which == PARAMS ? g->weights != NULL : which != GRADS);
 }
-// Of moments and moving average all of several ranks call it, since each has but a piece
+// All of several ranks call it, since each has but a piece of what is no gradient
 static void get_block(real *host, Model *m, enum Block which) {
     GpuModel *g = gpu_of(m);
     size_t n = m->table.total, trained = m->table.trained;
     float *from = model_block(g, which);
     buckets_await(g, 0, g->buckets.count - 1);
-    if (in_pieces(which)) from = gather_pieces(g, from);
+    if (in_pieces(g, which)) from = gather_pieces(g, from);
     CHECK(cudaMemcpyAsync(host, from, n * sizeof(real), cudaMemcpyDeviceToHost, stream));
-    if (in_pieces(which))   // the fixed tables
+    if (in_pieces(g, which))   // the fixed tables
         CHECK(cudaMemcpyAsync(host + trained, g->params + trained, (n - trained) * sizeof(real),
                               cudaMemcpyDeviceToHost, stream));
     CHECK(cudaStreamSynchronize(stream));
@@ -4767,7 +4827,7 @@ static const real *host_block(Model *m, enum Block which, real *room) {
 static void put_block(Model *m, const real *host, enum Block which) {
     GpuModel *g = gpu_of(m);
     float *to = model_block(g, which);
-    if (!in_pieces(which) || !g->buckets.sharded)
+    if (which == PARAMS || !in_pieces(g, which) || !g->buckets.sharded)
         CHECK(cudaMemcpyAsync(to, host, m->table.total * sizeof(real), cudaMemcpyHostToDevice, stream));
     else
         for (int k = 0; k < g->buckets.count; k++) {
@@ -4851,6 +4911,8 @@ static void tune(GpuModel *g) {
     const size_t some = (size_t)1 << 20;   // the same again and again
     real *start = (real *)alloc_zero(n, sizeof(real)), *spread = (real *)alloc_zero(some, sizeof(real));
     gpu::get_block(start, m, PARAMS);
+    if (ranks.rank)
+        ranks_first(0);   // rank 0's plans, once they are in the file, are all ranks' of this machine
     fill_spread(spread, some, 0.1f);
     for (size_t at = 0; at < n; at += some)
         CHECK(cudaMemcpyAsync(g->params + at, spread, (n - at < some ? n - at : some) * sizeof(float),
@@ -4876,6 +4938,7 @@ static void tune(GpuModel *g) {
     gpu::read_losses(m);
     gpu::zero_gradients(m);
     tuning = 0;
+    if (!ranks.rank) ranks_first(0);
     if (verbose) plans_report(stdout);
 }
 

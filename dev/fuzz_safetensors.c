@@ -196,7 +196,7 @@ static void read_reference(void) {
     }
     Config c = config_default();
     const char *kind = safe_metadata(f, "kind");
-    if (!kind || strcmp(kind, "invae")) config_read(&c, f), few_tokens(&c);
+    if (!kind || strcmp(kind, "invae")) reference_config(&c, f), few_tokens(&c);
     safe_close(f);
     replay("input", 0, 0);
 }

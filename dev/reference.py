@@ -26,8 +26,9 @@ The cases in dev/ref (float64 unless named f32; f+g+h are the blocks of encoder,
   off_training   1+1+1  8  1  4  4  2  3   5   5   no routing, path_drop, cfm, time_shift, dropped labels, ema
   base_f32       2+1+1  8  2  4  4  1  2  17   4   the defaults in float32
   muon           1+1+1  8  2  4  4  1  2  17   4   Muon, split: 5 steps, weight decay
-  srdit13        1+2+1  8  1  2  4  2  2   5   1   Muon for all: 5 path-drop steps, aligned at depths 1 and 2
-  depths         1+2+1  8  2  4  4  1  2  17   4   alignment at depths 1, 3 and 4; MLPs of 64 to 192
+  srdit13        1+2+1  8  1  2  4  2  2   5   1   Muon for all: 5 path-drop steps, aligned at depths 1, 2; noise
+                                                   the nearest of 8
+  depths         1+2+1  8  2  4  4  1  2  17   4   alignment at depths 1, 3 and 4; MLPs of 13 to 192
   invae_16x      the decoder with 5 levels: latent 2x3 -> image 32x48, attention on level 4
   invae_2x       the decoder with 2 levels: latent 5x3 -> image 10x6, attention on level 1, batch 2
 """
@@ -40,7 +41,8 @@ except ImportError as e:
 
 SWITCHES = ("routing", "path_drop", "align", "cls", "cfm", "qk_norm", "rope", "value_residual", "time_shift",
             "label_dropout", "ema")
-LATER = ("optimizer", "muon", "muon_lr", "muon_momentum", "align_depths", "mlp_widths")   # after the paper
+LATER = ("optimizer", "muon_lr", "muon_momentum", "muon_weight_decay", "align_depths", "mlp_widths",
+         "immiscible")                          # after the paper
 QK_NORM_EPS = 2.0 ** -23                        # float32's machine epsilon, in every precision
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -76,19 +78,18 @@ class Config:
     dtype: str = "float64"
     switch_off: str = ""                        # the techniques that are off, of SWITCHES, comma-separated
     # after the paper; files leave them out where they are at their defaults
-    optimizer: str = "adamw"                    # or muon
-    muon: str = "split"                         # or srdit13
+    optimizer: str = "adamw"                    # or muon_split, muon_srdit13
     muon_lr: float = 1e-3
     muon_momentum: float = 0.95
+    muon_weight_decay: float = 0.0
     align_depths: str = ""                      # counted from 1, comma-separated; none: Lf alone
-    mlp_widths: str = ""                        # of the first and the last block, as multiples of D
+    mlp_widths: str = ""                        # hidden widths of all blocks, comma-separated
+    immiscible: int = 1                         # noise is the nearest to its latent of so many candidates
 
     def hidden(self, i):                        # width of block i's MLP
         if not self.mlp_widths:
             return int(self.hidden_size * self.mlp_ratio)
-        first, last = (float(x) for x in self.mlp_widths.split(","))
-        width = first + (last - first) * i / max(1, self.depth - 1)
-        return max(1, int(self.hidden_size * width / 64 + 0.5)) * 64
+        return int(self.mlp_widths.split(",")[i])
 
     def on(self, switch):
         return switch not in self.switch_off.split(",")
@@ -99,6 +100,10 @@ class Config:
             sys.exit(f"no such switch: {', '.join(unknown)}; there are: {', '.join(SWITCHES)}")
         if self.hidden_size % (4 * self.num_heads) or self.input_size % self.patch_size:
             sys.exit("hidden_size must be a multiple of 4*num_heads, and input_size one of patch_size")
+        if self.optimizer not in ("adamw", "muon_split", "muon_srdit13"):
+            sys.exit(f"no such optimizer: {self.optimizer}; there are adamw, muon_split and muon_srdit13")
+        if self.mlp_widths and len(self.mlp_widths.split(",")) != self.depth:
+            sys.exit("mlp_widths are the hidden widths of all blocks")
         if self.num_f < 1 or self.num_h < 0 or self.num_f + self.num_h > self.depth:
             sys.exit("num_f must be at least 1, and num_f + num_h at most depth")
         self.time_shift = int(self.time_shift and self.on("time_shift"))
@@ -348,12 +353,12 @@ def newton_schulz(x):                           # x [m,n] near U S V^T -> near U
     return x
 
 class Muon:
-    """Muon for the matrices that cfg.muon names, AdamW for the rest; both step in step()."""
+    """Muon for the matrices that cfg.optimizer names, AdamW for the rest; both step in step()."""
     def __init__(self, cfg, named):
         self.cfg, self.of_muon, rest = cfg, [], []
         for name, p in named:
             parts = 3 if "attn.qkv" in name else 1
-            if cfg.muon == "srdit13":
+            if cfg.optimizer == "muon_srdit13":
                 parts, mine = 1, p.dim() >= 2
             else:
                 mine = p.dim() == 2 and name.split(".", 2)[-1] in (
@@ -375,7 +380,7 @@ class Muon:
             factor = math.sqrt(max(1, p.shape[-2] / parts / p.shape[-1]))
             x = torch.cat([newton_schulz(part.reshape(len(part), -1)).reshape(part.shape)
                            for part in g.chunk(parts)])
-            p.mul_(1 - lr * self.cfg.weight_decay).sub_(lr * factor * x)
+            p.mul_(1 - lr * self.cfg.muon_weight_decay).sub_(lr * factor * x)
 
 @torch.no_grad()
 def sample(model, x, cls, y, eps, cls_eps, steps, cfg_scale, cls_cfg_scale, low, high, path_drop):
@@ -533,12 +538,17 @@ def sit_case(name, seed=1, batch=2, path_dropped=0, all_steps=0, sample_steps=4,
              feats=only_if("align", floats("in.feats", B, cfg.T, Z)),
              ids_keep=torch.from_numpy(np.stack(ids)).long(),
              path_drop=torch.tensor([path_dropped if cfg.on("path_drop") else 0], dtype=torch.uint8))
+    if cfg.immiscible > 1:
+        candidates = floats("in.noise_candidates", cfg.immiscible, B, *latent)
+        nearest = ((candidates - d["x"]) ** 2).sum((2, 3, 4)).argmin(0)
+        d["noise"] = candidates[nearest, torch.arange(B)]
+        out["in.noise_candidates"] = candidates
     put("in.", d)
     put("param.", model.state_dict())
     params, act = dict(model.named_parameters()), {}
     start, ema = ({k: p.detach().clone() for k, p in params.items()} for _ in range(2))
     adam = torch.optim.AdamW(model.parameters(), cfg.lr, (cfg.beta1, cfg.beta2), cfg.eps, cfg.weight_decay)
-    if cfg.optimizer == "muon":
+    if cfg.optimizer != "adamw":
         adam = Muon(cfg, model.named_parameters())
     for k in range(1, cfg.steps + 1):
         model.zero_grad(set_to_none=True)
@@ -579,6 +589,8 @@ def sit_case(name, seed=1, batch=2, path_dropped=0, all_steps=0, sample_steps=4,
                 sample_steps=N, sample_cfg_scale=sample_cfg_scale,
                 sample_cls_cfg_scale=sample_cls_cfg_scale, sample_guidance_low=sample_guidance_low,
                 sample_guidance_high=sample_guidance_high, sample_path_drop=sample_path_drop)
+    if cfg.optimizer != "adamw":
+        meta["adamw_eps"], meta["muon_steps"] = meta.pop("eps"), 5
     defaults = {k: x for k, x in asdict(Config()).items() if k in LATER}
     return {k: str(x) for k, x in meta.items() if k not in defaults or x != defaults[k]}, out
 
@@ -643,14 +655,16 @@ CASES = {
         ema_decay=0.9, sample_cfg_scale=1.4, sample_cls_cfg_scale=1.4)),
     "muon": (sit_case, dict(
         seed=119, depth=3, num_f=1, num_h=1, hidden_size=8, z_dim=6, projector_dim=10, shift_base=256.0,
-        lr=1e-3, ema_decay=0.9, steps=5, optimizer="muon", muon_lr=0.02, weight_decay=0.1)),
+        lr=1e-3, ema_decay=0.9, steps=5, optimizer="muon_split", muon_lr=0.02, weight_decay=0.1,
+        muon_weight_decay=0.2)),
     "srdit13": (sit_case, dict(
         seed=120, depth=4, num_f=1, num_h=1, hidden_size=8, num_heads=1, patch_size=2, in_channels=2,
         z_dim=6, projector_dim=10, mlp_ratio=2.0, shift_base=256.0, lr=1e-3, eps=1e-15, ema_decay=0.9,
-        path_dropped=1, steps=5, optimizer="muon", muon="srdit13", muon_momentum=0.9, align_depths="1,2")),
+        path_dropped=1, steps=5, optimizer="muon_srdit13", muon_momentum=0.9, align_depths="1,2",
+        immiscible=8)),
     "depths": (sit_case, dict(
         seed=121, depth=4, num_f=1, num_h=1, hidden_size=8, z_dim=6, projector_dim=10, shift_base=256.0,
-        lr=1e-3, ema_decay=0.9, align_depths="1,3,4", mlp_widths="3,20")),
+        lr=1e-3, ema_decay=0.9, align_depths="1,3,4", mlp_widths="64,64,13,192")),
     "invae_16x": (invae_case, dict(seed=201, ch=4, height=2, width=3)),
     "invae_2x": (invae_case, dict(
         seed=202, batch=2, ch=4, ch_mult="1,2", num_res_blocks=1, z_channels=6, num_groups=2,
@@ -677,7 +691,18 @@ def random_case(seed):
         path_dropped=int(rs.rand() < 0.25), sample_steps=between(1, 5),
         switch_off=",".join(s for s in SWITCHES if rs.rand() < 0.08), sample_cfg_scale=pick(1.0, 1.4, 2.5),
         sample_cls_cfg_scale=pick(0.0, 1.0, 1.8), sample_guidance_low=low,
-        sample_guidance_high=low + pick(0.3, 0.7), sample_path_drop=between(0, 1))
+        sample_guidance_high=low + pick(0.3, 0.7), sample_path_drop=between(0, 1), **later_of(rs, f + g + h))
+
+def later_of(rs, depth):
+    """Of every third file what came after the paper, in part"""
+    if rs.rand() > 0.33:
+        return {}
+    pick = lambda *xs: xs[rs.randint(len(xs))]
+    depths = [i for i in range(1, depth + 1) if rs.rand() < 0.4][:8]
+    return dict(optimizer=pick("adamw", "muon_split", "muon_srdit13"), muon_lr=pick(1e-3, 0.02),
+                muon_momentum=pick(0.95, 0.5), muon_weight_decay=pick(0.0, 0.1), immiscible=pick(1, 2, 8),
+                align_depths=",".join(map(str, depths)),
+                mlp_widths=pick("", ",".join(str(rs.randint(1, 70)) for _ in range(depth))))
 
 # ------------------------------------------------------------------------------------------------- the checks
 

@@ -90,7 +90,7 @@ train_srdit_emu_bf16 test_srdit_emu_bf16 sample_emu_bf16: %_emu_bf16: $(EMU_OUT)
 	ln -sf $< $@
 # Several ranks (dev/test_ranks.py), where NCCL's header is
 .PHONY: test_ranks
-test_ranks: train_srdit_emu
+test_ranks: train_srdit_emu train_srdit_emu_bf16
 	$(if $(EMU_NCCL),/usr/bin/python3 dev/test_ranks.py,@echo "NCCL: no nccl.h in $(CUDA_INC), so test_ranks is left out")
 .PHONY: ptx_check_emu norm_versions_emu
 ptx_check_emu norm_versions_emu: %_emu: $(EMU_OUT)/%

@@ -6,6 +6,7 @@
 // and removes it when all are there.
 // As with the real one, whoever has been left alone waits for ever: a deadline is the program's business.
 // Communicators are non-blocking: as long as a process is missing, ncclCommGetAsyncError says ncclInProgress.
+#include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #include <nccl.h>
 #include <atomic>
@@ -79,13 +80,14 @@ static size_t bytes_of(ncclDataType_t t) {
 template <class T> static void add(ncclComm *c, T *out, size_t from, size_t n) {
     for (size_t i = 0; i < n; i++) {
         T sum = ((T *)c->slot(0))[from + i];
-        for (int r = 1; r < c->size; r++) sum += ((T *)c->slot(r))[from + i];
+        for (int r = 1; r < c->size; r++) sum = sum + ((T *)c->slot(r))[from + i];
         out[i] = sum;
     }
 }
 static void add(ncclComm *c, void *out, size_t from, size_t n, ncclDataType_t t) {
     if (t == ncclFloat) add(c, (float *)out, from, n);
-    else add(c, (double *)out, from, n);
+    else if (t == ncclDouble) add(c, (double *)out, from, n);
+    else add(c, (__nv_bfloat16 *)out, from, n);   // rounded after each rank, as on a ring
 }
 static ncclResult_t queue(cudaStream_t s, std::function<void()> work) {
     auto *f = new std::function<void()>(std::move(work));
@@ -132,7 +134,7 @@ const char *ncclGetLastError(ncclComm_t) { return "nccl_cpu"; }
 ncclResult_t ncclAllReduce(const void *from, void *to, size_t n, ncclDataType_t type, ncclRedOp_t op, ncclComm_t c,
                            cudaStream_t s) {
     size_t bytes = bytes_of(type), most = SLOT / (bytes ? bytes : 1);
-    if (op != ncclSum || bytes < 4) return ncclInvalidArgument;
+    if (op != ncclSum || !bytes) return ncclInvalidArgument;
     return queue(s, [=] {
         for (size_t at = 0, some; at < n; at += some) {
             some = n - at < most ? n - at : most;
@@ -147,7 +149,7 @@ ncclResult_t ncclAllReduce(const void *from, void *to, size_t n, ncclDataType_t 
 ncclResult_t ncclReduceScatter(const void *from, void *to, size_t n, ncclDataType_t type, ncclRedOp_t op,
                                ncclComm_t c, cudaStream_t s) {
     size_t bytes = bytes_of(type), most = SLOT / (bytes ? bytes : 1) / (size_t)c->size;
-    if (op != ncclSum || bytes < 4) return ncclInvalidArgument;
+    if (op != ncclSum || !bytes) return ncclInvalidArgument;
     return queue(s, [=] {
         for (size_t at = 0, some; at < n; at += some) {
             some = n - at < most ? n - at : most;

@@ -32,6 +32,7 @@ typedef struct {
     char host[256];                    // where rank 0 is
     int port;                          // MASTER_PORT, which may be its starter's own; the next is ours
     double deadline;                   // seconds that a silent or missing rank is waited for
+    int bf16;                          // 1: gradients are added up in bf16
     const char *checkpoint;            // the last one, for last words; NULL: there is none yet
     int (*trouble)(char text[1024]);   // asked now and then: 1 and a sentence, if something is wrong
     // what follows belongs to the connections
@@ -124,6 +125,9 @@ static int ranks_receive(int fd, Frame *f) {
             n = recv(fd, (char *)f + done, sizeof(*f) - done, 0);
         while (n < 0 && errno == EINTR);
     f->body[sizeof(f->body) - 1] = 0;
+    int text = f->kind == HELLO || f->kind == WELCOME || f->kind == LAST_WORDS;   // for the terminal
+    for (unsigned char *c = (unsigned char *)f->body; text && *c; c++)
+        if (*c < ' ' || *c == 127) *c = ' ';
     return done == sizeof(*f) && f->magic == RANKS_MAGIC && f->from >= 0 && f->from < MAX_RANKS;
 }
 static void ranks_send_all(enum Message kind, int number, const void *body, size_t bytes) {

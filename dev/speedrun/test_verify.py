@@ -371,6 +371,8 @@ def test_ratio(work):
     targets.LEAST = least
     check("a target of two runs, were that enough", "target" in out.getvalue() and "sigma" in out.getvalue())
     refused("a ratio without a baseline", BASE + logs, "--baseline")
+    sentence, said = call(*(BASE + baseline))
+    check("the baseline by itself", sentence == "" and "ratio      1.0000 +- 0.0000" in said, sentence or said)
     refused("a baseline with settings of its own", BASE + baseline + ["--baseline"] + logs, "of its own")
     refused("a program without a baseline",
             BASE + ["--run", folder, "--", TRAIN, "--track", "practice-ratio"], "--against")

@@ -502,6 +502,8 @@ def result_of(logs, rules, baseline, changed, base):
         # of a quotient of two means with independent errors
         r["ratio_error"] = ratio * math.sqrt(
             sum((deviation_of(x) / mean_of(x))**2 / len(x) for x in (seconds, other)))
+    elif rules["rank"] == "ratio":  # the baseline itself
+        r["ratio"], r["ratio_error"] = 1.0, 0.0
     return r
 
 
@@ -509,8 +511,9 @@ def verified(logs, baseline, drawn, base):
     """All that there is to check of an entry; returns what record.json says of it"""
     changed = [check_log(log, base) for log in logs + baseline]
     rules = check_entry(logs, drawn)
-    need((rules["rank"] == "ratio") == bool(baseline), "--baseline",
-         "a track ranked by a ratio needs the baseline's logs, and another track does not")
+    need(rules["rank"] == "ratio" or not baseline, "--baseline", "only a track ranked by a ratio has one")
+    need(rules["rank"] != "ratio" or baseline or not (changed[0] or logs[0].words()), "--baseline",
+         "a track ranked by a ratio needs the baseline's logs, but for the row of the baseline itself")
     if baseline:
         check_entry(baseline, drawn)
         need(baseline[0].track == logs[0].track, baseline[0].path,
