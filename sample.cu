@@ -669,13 +669,15 @@ static void ode_evaluation(SamplerWork *w, GpuModel *g, const Sampling *s, int s
                                                  Z);
     LAUNCHED();
 }
-// Step i of N of sample_ode's solvers, at times t[N+1]. Heun's mean of two velocities is r = -1/2.
-static void ode_step(SamplerWork *w, GpuModel *g, const Sampling *s, enum Solver solver, const double *t,
-                     int i, int n) {
-    double dt = t[i + 1] - t[i], r = solver == AB2 && i ? dt / (2 * (t[i] - t[i - 1])) : 0;
+// Step i of N of sample_ode's solvers. Heun's mean of two velocities is r = -1/2.
+static void ode_step(SamplerWork *w, GpuModel *g, const Sampling *s, enum Solver solver, int i, int n) {
+    const Config *c = &g->base.c;
+    double t[3];   // before, now, next
+    for (int k = 0; k < 3; k++) t[k] = shift_time(c, 1 - (double)(i - 1 + k) / s->steps);
+    double dt = t[2] - t[1], r = solver == AB2 && i ? dt / (2 * (t[1] - t[0])) : 0;
     int twice = solver == HEUN && i < s->steps - 1;
-    ode_evaluation(w, g, s, 0, twice ? w->x2 : w->x, twice ? w->cls2 : w->cls, t[i], dt, r, n);
-    if (twice) ode_evaluation(w, g, s, 1, w->x, w->cls, t[i + 1], dt, -0.5, n);
+    ode_evaluation(w, g, s, 0, twice ? w->x2 : w->x, twice ? w->cls2 : w->cls, t[1], dt, r, n);
+    if (twice) ode_evaluation(w, g, s, 1, w->x, w->cls, t[2], dt, -0.5, n);
 }
 
 // What a step of drawing has to do besides: write pictures of the batch before, say how far it is. x: the
@@ -705,7 +707,7 @@ static int sample(SamplerWork *w, Model *m, const Sampling *s, const char *sampl
         }
         if (i >= s->steps || stopped) continue;
         if (!strcmp(sampler, "em")) euler_maruyama_step(w, g, s, t, i, n);
-        else ode_step(w, g, s, (enum Solver)solver_of(sampler), t, i, n);
+        else ode_step(w, g, s, (enum Solver)solver_of(sampler), i, n);
         CHECK(cudaEventRecord(done, stream));
     }
     free(t), free(classes);   // (all steps have ended)
