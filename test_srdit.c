@@ -337,18 +337,25 @@ static void reference_config(Config *c, const SafeFile *f) {
     c->muon = k == 2 ? SRDIT13 : SPLIT;
     if (k && safe_number(f, "muon_steps", 5) != 5)
         die("%s: muon_steps is %g, but the trainer makes 5", f->path, safe_number(f, "muon_steps", 5));
-    for (const char *at = widths; at && *at; at += strcspn(at, ","), at += *at == ',', count++) {
+    for (const char *at = widths; at; at = strchr(at, ','), at += at != NULL, count++) {
         char *end;
         long width = strtol(at, &end, 10);
-        if (end == at || (*end && *end != ',') || width < 1 || width > 1 << 20 || count == MAX_DEPTH)
-            die("%s: mlp_widths are %s, which are not the whole hidden widths of up to %d blocks", f->path,
-                widths, MAX_DEPTH);
+        if (*at < '0' || *at > '9' || (*end && *end != ',') || width < 1 || width > 1 << 20 ||
+            count == MAX_DEPTH)
+            die("%s: mlp_widths is \"%s\"; it must be whole numbers from 1 to 1048576, one a block", f->path,
+                widths);
         c->hidden[count] = (int)width;
     }
-    config_read(c, f, "optimizer muon mlp_widths");
+    // what they replace may stand beside them with any value
+    const char *except[] = {
+        "optimizer", "muon", "mlp_widths", k ? "eps" : "mlp_widths", count ? "mlp_ratio" : "mlp_widths",
+        NULL};
+    config_read(c, f, except);
     if (count && count != c->depth)
         die("%s: mlp_widths has %d numbers for %d blocks", f->path, count, c->depth);
-    if (k) c->eps = safe_number(f, "adamw_eps", c->eps);
+    OptionTable t = config_table(c);
+    if (k && safe_metadata(f, "adamw_eps"))
+        option_set(&t, option_find(&t, "eps"), safe_number(f, "adamw_eps", 0), f->path, "adamw_eps");
 }
 
 static void replay_sit(Report *r, const SafeFile *f) {
@@ -1162,7 +1169,8 @@ static void test_runs(void) {
            "the step is finished, the checkpoint written and good to resume and export");
     SafeFile *f = safe_open(in_folder("export.safetensors"));
     Config c = config_default();
-    config_read(&c, f, "");
+    static const char *const none[] = {NULL};
+    config_read(&c, f, none);
     Params w;
     Table t = params_table(&w, &c, NULL);
     int all = f->count == t.count;

@@ -272,13 +272,14 @@ static void config_check(const Config *c, const char *where) {
 }
 
 // The configuration in a file's metadata, read over `c`. `switch_off` lists techniques that are off. except:
-// names that are left to the caller
-static void config_read(Config *c, const SafeFile *f, const char *except) {
+// names, to a NULL, that are left to the caller
+static void config_read(Config *c, const SafeFile *f, const char *const *except) {
     OptionTable t = config_table(c);
     for (int i = 0; i < t.count; i++) {
         const char *name = t.options[i].name;
-        if (safe_metadata(f, name) && !strstr(except, name))
-            option_put(&t, i, safe_metadata(f, name), f->path, name);
+        int k = 0;
+        while (except[k] && strcmp(except[k], name)) k++;
+        if (safe_metadata(f, name) && !except[k]) option_put(&t, i, safe_metadata(f, name), f->path, name);
     }
     if (safe_metadata(f, "proj_coeff"))   // its name in reference files
         option_set(&t, option_find(&t, "align_coeff"), safe_number(f, "proj_coeff", 0), f->path,
@@ -1117,6 +1118,11 @@ static size_t muon_room_of(const Tensor *t, size_t *longer) {
     return (3 * rows * cols + 4 * shorter * shorter + 63) / 64 * 64;
 }
 
+// Whether a matrix of Muon's is so large that all threads make its step together
+static int by_all_threads(const Tensor *t) {
+    return t->muon_parts && t->size / (size_t)t->muon_parts > 1 << 20;
+}
+
 // Memory for the parameters and the activations of max_batch samples. trained: the model is to be trained
 // and has all five blocks; else one, its EMA's or its weights', and m->grads, m->m, m->v are NULL.
 static Model *model_allocate(const Config *c, int max_batch, int trained) {
@@ -1132,13 +1138,16 @@ static Model *model_allocate(const Config *c, int max_batch, int trained) {
     Arena count = {NULL, 0};
     acts_layout(&model->a, &count, c, max_batch, model->threads);
     take(&count, reals_of(chunks * sizeof(double)));
-    size_t widest_product = widest(c), muon_room = 0;
+    size_t widest_product = widest(c), muon_room = 0, muon_rooms = 0;   // of a thread, and in all
     for (int i = 0; i < model->table.count && trained; i++) {
         size_t side, room = muon_room_of(&model->table.tensors[i], &side);
-        muon_room = room > muon_room ? room : muon_room;
+        if (by_all_threads(&model->table.tensors[i])) muon_rooms = room > muon_rooms ? room : muon_rooms;
+        else muon_room = room > muon_room ? room : muon_room;
         widest_product = side > widest_product ? side : widest_product;
     }
-    take(&count, muon_room * (size_t)model->threads);
+    size_t threads_room = muon_room * (size_t)model->threads;
+    muon_rooms = threads_room > muon_rooms ? threads_room : muon_rooms;
+    take(&count, muon_rooms);
     size_t all = blocks * n + count.used + 64;
     model->activation_bytes = count.used * sizeof(real);
     model->parameter_bytes = blocks * n * sizeof(real);
@@ -1158,7 +1167,7 @@ static Model *model_allocate(const Config *c, int max_batch, int trained) {
     }
     acts_layout(&model->a, &arena, c, max_batch, model->threads);
     model->a.norm_parts = (double *)(void *)take(&arena, reals_of(chunks * sizeof(double)));
-    model->a.muon_work = take(&arena, muon_room * (size_t)model->threads);
+    model->a.muon_work = take(&arena, muon_rooms);
     model->a.muon_room = muon_room;
     free(model->table.tensors);
     model->table = params_table(&model->w, c, model->params);
@@ -1715,11 +1724,14 @@ static void update(Model *model, int step) {
         done = t->offset + t->size;
     }
     adamw_update(model, &o, scale, done, table->trained);
-    // The products are small: each thread takes whole matrices.
+    for (int i = 0; i < table->count; i++)
+        for (int k = 0; by_all_threads(&table->tensors[i]) && k < table->tensors[i].muon_parts; k++)
+            muon_matrix(model, &o, scale, &table->tensors[i], k, model->a.muon_work);
+            // The products of smaller ones are not worth waiting for each other: each thread takes whole matrices.
 #pragma omp parallel for collapse(2) schedule(dynamic) num_threads(model->threads)
     for (int i = 0; i < table->count; i++)
         for (int k = 0; k < OF_MUON_QKV; k++)
-            if (k < table->tensors[i].muon_parts)
+            if (k < table->tensors[i].muon_parts && !by_all_threads(&table->tensors[i]))
                 muon_matrix(model, &o, scale, &table->tensors[i], k,
                             thread_work(model->a.muon_work, model->a.muon_room));
 }
@@ -2429,7 +2441,8 @@ static SafeFile *checkpoint_open(const char *path, Config *c) {
     const char *format = safe_metadata(f, "format");
     if (!format || (strcmp(format, "srdit-checkpoint-1") && strcmp(format, "srdit-export-1")))
         die("%s: not a checkpoint of this program: its metadata has no format srdit-checkpoint-1", path);
-    config_read(c, f, "");
+    static const char *const none[] = {NULL};
+    config_read(c, f, none);
     return f;
 }
 

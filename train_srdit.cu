@@ -60,7 +60,7 @@
 #include <dlfcn.h>
 #include <nccl.h>
 #if NCCL_VERSION_CODE < 21400
-#error "nccl.h is older than 2.14: install a newer NCCL, or build for one GPU with make NCCL=/nowhere"
+#error "nccl.h is older than 2.14: install a newer NCCL, or build for one GPU with make NCCL_INC="
 #endif
 #ifndef NCCL_NAME
 #define NCCL_NAME "libnccl.so.2"
@@ -3033,6 +3033,7 @@ static int padded_rows(int rows) { return (rows + 2 + 63) / 64 * 64; }
 typedef struct {
     int first, count;
 } BlockRun;
+static int widths_differ(const Config *c) { return c->mlp_widths.count || c->hidden[0]; }   // the blocks'
 static BlockRun run_of(const Config *c, int i) {
     int first_h = c->depth - c->num_h;
     int aligned = end_of_g(c, 1, 1);   // which a path-drop step runs alone
@@ -3042,7 +3043,7 @@ static BlockRun run_of(const Config *c, int i) {
               : i < first_h ? first_h
                             : c->depth + (c->num_h == 0);
     int most = 2 * tokens_of(c) / tokens_in(c, i);
-    if (c->mlp_widths.count || c->hidden[0]) most = 1;   // no two have the same shapes
+    if (widths_differ(c)) most = 1;
     BlockRun run;
     run.first = begin + (i - begin) / most * most;
     run.count = imin(most, end - run.first);
@@ -3601,8 +3602,8 @@ static size_t block_stride(const GpuModel *g) {
     return g->base.c.depth > 1 ? (size_t)(g->w.block[1].adaln_w - g->w.block[0].adaln_w) : 0;
 }
 
-// With MLPs of different widths (--mlp-widths) blocks do not lie at equal steps: their layers go one by one
-static int blocks_at_once(const Config *c) { return c->mlp_widths.count ? 1 : c->depth; }
+// Where MLPs have different widths blocks do not lie at equal steps: their layers go one by one
+static int blocks_at_once(const Config *c) { return widths_differ(c) ? 1 : c->depth; }
 
 // mod[L,B,6D] = cond_silu adaln_w^T + adaln_b for blocks first ... end at once
 static void adaln_forward(GpuModel *g, const Params *w, int B, int first, int end) {

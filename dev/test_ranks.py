@@ -384,8 +384,9 @@ def refused():
 @test
 def not_finite():
     """A step that goes wrong ends all, and nothing of it is saved"""
-    ranks = Ranks(2, TINY + ["--out", "wild", "--steps", "50", "--lr", "1e6"])
-    all_end("not finite", ranks, "finite", within=LIMIT)
+    for program, args in (None, []), (BF16, ["--accum", "2"]):
+        ranks = Ranks(2, TINY + ["--out", "wild", "--steps", "50", "--lr", "1e6"] + args, program=program)
+        all_end("not finite", ranks, "finite", within=LIMIT)
 
 if options.list:
     print("\n".join(t.__name__ for t in tests))

@@ -204,7 +204,7 @@ static void matmul_tiled(real *C, const real *A, const real *B, const real *bias
     real *pa_all = pb + (size_t)KC * NR * (size_t)panels;
     int small = (double)M * N * K < 1e5;   // not worth waking threads for
     (void)small;                           // unused without OpenMP
-#pragma omp parallel if (!small)
+#pragma omp parallel num_threads(threads) if (!small)
     for (int q = 0; q < blocks; q++) {
         int k0 = (int)((long)K * q / blocks), kc = (int)((long)K * (q + 1) / blocks) - k0;
 #pragma omp for

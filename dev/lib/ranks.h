@@ -124,11 +124,12 @@ static int ranks_receive(int fd, Frame *f) {
     for (ssize_t n = 1; done < sizeof(*f) && n > 0; done += n > 0 ? (size_t)n : 0) do
             n = recv(fd, (char *)f + done, sizeof(*f) - done, 0);
         while (n < 0 && errno == EINTR);
+    if (done < sizeof(*f)) return 0;
     f->body[sizeof(f->body) - 1] = 0;
     int text = f->kind == HELLO || f->kind == WELCOME || f->kind == LAST_WORDS;   // for the terminal
     for (unsigned char *c = (unsigned char *)f->body; text && *c; c++)
         if (*c < ' ' || *c == 127) *c = ' ';
-    return done == sizeof(*f) && f->magic == RANKS_MAGIC && f->from >= 0 && f->from < MAX_RANKS;
+    return f->magic == RANKS_MAGIC && f->from >= 0 && f->from < MAX_RANKS;
 }
 static void ranks_send_all(enum Message kind, int number, const void *body, size_t bytes) {
     for (int i = 0; i < MAX_RANKS && i < (ranks.rank ? 1 : ranks.size); i++)

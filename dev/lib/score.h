@@ -555,6 +555,7 @@ static void nearest(double *best, Features x, Features y) {
             double reach = sqrt(x_square[i]) + sqrt(y_most), bound, lowest = INFINITY;
             double slack =
                 (double)(width + 8) * (sizeof(real) == 4 ? FLT_EPSILON : DBL_EPSILON) * reach * reach;
+            slack += (double)(width + 8) * 1e-30;   // products below what float holds, sums that cancel
             size_t guess = 0;
             for (size_t j = 0; j < y.n; j++)
                 if ((bound = 0.5 * y_square[j] - (double)dot[j]) < lowest) lowest = bound, guess = j;

@@ -375,7 +375,7 @@ def test_ratio(work):
     check("the baseline by itself", sentence == "" and "ratio      1.0000 +- 0.0000" in said, sentence or said)
     refused("a baseline with settings of its own", BASE + baseline + ["--baseline"] + logs, "of its own")
     refused("a program without a baseline",
-            BASE + ["--run", folder, "--", TRAIN, "--track", "practice-ratio"], "--against")
+            BASE + ["--run", folder, "--", TRAIN, "--track", "practice-ratio"] + TINY, "--against")
     refused("a chosen seed for --run",
             BASE + ["--run", folder, "--", TRAIN, "--track", "practice", "--seed", "1"], "verify.py gives it")
     try:

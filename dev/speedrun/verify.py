@@ -642,8 +642,9 @@ def run_entry(options, words):
     program = os.path.abspath(words[0])
     track = words[words.index("--track") + 1]
     rules = rule_of(track)
-    need((rules["rank"] == "ratio") == bool(options.against), "--against",
-         "a track ranked by a ratio needs the baseline's program, and another track does not")
+    need(rules["rank"] == "ratio" or not options.against, "--against", "only a track ranked by a ratio has one")
+    need(rules["rank"] != "ratio" or options.against or words[1:] == ["--track", track],
+         "--against", "a track ranked by a ratio needs the baseline's program, but for the baseline itself")
     os.makedirs(options.run, exist_ok=True)
     programs = [[program] + words[1:]
                 ] + ([[os.path.abspath(options.against), "--track", track]] if options.against else [])
@@ -689,8 +690,9 @@ def rerun(options):
         check_log(log, options.base)
         need(log.track == logs[0].track, log.path, "it is of another track than %s" % logs[0].path)
     rules = rule_of(logs[0].track)
-    need((rules["rank"] == "ratio") == bool(options.against), "--against",
-         "a track ranked by a ratio needs a log of the baseline, and another track does not")
+    need(rules["rank"] == "ratio" or not options.against, "--against", "only a track ranked by a ratio has one")
+    need(rules["rank"] != "ratio" or options.against or not logs[0].words(), "--against",
+         "a track ranked by a ratio needs a log of the baseline, but for the baseline itself")
     count = options.runs or int(rules["runs"])
     os.makedirs(options.run, exist_ok=True)
     drawn_path = os.path.join(options.run, "drawn.json")
