@@ -387,6 +387,7 @@ def not_finite():
     for program, args in (None, []), (BF16, ["--accum", "2"]):
         ranks = Ranks(2, TINY + ["--out", "wild", "--steps", "50", "--lr", "1e6"] + args, program=program)
         all_end("not finite", ranks, "finite", within=LIMIT)
+        fresh("wild")
 
 if options.list:
     print("\n".join(t.__name__ for t in tests))
