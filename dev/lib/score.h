@@ -520,8 +520,11 @@ static real *coarse_rows(Features x, const double *center, double scale, double 
     return copy;
 }
 static double square_between(const double *a, const double *b, size_t d) {
-    double sum = 0;
-    for (size_t k = 0; k < d; k++) sum += (a[k] - b[k]) * (a[k] - b[k]);
+    double sums[8] = {0}, sum = 0;   // so many at once
+    for (size_t k = 0; k < d / 8 * 8; k += 8)
+        for (size_t j = 0; j < 8; j++) sums[j] += (a[k + j] - b[k + j]) * (a[k + j] - b[k + j]);
+    for (size_t k = d / 8 * 8; k < d; k++) sum += (a[k] - b[k]) * (a[k] - b[k]);
+    for (size_t j = 0; j < 8; j++) sum += sums[j];
     return sum;
 }
 
@@ -560,9 +563,12 @@ static void nearest(double *best, Features x, Features y) {
             for (size_t j = 0; j < y.n; j++)
                 if ((bound = 0.5 * y_square[j] - (double)dot[j]) < lowest) lowest = bound, guess = j;
             double least = square_between(row, y.x + guess * d, d);
+            double before = best[i] * best[i] * (1 + 1e-14);   // of other parts of y, rounded up
+            double limit = fmin(least, before) * scale * scale, own = x_square[i] - 2 * slack;
             for (size_t j = 0; j < y.n; j++) {
-                bound = x_square[i] + y_square[j] - 2 * (double)dot[j] - 2 * slack;
-                if (bound <= least * scale * scale) least = fmin(least, square_between(row, y.x + j * d, d));
+                if (own + y_square[j] - 2 * (double)dot[j] > limit) continue;
+                least = fmin(least, square_between(row, y.x + j * d, d));
+                limit = fmin(least, before) * scale * scale;
             }
             best[i] = fmin(best[i], sqrt(least));
         }
