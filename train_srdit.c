@@ -1727,7 +1727,7 @@ static void update(Model *model, int step) {
     for (int i = 0; i < table->count; i++)
         for (int k = 0; by_all_threads(&table->tensors[i]) && k < table->tensors[i].muon_parts; k++)
             muon_matrix(model, &o, scale, &table->tensors[i], k, model->a.muon_work);
-            // The products of smaller ones are not worth waiting for each other: each thread takes whole matrices.
+            // The products of smaller ones are not worth waiting for: each thread takes whole matrices.
 #pragma omp parallel for collapse(2) schedule(dynamic) num_threads(model->threads)
     for (int i = 0; i < table->count; i++)
         for (int k = 0; k < OF_MUON_QKV; k++)

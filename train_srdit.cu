@@ -3289,8 +3289,8 @@ static ncclComm_t comm;
 static pthread_mutex_t nccl_lock = PTHREAD_MUTEX_INITIALIZER;
 
 // Calls return before they are done. While ranks join and part one that does not come is waited for until
-// the deadline; in between the listening thread hears of it, and a call may have to wait for as long as rank 0
-// writes a checkpoint.
+// the deadline; in between the listening thread hears of it, and a call may have to wait for as long as rank
+// 0 writes a checkpoint.
 static double nccl_patience = INFINITY;
 static void check_nccl(ncclResult_t r, const char *call) {
     double end = now_seconds() + nccl_patience;

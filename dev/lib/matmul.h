@@ -2,7 +2,7 @@
 // be fast: dot products, column sums, exp, softmax. Only this file has vector types, the GNU ones that gcc
 // and clang share.
 //
-//   matmul          C = op(A) op(B) (+ bias, or + C), by all threads; inside a parallel region by the caller's
+//   matmul          C = op(A) op(B) (+ bias, or + C), by all threads; in a parallel region by the caller
 //   matmul_small    the same by one thread, on parts of larger matrices, as attention needs for each head
 //   matmul_naive    the definition: what the tests compare with; -DNAIVE puts it in matmul's place
 //   softmax_forward, softmax_backward    rows of scores, softmax_row(n) numbers apart, so of whole vectors

@@ -502,8 +502,8 @@ static void precision_recall(double *precision, double *recall, Features made, F
     }
 }
 
-// A coarse copy of x[n,d], less center and times scale, as `real`: of each four numbers side by side half their
-// sum. square[i]: the squared length of its row i
+// A coarse copy of x[n,d], less center and times scale, as `real`: of each four numbers side by side half
+// their sum. square[i]: the squared length of its row i
 enum { COARSE = 4 };
 static real *coarse_rows(Features x, const double *center, double scale, double *square) {
     size_t width = (x.d + COARSE - 1) / COARSE;
