@@ -1724,10 +1724,12 @@ static void update(Model *model, int step) {
         done = t->offset + t->size;
     }
     adamw_update(model, &o, scale, done, table->trained);
-    for (int i = 0; i < table->count; i++)
-        for (int k = 0; by_all_threads(&table->tensors[i]) && k < table->tensors[i].muon_parts; k++)
-            muon_matrix(model, &o, scale, &table->tensors[i], k, model->a.muon_work);
-            // The products of smaller ones are not worth waiting for: each thread takes whole matrices.
+    for (int i = 0; i < table->count; i++) {
+        const Tensor *t = &table->tensors[i];
+        for (int k = 0; by_all_threads(t) && k < t->muon_parts; k++)
+            muon_matrix(model, &o, scale, t, k, model->a.muon_work);
+    }
+    // The products of smaller ones are not worth waiting for: each thread takes whole matrices.
 #pragma omp parallel for collapse(2) schedule(dynamic) num_threads(model->threads)
     for (int i = 0; i < table->count; i++)
         for (int k = 0; k < OF_MUON_QKV; k++)
