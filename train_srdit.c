@@ -2418,6 +2418,7 @@ static void checkpoint_write(Training *t) {
                 t->step, t->folder.checkpoint);
         count = items_add(t->items, count, &m->table, block, block_prefix[saved_blocks[k]], 0);
     }
+    if (ranks.rank && t->saved >= 0) ranks.checkpoint = t->folder.checkpoint;   // rank 0 has written that one
     t->saved = t->step;
     if (ranks.rank) return;
     int pair_count = run_pairs(pairs, "srdit-checkpoint-1", t);
@@ -2901,7 +2902,7 @@ static void print_again(const Run *run, const char *checkpoint) {
     printf("\n");
 }
 
-// Of several ranks what each needed: a slow one, or one that holds more, stands out here.
+// Of several ranks what each needed. Each step waits for the slowest, so that the times are much the same.
 static void ranks_report(const Training *t) {
     typedef struct {
         double ms, bytes;
@@ -3011,7 +3012,8 @@ static Training training_open(const Config *c, const Run *run, const Backend *ba
     t.first = t.step = step;
     t.saved = -1;
     if (!ranks.rank) t.folder = folder_open(run->out, run->resume, run->overwrite);
-    else snprintf(t.folder.checkpoint, PATH_MAX, "checkpoint.safetensors");   // that rank 0 would write
+    ranks_first_text(t.folder.checkpoint, PATH_MAX);
+    if (resume) ranks.checkpoint = run->resume;
     t.folder.replaces = ranks_first(t.folder.replaces);
     // Only now is the folder ours: another run may have gone on in it since the file was opened.
     struct stat st;

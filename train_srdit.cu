@@ -83,7 +83,9 @@ static_assert(sizeof(real) == 4, "the GPU trainer computes in float: build witho
 // Errors, memory, the device
 
 static void check_cuda(cudaError_t e, const char *file, int line) {
-    if (e != cudaSuccess) die("CUDA: %s (%s:%d)", cudaGetErrorString(e), file, line);
+    if (e == cudaSuccess) return;
+    ranks_hear_first();
+    die("CUDA: %s (%s:%d)", cudaGetErrorString(e), file, line);
 }
 #define CHECK(call) check_cuda((call), __FILE__, __LINE__)
 #define LAUNCHED() launched(__func__, __FILE__, __LINE__)   // after each kernel launch
@@ -226,6 +228,7 @@ static double peak_bandwidth(void) {
 
 static int div_up(int a, int b) { return (a + b - 1) / b; }
 static size_t largest(size_t a, size_t b) { return a > b ? a : b; }
+static size_t smallest(size_t a, size_t b) { return a < b ? a : b; }
 // From one matrix to the next where several lie one behind the other, so that each is aligned
 __host__ __device__ static inline size_t step_of(size_t count) { return (count + 127) / 128 * 128; }
 
@@ -2911,9 +2914,9 @@ typedef struct {
 } Acts;
 
 enum { LOSS_BLOCKS = 512, NORM_BLOCKS = 1024, MUON_BLOCKS = 64 };
-// A matrix [rows,cols] that Muon takes, and where it begins among the trained numbers
+// A matrix [rows,cols] that Muon takes; at: where it begins among the trained numbers
 typedef struct {
-    size_t at;
+    size_t at, own;   // own: where its momentum and average begin on its owner
     int rows, cols;
     float factor;   // max(1, fan_out / fan_in)^1/2
 } MuonMatrix;
@@ -2948,14 +2951,22 @@ typedef struct {
     cudaGraphExec_t graph;   // NULL: seen once, not recorded yet
 } Recording;
 enum { MAX_RECORDINGS = 16 };   // a training needs 5, with parts (--accum) 9
-// Of several ranks the trained numbers are dealt out in buckets: the embedders', one of each run of blocks,
-// and those of what lies behind the blocks. A rank keeps the moments and the moving average of its piece of
-// each.
+// The trained numbers begin ... end, multiples of 64, whose step one rank makes: it alone keeps their moments
+// and their moving average, from `at` on in its own. With Muon one of its tensors, or all that lies between
+// two of them; otherwise an equal part of a bucket.
+typedef struct {
+    size_t begin, end, at;
+    int bucket, owner, muon;
+} Piece;
+// Of several ranks the gradients go round in buckets: the embedders', one of each run of blocks, and those of
+// what lies behind the blocks.
 enum { MAX_BUCKETS = MAX_DEPTH + 2 };
 typedef struct {
-    int count, sharded;               // sharded 0: each rank has all moments (with Muon)
-    int *owner;                       // with Muon, [tensors]: the rank that makes the step of its matrices
-    size_t begin[MAX_BUCKETS + 1];    // multiples of 64 `size`; at least the trained numbers in all
+    int count, equal;   // count 0: one rank; equal 1: a bucket's pieces are, in the ranks' order
+    Piece *pieces;      // of all ranks
+    int piece_count;
+    size_t own;                       // numbers in this rank's pieces
+    size_t begin[MAX_BUCKETS + 1];    // multiples of 64 (equal: of 64 size); the last is past all trained
     cudaEvent_t ready[MAX_BUCKETS];   // on `stream`: what the other ranks wait for lies there
     cudaEvent_t there[MAX_BUCKETS];   // on ranks_stream: it has come
     int due[MAX_BUCKETS];             // 1: its weights have not been waited for yet
@@ -2986,6 +2997,7 @@ typedef struct {
     int recorded;   // how many there were so far; the oldest makes room
     int fresh;      // 1: gradients count as zero, the next ones overwrite
     Buckets buckets;
+    Piece *pieces;      // buckets.pieces on the device
     float *ema_whole;   // ema, or where it is gathered from several ranks
     double *shared;     // [5] of all ranks: the squared norm, the four losses
     bf16 *rounded;      // a bucket's gradients on their way (--reduce-bf16)
@@ -3155,22 +3167,27 @@ static void acts_layout(Acts *a, DeviceArena *m, const Config *c, int B) {
     take(a->mix, m, plain * N * 3 * D);
 }
 
-// How many matrices of tensor i this rank's Muon takes: of several ranks each has its own tensors
-static int muon_of(const GpuModel *g, int i) {
-    const int *owner = g->buckets.owner;
-    return owner && owner[i] != ranks.rank ? 0 : g->base.table.tensors[i].muon_parts;
+// The piece of tensor t, which is Muon's
+static const Piece *piece_of(const GpuModel *g, const Tensor *t) {
+    const Piece *p = g->buckets.pieces;
+    while (p->begin != t->offset) p++;
+    return p;
+}
+// How many matrices of tensor t this rank's Muon takes
+static int muon_of(const GpuModel *g, const Tensor *t) {
+    return t->muon_parts && piece_of(g, t)->owner == ranks.rank ? t->muon_parts : 0;
 }
 // Sorts Muon's matrices into groups of one shape, on the host
 static void muon_groups(GpuModel *g) {
     const Table *table = &g->base.table;
     int count = 0;
-    for (int i = 0; i < table->count; i++) count += muon_of(g, i);
+    for (int i = 0; i < table->count; i++) count += muon_of(g, &table->tensors[i]);
     g->muon_matrices = (MuonMatrix *)alloc_zero((size_t)count + 1, sizeof(MuonMatrix));
     g->matrices = count;
     g->groups = 0;
     for (int i = 0; i < table->count; i++) {   // the groups' shapes
         const Tensor *t = &table->tensors[i];
-        if (!muon_of(g, i)) continue;
+        if (!muon_of(g, t)) continue;
         int rows = t->shape[0] / t->muon_parts, cols = (int)(t->size / (size_t)t->shape[0]), k = 0;
         MuonGroup own = {imin(rows, cols), imax(rows, cols), 0, 0};
         while (k < g->groups && (g->group[k].m != own.m || g->group[k].n != own.n)) k++;
@@ -3182,12 +3199,14 @@ static void muon_groups(GpuModel *g) {
     int filled[MAX_GROUPS] = {0};
     for (int i = 0; i < table->count; i++) {
         const Tensor *t = &table->tensors[i];
-        if (!muon_of(g, i)) continue;
+        if (!muon_of(g, t)) continue;
         int rows = t->shape[0] / t->muon_parts, cols = (int)(t->size / (size_t)t->shape[0]), k = 0;
         double ratio = (double)t->shape[t->ndim - 2] / t->muon_parts / t->shape[t->ndim - 1];
         while (g->group[k].m != imin(rows, cols) || g->group[k].n != imax(rows, cols)) k++;
         for (int p = 0; p < t->muon_parts; p++) {
-            MuonMatrix one = {t->offset + (size_t)p * rows * cols, rows, cols, (float)sqrt(fmax(1, ratio))};
+            size_t before = (size_t)p * rows * cols;
+            MuonMatrix one = {t->offset + before, piece_of(g, t)->at + before, rows, cols,
+                              (float)sqrt(fmax(1, ratio))};
             g->muon_matrices[g->group[k].first + filled[k]++] = one;
         }
     }
@@ -3198,7 +3217,7 @@ static void muon_groups(GpuModel *g) {
 static size_t memory_layout(GpuModel *g, DeviceArena *m, int B) {
     const Config *c = &g->base.c;
     const Buckets *b = &g->buckets;
-    size_t n = largest(g->base.table.total, b->begin[b->count]), own = b->sharded ? n / ranks.size : n;
+    size_t n = largest(g->base.table.total, b->begin[b->count]), own = b->count ? b->own : n;
     take(g->params, m, n);
     take(g->grads, m, n);
     take(g->m, m, own);
@@ -3214,7 +3233,8 @@ static size_t memory_layout(GpuModel *g, DeviceArena *m, int B) {
     take(g->rounded, m, ranks.bf16 ? most : 0);
     take(g->constants, m, 1);
     take(g->loss_parts, m, 4 * loss_parts_of(c, B));
-    take(g->norm_parts, m, (size_t)imax(1, b->count) * NORM_BLOCKS);
+    take(g->norm_parts, m, NORM_BLOCKS);
+    take(g->pieces, m, (size_t)b->piece_count);
     size_t most_X = 0, most_R = 0;
     for (int k = 0; k < g->groups; k++) {
         const MuonGroup *one = &g->group[k];
@@ -3259,13 +3279,13 @@ static void use_weights(GpuModel *g, enum Block which) {
 //   stream        backward h      g      f     e | norm   AdamW of e f r g h | forward e   f     g     h
 //   ranks_stream            sum h | r  g |  f | e        weights e | f | r | g | h
 //
-// Of each bucket a rank gets the sum of its piece (reduce-scatter), to which it makes the step: so moments,
-// moving average and the weights in float of a piece are on one rank only (ZeRO-1). Then all get all pieces
-// (all-gather) of the weights as the products read them, rounded, and the few that are read in float: biases,
-// norms, labels. For a checkpoint or pictures the float ones are gathered, too. Muon needs whole matrices:
-// there gradients and moments stay whole, each matrix has an owner who makes its step and sends it round, and
-// the rest every rank steps alike. Every sum has a fixed order. A step is not replayed as a CUDA graph: its
-// launches hide behind the step before.
+// Of each bucket a rank gets the sums of its pieces, to which it makes the step: so moments, moving average
+// and the weights in float of a piece are on one rank only (ZeRO-1). Then all get all pieces of the weights
+// as the products read them, rounded, and the few that are read in float: biases, norms, labels. For a
+// checkpoint or pictures the float ones are gathered, too. AdamW takes a piece as it comes: a rank's part
+// of each bucket (reduce-scatter, all-gather). Muon needs whole matrices: each has an owner (reduce,
+// broadcast). Every sum has a fixed order. A step is not replayed as a CUDA graph: its launches hide behind
+// the step before.
 
 #ifdef NCCL
 // The calls of NCCL, found when they are needed: one GPU does without the library
@@ -3278,6 +3298,7 @@ static struct {
     decltype(&ncclGetErrorString) GetErrorString;
     decltype(&ncclGetLastError) GetLastError;
     decltype(&ncclAllReduce) AllReduce;
+    decltype(&ncclReduce) Reduce;
     decltype(&ncclReduceScatter) ReduceScatter;
     decltype(&ncclAllGather) AllGather;
     decltype(&ncclBroadcast) Broadcast;
@@ -3290,35 +3311,42 @@ static pthread_mutex_t nccl_lock = PTHREAD_MUTEX_INITIALIZER;
 
 // Calls return before they are done. While ranks join and part one that does not come is waited for until
 // the deadline; in between the listening thread hears of it, and a call may have to wait for as long as rank
-// 0 writes a checkpoint.
+// 0 writes a checkpoint. A step's calls end within microseconds, but joining takes seconds.
 static double nccl_patience = INFINITY;
 static void check_nccl(ncclResult_t r, const char *call) {
-    double end = now_seconds() + nccl_patience;
-    for (; r == ncclInProgress && comm; usleep(100)) {
-        if (now_seconds() > end)
+    double begin = now_seconds(), now = begin;
+    for (; r == ncclInProgress && comm; now = now_seconds()) {
+        if (now > begin + nccl_patience)
             die("NCCL: %s has not ended within %.0f s (RANKS_DEADLINE=SECONDS waits longer)", call,
                 nccl_patience);
+        if (now < begin + 0.002) sched_yield();
+        else usleep(100);
         ncclResult_t asked = nccl.CommGetAsyncError(comm, &r);
         if (asked != ncclSuccess) r = asked;
     }
-    if (r != ncclSuccess)
-        die("NCCL: %s: %s (%s); NCCL_DEBUG=INFO says more", call, nccl.GetErrorString(r),
-            nccl.GetLastError(NULL));
+    if (r == ncclSuccess) return;
+    ranks_hear_first();
+    die("NCCL: %s: %s (%s); NCCL_DEBUG=INFO NCCL_DEBUG_FILE=nccl.%%h.%%p writes more to files", call,
+        nccl.GetErrorString(r), nccl.GetLastError(NULL));
 }
 #define CHECK_NCCL(call, ...)                                                                                \
     (pthread_mutex_lock(&nccl_lock), check_nccl(nccl.call(__VA_ARGS__), #call),                              \
      pthread_mutex_unlock(&nccl_lock))
 // What the listening thread asks every second (dev/lib/ranks.h); while a call is under way, that one asks.
+// What another rank's end has caused is heard of by its connection, too, and told by that: so not at first.
 static int nccl_trouble(char text[1024]) {
+    static int seen;
     ncclResult_t r = ncclSuccess, asked = ncclSuccess;
     if (pthread_mutex_trylock(&nccl_lock)) return 0;
     if (comm) asked = nccl.CommGetAsyncError(comm, &r);
     if (asked != ncclSuccess) r = asked;
-    int bad = r != ncclSuccess && r != ncclInProgress;
+    seen = r == ncclSuccess || r == ncclInProgress ? 0 : seen + 1;
+    int bad = seen > 3;
     if (bad) snprintf(text, 1024, "NCCL: %s (%s)", nccl.GetErrorString(r), nccl.GetLastError(NULL));
     pthread_mutex_unlock(&nccl_lock);
     return bad;
 }
+template <class T> static void ranks_sum(T *all, size_t n);
 static void nccl_open(void) {
     const char *path = getenv("NCCL_LIBRARY");
     void *library = dlopen(path ? path : NCCL_NAME, RTLD_NOW | RTLD_LOCAL);
@@ -3334,13 +3362,14 @@ static void nccl_open(void) {
     FIND(GetErrorString);
     FIND(GetLastError);
     FIND(AllReduce);
+    FIND(Reduce);
     FIND(ReduceScatter);
     FIND(AllGather);
     FIND(Broadcast);
     FIND(GroupStart);
     FIND(GroupEnd);
 #undef FIND
-    // Rings add in one order; other algorithms are left to who sets NCCL_ALGO.
+    // Rings add in one order; other algorithms are left to who sets NCCL_ALGO in the environment.
     setenv("NCCL_ALGO", "Ring", 0);
     // Rank 0's NCCL listens at an address of its choice (NCCL_SOCKET_IFNAME), which its handle tells the
     // others.
@@ -3351,8 +3380,13 @@ static void nccl_open(void) {
     ranks_exchange(handles, &own, sizeof(own));
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
     config.blocking = 0;
-    nccl_patience = ranks.deadline;
+    nccl_patience = 4 * ranks.deadline;   // all have come: who dies now is heard of
     CHECK_NCCL(CommInitRankConfig, &comm, ranks.size, handles[0], ranks.rank, &config);
+    // A first sum, so that NCCL connects and takes its memory now: within that time, and before the model's
+    // is counted.
+    CHECK(cudaMemsetAsync(workspace, 0, sizeof(float), ranks_stream));
+    ranks_sum((float *)workspace, 1);
+    CHECK(cudaStreamSynchronize(ranks_stream));
     nccl_patience = INFINITY;
     ranks.trouble = nccl_trouble;
 }
@@ -3368,7 +3402,7 @@ static ncclDataType_t type_of(const float *) { return ncclFloat; }
 static ncclDataType_t type_of(const double *) { return ncclDouble; }
 static ncclDataType_t type_of(const bf16 *) { return ncclBfloat16; }
 // On ranks_stream: all[size][n] of which this rank has its own (in place where that is all + rank n), sums of
-// it, and sums of all
+// it, sums of all, for one rank or for every one, and x of one rank to every one (from = to: in place)
 template <class T> static void ranks_gather(T *all, const T *own, size_t n) {
     CHECK_NCCL(AllGather, own, all, n, type_of(all), comm, ranks_stream);
 }
@@ -3379,8 +3413,11 @@ template <class T> static void ranks_scatter_sum(T *all, size_t n) {
 template <class T> static void ranks_sum(T *all, size_t n) {
     CHECK_NCCL(AllReduce, all, all, n, type_of(all), ncclSum, comm, ranks_stream);
 }
-template <class T> static void ranks_broadcast(T *x, size_t n, int from) {
-    CHECK_NCCL(Broadcast, x, x, n, type_of(x), from, comm, ranks_stream);
+template <class T> static void ranks_sum_for(T *all, size_t n, int rank) {
+    CHECK_NCCL(Reduce, all, all, n, type_of(all), ncclSum, rank, comm, ranks_stream);
+}
+template <class T> static void ranks_broadcast(T *to, const T *from, size_t n, int rank) {
+    CHECK_NCCL(Broadcast, from, to, n, type_of(to), rank, comm, ranks_stream);
 }
 static void ranks_group_begin(void) { CHECK_NCCL(GroupStart); }   // calls in between go as one
 static void ranks_group_end(void) { CHECK_NCCL(GroupEnd); }
@@ -3392,33 +3429,17 @@ static void nccl_close(void) {}
 template <class T> static void ranks_gather(T *, const T *, size_t) {}
 template <class T> static void ranks_scatter_sum(T *, size_t) {}
 template <class T> static void ranks_sum(T *, size_t) {}
-template <class T> static void ranks_broadcast(T *, size_t, int) {}
+template <class T> static void ranks_sum_for(T *, size_t, int) {}
+template <class T> static void ranks_broadcast(T *, const T *, size_t, int) {}
 static void ranks_group_begin(void) {}
 static void ranks_group_end(void) {}
 #endif
 
-// Each tensor that Muon takes goes to the rank that has least to do so far; a product's work is that of its
-// numbers times the shorter side.
-static void muon_owners(GpuModel *g) {
-    static double work[MAX_RANKS];
-    const Table *table = &g->base.table;
-    int *owner = g->buckets.owner = (int *)alloc_zero((size_t)table->count, sizeof(int));
-    memset(work, 0, sizeof(work));
-    for (int i = 0; i < table->count; i++) {
-        const Tensor *t = &table->tensors[i];
-        if (!t->muon_parts) continue;
-        int rows = t->shape[0] / t->muon_parts, cols = (int)(t->size / (size_t)t->shape[0]);
-        for (int r = 1; r < ranks.size; r++)
-            if (work[r] < work[owner[i]]) owner[i] = r;
-        work[owner[i]] += (double)t->size * imin(rows, cols);
-    }
-}
-// A tensor that is read in float, not only by products; of the others all but its owners need the rounded
-// twin alone, where there is one.
-enum Readers { BY_PRODUCTS = 1, IN_FLOAT = 2 };
-static enum Readers readers_of(const GpuModel *g, const Tensor *t) {
+// A tensor that is read in float, not only by products; of the others all but its owner need the rounded twin
+// alone, where there is one.
+static int read_in_float(const GpuModel *g, const Tensor *t) {
     const float *p = g->params + t->offset;
-    return t->ndim < 2 || p == g->w.label || p == g->w.mask_token ? IN_FLOAT : BY_PRODUCTS;
+    return !g->weights || t->ndim < 2 || p == g->w.label || p == g->w.mask_token;
 }
 // Numbers that this rank will not be told any more: the emulator makes them NaN, so that nobody reads them.
 static void forget(float *x, size_t n) {
@@ -3428,19 +3449,45 @@ static void forget(float *x, size_t n) {
     (void)x, (void)n;
 #endif
 }
-// From their owners, to all: Muon's matrices of a block that begin between two places and have such readers
-template <class T> static void muon_broadcast(GpuModel *g, T *block, size_t begin, size_t end, int readers) {
+static size_t bucket_size(const Buckets *b, int k) { return b->begin[k + 1] - b->begin[k]; }
+static size_t piece_size(const Buckets *b, int k) { return bucket_size(b, k) / ranks.size; }   // where equal
+static void piece_add(Buckets *b, size_t begin, size_t end, int bucket, int owner, int muon, size_t *at) {
+    Piece one = {begin, end, at[owner], bucket, owner, muon};
+    b->pieces[b->piece_count++] = one;
+    at[owner] += end - begin;
+}
+// AdamW of several ranks: each takes its part of each bucket. own[rank]: its numbers so far
+static void pieces_of_buckets(GpuModel *g, size_t *own) {
+    const Buckets *b = &g->buckets;
+    size_t trained = g->base.table.trained;
+    for (int k = 0; k < b->count; k++)
+        for (int r = 0; r < ranks.size; r++) {
+            size_t n = piece_size(b, k), begin = b->begin[k] + r * n;
+            if (begin < trained)   // the last bucket's may end before its pieces do
+                piece_add(&g->buckets, begin, smallest(begin + n, trained), k, r, 0, own);
+        }
+}
+// Muon, or one rank: a tensor of Muon's goes to the rank that has least to do so far, a product's work
+// being that of its numbers times the shorter side; what lies between two of them to the rank with fewest
+// numbers.
+static void pieces_of_tensors(GpuModel *g, size_t *own) {
     const Table *table = &g->base.table;
-    ranks_group_begin();
-    for (int i = 0; i < table->count; i++) {
-        const Tensor *t = &table->tensors[i];
-        int owner = g->buckets.owner[i];
-        if (!t->muon_parts || t->offset < begin || t->offset >= end || !(readers & readers_of(g, t)))
-            continue;
-        ranks_broadcast(block + t->offset, t->size, owner);
-        if (sizeof(T) < sizeof(float) && owner != ranks.rank) forget(g->params + t->offset, t->size);
+    const Buckets *b = &g->buckets;
+    double work[MAX_RANKS] = {0};
+    int k = 0, owner;
+    for (int i = 0, next; i < table->count && table->tensors[i].trained; i = next) {
+        const Tensor *t = &table->tensors[i], *end = t + 1;
+        if (k + 1 < b->count && t->offset == b->begin[k + 1]) k++;
+        while (!t->muon_parts && end->trained && !end->muon_parts && end->offset != b->begin[k + 1]) end++;
+        next = i + (int)(end - t);
+        owner = 0;
+        for (int r = 1; r < ranks.size; r++)
+            if (t->muon_parts ? work[r] < work[owner] : own[r] < own[owner]) owner = r;
+        if (t->muon_parts)
+            work[owner] +=
+                (double)t->size * imin(t->shape[0] / t->muon_parts, (int)(t->size / (size_t)t->shape[0]));
+        piece_add(&g->buckets, t->offset, end->offset, k, owner, t->muon_parts, own);
     }
-    ranks_group_end();
 }
 // Where the buckets begin: borders between tensors, moved to a multiple of 64 `size`. They move up, so that
 // the bucket before gets a little of what has its gradient earlier and whose weights may come early; but
@@ -3450,11 +3497,9 @@ static void buckets_plan(GpuModel *g) {
     const Config *c = &g->base.c;
     Buckets *b = &g->buckets;
     memset(b, 0, sizeof(*b));
-    if (ranks.size == 1) return;
-    b->sharded = c->optimizer != MUON;
-    size_t unit = 64 * (size_t)(b->sharded ? ranks.size : 1), last = 0;
-    if (!b->sharded) muon_owners(g);
-    for (int i = 0; i < g->base.table.count; i++) {
+    b->equal = ranks.size > 1 && c->optimizer != MUON;
+    size_t unit = 64 * (size_t)(b->equal ? ranks.size : 1), last = 0;
+    for (int i = 0; i < g->base.table.count && ranks.size > 1; i++) {
         const Tensor *t = &g->base.table.tensors[i], *before = t - 1;
         int behind = i && t->block < 0 && before->block >= 0;
         int first =
@@ -3470,11 +3515,15 @@ static void buckets_plan(GpuModel *g) {
         CHECK(cudaEventCreateWithFlags(&b->ready[k], cudaEventDisableTiming));
         CHECK(cudaEventCreateWithFlags(&b->there[k], cudaEventDisableTiming));
     }
+    b->pieces = (Piece *)alloc_zero((size_t)(g->base.table.count + b->count * ranks.size), sizeof(Piece));
+    size_t own[MAX_RANKS] = {0};
+    b->equal ? pieces_of_buckets(g, own) : pieces_of_tensors(g, own);
+    b->own = own[ranks.rank];
 }
 static void buckets_free(Buckets *b) {
     for (int k = 0; k < b->count; k++)
         CHECK(cudaEventDestroy(b->ready[k])), CHECK(cudaEventDestroy(b->there[k]));
-    free(b->owner);
+    free(b->pieces);
 }
 // The bucket of the run whose first block is i
 static int bucket_of(const Config *c, int i) {
@@ -3482,8 +3531,6 @@ static int bucket_of(const Config *c, int i) {
     for (int j = 0; j < i; j++) k += run_of(c, j).first == j;
     return k;
 }
-static size_t bucket_size(const Buckets *b, int k) { return b->begin[k + 1] - b->begin[k]; }
-static size_t piece_size(const Buckets *b, int k) { return bucket_size(b, k) / ranks.size; }
 // What is queued next on ranks_stream waits for `stream`, or the other way round
 static void ranks_after(cudaEvent_t event) {
     CHECK(cudaEventRecord(event, stream));
@@ -3500,43 +3547,48 @@ static void bucket_reduce(GpuModel *g, int k) {
     sums_end(&g->sums);
     ranks_after(b->ready[k]);
     float *grads = g->grads + b->begin[k];
-    size_t n = bucket_size(b, k), piece = piece_size(b, k), own = b->sharded ? ranks.rank * piece : 0;
+    size_t n = bucket_size(b, k), piece = piece_size(b, k), own = b->equal ? ranks.rank * piece : 0;
     if (ranks.bf16) cast(g->rounded, grads, n, ranks_stream);
-    if (ranks.bf16 && b->sharded) ranks_scatter_sum(g->rounded, piece);
-    else if (ranks.bf16) ranks_sum(g->rounded, n);
-    else if (b->sharded) ranks_scatter_sum(grads, piece);
-    else ranks_sum(grads, n);
-    if (ranks.bf16) cast(grads + own, g->rounded + own, b->sharded ? piece : n, ranks_stream);
-}
-// What is read in float of bucket k goes from the pieces where it lies to all.
-static void floats_broadcast(GpuModel *g, int k) {
-    const Buckets *b = &g->buckets;
-    size_t piece = piece_size(b, k);
-    ranks_group_begin();
-    for (int i = 0; i < g->base.table.count; i++) {
-        const Tensor *t = &g->base.table.tensors[i];
-        for (int r = 0; r < ranks.size && t->trained; r++) {
-            size_t begin = b->begin[k] + r * piece, low = largest(begin, t->offset),
-                   high = t->offset + t->size < begin + piece ? t->offset + t->size : begin + piece;
-            if (low >= high) continue;
-            if (readers_of(g, t) == IN_FLOAT) ranks_broadcast(g->params + low, high - low, r);
-            else if (r != ranks.rank) forget(g->params + low, high - low);
+    if (b->equal && ranks.bf16) ranks_scatter_sum(g->rounded, piece);
+    else if (b->equal) ranks_scatter_sum(grads, piece);
+    else {
+        ranks_group_begin();
+        for (int i = 0; i < b->piece_count; i++) {
+            const Piece *p = &b->pieces[i];
+            size_t at = p->begin - b->begin[k];
+            if (p->bucket != k) continue;
+            if (ranks.bf16) ranks_sum_for(g->rounded + at, p->end - p->begin, p->owner);
+            else ranks_sum_for(grads + at, p->end - p->begin, p->owner);
         }
+        ranks_group_end();
     }
-    ranks_group_end();
+    if (ranks.bf16) cast(grads + own, g->rounded + own, b->equal ? piece : n, ranks_stream);
 }
-// The weights of bucket k are new in this rank's piece: they go to all.
+// The weights of bucket k are new in this rank's pieces: rounded they go to all, and so does, tensor by
+// tensor, what is read in float.
 static void bucket_gather(GpuModel *g, int k) {
     Buckets *b = &g->buckets;
-    size_t begin = b->begin[k], end = b->begin[k + 1], own = begin + ranks.rank * piece_size(b, k);
     ranks_after(b->ready[k]);
-    if (!b->sharded) {
-        muon_broadcast(g, g->params, begin, end, g->weights ? IN_FLOAT : IN_FLOAT | BY_PRODUCTS);
-        if (g->weights) muon_broadcast(g, g->weights, begin, end, BY_PRODUCTS);
-    } else if (g->weights) {
-        ranks_gather(g->weights + begin, g->weights + own, piece_size(b, k));
-        floats_broadcast(g, k);
-    } else ranks_gather(g->params + begin, g->params + own, piece_size(b, k));
+    size_t all = b->begin[k], piece = piece_size(b, k), own = all + ranks.rank * piece;
+    int by_tensors = !b->equal || g->weights;
+    if (b->equal && g->weights) ranks_gather(g->weights + all, g->weights + own, piece);
+    if (!by_tensors) ranks_gather(g->params + all, g->params + own, piece);
+    else ranks_group_begin();   // an empty one ends some versions of NCCL
+    for (int i = 0; i < b->piece_count && by_tensors; i++) {
+        const Piece *p = &b->pieces[i];
+        if (p->bucket != k) continue;
+        floatX *weights = g->weights + p->begin;
+        if (!b->equal && g->weights) ranks_broadcast(weights, weights, p->end - p->begin, p->owner);
+        for (int j = 0; j < g->base.table.count; j++) {
+            const Tensor *t = &g->base.table.tensors[j];
+            size_t low = largest(p->begin, t->offset), high = smallest(p->end, t->offset + t->size);
+            if (!t->trained || low >= high) continue;
+            float *params = g->params + low;
+            if (read_in_float(g, t)) ranks_broadcast(params, params, high - low, p->owner);
+            else if (p->owner != ranks.rank) forget(params, high - low);
+        }
+    }
+    if (by_tensors) ranks_group_end();
     CHECK(cudaEventRecord(b->there[k], ranks_stream));
     b->due[k] = 1;
 }
@@ -3548,20 +3600,21 @@ static void buckets_await(GpuModel *g, int first, int last) {
         b->due[k] = 0;
     }
 }
-// Where a rank's own pieces of its moments and average lie, that of bucket k
-static size_t piece_at(const Buckets *b, int k) { return b->begin[k] / ranks.size; }
-// A block of moments or averages, whole: in g->grads, which nobody needs between two steps, or, with Muon,
-// where it is; or the weights in float, where they are. All ranks call this.
+// A block of moments or averages, whole: in g->grads, which nobody needs between two steps; or the weights in
+// float, where they are. All ranks call this.
 static float *gather_pieces(GpuModel *g, float *own) {
     Buckets *b = &g->buckets;
     if (ranks.size == 1) return own;
-    float *all = !b->sharded || own == g->params ? own : g->grads;
+    float *all = own == g->params ? own : g->grads;
     ranks_after(b->ready[0]);
-    for (int k = 0; k < b->count && b->sharded; k++) {
-        size_t begin = b->begin[k], at = all == own ? begin + ranks.rank * piece_size(b, k) : piece_at(b, k);
-        ranks_gather(all + begin, own + at, piece_size(b, k));
+    ranks_group_begin();
+    for (int i = 0; i < b->piece_count; i++) {
+        const Piece *p = &b->pieces[i];
+        float *to = all + p->begin;
+        ranks_broadcast(to, p->owner == ranks.rank && own != all ? own + p->at : to, p->end - p->begin,
+                        p->owner);
     }
-    if (!b->sharded) muon_broadcast(g, own, 0, g->base.table.trained, IN_FLOAT | BY_PRODUCTS);
+    ranks_group_end();
     stream_after(b->there[0]);
     return all;
 }
@@ -4430,14 +4483,29 @@ static void velocity(Model *model, real *v, real *v_cls, const real *x, const re
 // ----------------------------------------------------------------------------------------------------------
 // Optimizer: clipping to a global norm, AdamW, the moving average and the rounded weights in one pass
 
-// parts[block] = sum of g^2. 4 bytes an element, bound by memory: 0.56 GB, 0.2 ms in B/1.
-__global__ void __launch_bounds__(256) grad_norm_kernel(float *parts, const float *grads, size_t n) {
-    __shared__ float sums[8];
+// What this thread of a grid adds to the sum of g^2
+__device__ __forceinline__ float squares_of(const float *grads, size_t n) {
     float sum = 0;
     for (size_t i = ((size_t)blockIdx.x * 256 + threadIdx.x) * 4; i < n; i += (size_t)gridDim.x * 1024) {
         Vec4 v = load4(grads + i);
         for (int j = 0; j < 4; j++) sum += v.x[j] * v.x[j];
     }
+    return sum;
+}
+// parts[block] = sum of g^2. 4 bytes an element, bound by memory: 0.56 GB, 0.2 ms in B/1.
+__global__ void __launch_bounds__(256) grad_norm_kernel(float *parts, const float *grads, size_t n) {
+    __shared__ float sums[8];
+    float sum = sum_block(squares_of(grads, n), sums);
+    if (threadIdx.x == 0) parts[blockIdx.x] = sum;
+}
+// The same of one rank's pieces
+__global__ void __launch_bounds__(256)
+    pieces_norm_kernel(float *parts, const float *grads, const Piece *pieces, int count, int rank) {
+    __shared__ float sums[8];
+    float sum = 0;
+    for (int i = 0; i < count; i++)
+        if (pieces[i].owner == rank)
+            sum += squares_of(grads + pieces[i].begin, pieces[i].end - pieces[i].begin);
     sum = sum_block(sum, sums);
     if (threadIdx.x == 0) parts[blockIdx.x] = sum;
 }
@@ -4484,25 +4552,13 @@ __global__ void shared_root_kernel(DeviceLosses *losses, const double *shared,
     losses->bad_step = constants->step;
     losses->bad_part = bad;
 }
-// The trained numbers begin ... end of this rank in bucket k
-static void piece_of(const GpuModel *g, int k, size_t *begin, size_t *end) {
-    const Buckets *b = &g->buckets;
-    size_t trained = g->base.table.trained, n = piece_size(b, k), at = b->begin[k] + ranks.rank * n;
-    if (!b->sharded) at = b->begin[k], n = ranks.rank ? 0 : bucket_size(b, k);   // the norm is rank 0's
-    *begin = at < trained ? at : trained;
-    *end = at + n < trained ? at + n : trained;
-}
 static void ranks_norm(GpuModel *g) {
     Buckets *b = &g->buckets;
     stream_after(b->there[0]);   // all sums of gradients
-    for (int k = 0; k < b->count; k++) {
-        size_t begin, end;
-        piece_of(g, k, &begin, &end);
-        grad_norm_kernel<<<NORM_BLOCKS, 256, 0, stream>>>(g->norm_parts + k * NORM_BLOCKS, g->grads + begin,
-                                                          end - begin);
-        LAUNCHED();
-    }
-    share_kernel<<<1, 256, 0, stream>>>(g->shared, g->losses, g->norm_parts, b->count * NORM_BLOCKS);
+    pieces_norm_kernel<<<NORM_BLOCKS, 256, 0, stream>>>(g->norm_parts, g->grads, g->pieces, b->piece_count,
+                                                        ranks.rank);
+    LAUNCHED();
+    share_kernel<<<1, 256, 0, stream>>>(g->shared, g->losses, g->norm_parts, NORM_BLOCKS);
     LAUNCHED();
     ranks_after(b->ready[0]);
     ranks_sum(g->shared, 5);
@@ -4589,19 +4645,19 @@ __device__ static float clip_of(const MuonStep &k) {
     double clip = k.constants->max_norm / (k.losses->grad_norm + 1e-6);
     return (float)(clip < 1 ? clip : 1);
 }
-// Nesterov's momentum of element i, from the buffer as it is after the step's gradient
-__device__ static float momentum_of(const MuonStep &k, size_t i, float clip) {
-    return k.mu * k.m[i] + k.one_mu * (k.grads[i] * clip);
+// Nesterov's momentum of a matrix' element i, from the buffer as it is after the step's gradient
+__device__ static float momentum_of(const MuonStep &k, const MuonMatrix &w, int i, float clip) {
+    return k.mu * k.m[w.own + i] + k.one_mu * (k.grads[w.at + i] * clip);
 }
 // The buffer, and parts[blockIdx.y][MUON_BLOCKS] of |G|^2. Reads 8, writes 4 bytes an element; bound by
 // memory, as are the next two.
 __global__ void __launch_bounds__(256) muon_momentum_kernel(const MuonStep k) {
     __shared__ float sums[8];
-    size_t at = k.matrix[blockIdx.y].at;
+    const MuonMatrix w = k.matrix[blockIdx.y];
     float clip = clip_of(k), sum = 0;
     for (int i = blockIdx.x * 256 + threadIdx.x; i < k.lying && !k.losses->bad_step; i += MUON_BLOCKS * 256) {
-        k.m[at + i] = k.mu * k.m[at + i] + k.one_mu * (k.grads[at + i] * clip);
-        float g = momentum_of(k, at + i, clip);
+        k.m[w.own + i] = k.mu * k.m[w.own + i] + k.one_mu * (k.grads[w.at + i] * clip);
+        float g = momentum_of(k, w, i, clip);
         sum += g * g;
     }
     sum = sum_block(sum, sums);
@@ -4618,8 +4674,7 @@ __global__ void __launch_bounds__(256) muon_start_kernel(const MuonStep k) {
     for (int i = 0; i < MUON_BLOCKS; i++) sum += k.parts[blockIdx.y * MUON_BLOCKS + i];
     float inverse = 1 / (sqrtf(sum) + 1e-7f);
     for (int i = blockIdx.x * 256 + threadIdx.x; i < k.lying; i += gridDim.x * 256)
-        store(k.X + (size_t)blockIdx.y * k.lying + lying_place(w, i),
-              momentum_of(k, w.at + i, clip) * inverse);
+        store(k.X + (size_t)blockIdx.y * k.lying + lying_place(w, i), momentum_of(k, w, i, clip) * inverse);
 }
 // P = a I + b R + c P, where P comes in as R^2; [count,m,m]
 __global__ void __launch_bounds__(256)
@@ -4638,7 +4693,7 @@ __global__ void __launch_bounds__(256) muon_step_kernel(const MuonStep k) {
         float x = to_float(k.X[(size_t)blockIdx.y * k.lying + lying_place(w, i)]);
         float p = k.params[w.at + i] * k.decay - k.rate * w.factor * x;
         k.params[w.at + i] = p;
-        k.ema[w.at + i] = o.ema * k.ema[w.at + i] + o.one_ema * p;
+        k.ema[w.own + i] = o.ema * k.ema[w.own + i] + o.one_ema * p;
         if (k.weights) store(k.weights + w.at + i, p);
     }
 }
@@ -4713,23 +4768,27 @@ static void muon_update(GpuModel *g) {
 // AdamW for the trained numbers begin ... end, multiples of 64, whose moments and average begin at `at`
 static void adamw_update(GpuModel *g, size_t begin, size_t end, size_t at) {
     size_t n = end - begin;
-    if (!n) return;
     adamw_kernel<<<(unsigned)((n / 4 + 255) / 256), 256, 0, stream>>>(
         g->params + begin, g->m + at, g->v + at, g->ema + at, g->weights ? g->weights + begin : NULL,
         g->grads + begin, g->losses, g->constants, n);
     LAUNCHED();
 }
-// Of several ranks the update of a rank's pieces; each bucket leaves as soon as it is done, in the order in
-// which the next forward asks for them. Where moments are whole, the step has been made already.
-static void pieces_update(GpuModel *g) {
+// AdamW for this rank's pieces of a bucket
+static void pieces_update(GpuModel *g, int bucket) {
+    for (int i = 0; i < g->buckets.piece_count; i++) {
+        const Piece *p = &g->buckets.pieces[i];
+        if (p->bucket == bucket && p->owner == ranks.rank && !p->muon)
+            adamw_update(g, p->begin, p->end, p->at);
+    }
+}
+// Of several ranks; each bucket leaves as soon as it is done, in the order in which the next forward asks for
+// them.
+static void buckets_update(GpuModel *g) {
     const Config *c = &g->base.c;
-    Buckets *b = &g->buckets;
-    int of_f = bucket_of(c, c->num_f), last = b->count - 1;   // the runs of f are 1 ... of_f - 1
+    int of_f = bucket_of(c, c->num_f), last = g->buckets.count - 1;   // the runs of f are 1 ... of_f - 1
     for (int i = 0; i <= last; i++) {
         int k = i < of_f ? i : i == of_f ? last : i - 1;
-        size_t begin, end;
-        piece_of(g, k, &begin, &end);
-        if (b->sharded) adamw_update(g, begin, end, piece_at(b, k));
+        pieces_update(g, k);
         bucket_gather(g, k);
     }
 }
@@ -4754,20 +4813,9 @@ static void update(Model *model, int step) {
             root_kernel<<<1, 256, 0, stream>>>(g->losses, g->norm_parts, NORM_BLOCKS, g->constants);
             LAUNCHED();
         }
-        if (g->buckets.sharded) {
-            pieces_update(g);
-            return;
-        }
-        size_t done = 0;   // AdamW takes all that lies between two of Muon's tensors at once
-        for (int i = 0; i < model->table.count; i++) {
-            const Tensor *t = &model->table.tensors[i];
-            if (!t->muon_parts) continue;
-            adamw_update(g, done, t->offset, done);
-            done = t->offset + (t->size + 63) / 64 * 64;
-        }
-        adamw_update(g, done, n, done);
         muon_update(g);
-        if (ranks.size > 1) pieces_update(g);
+        if (ranks.size > 1) buckets_update(g);
+        else pieces_update(g, 0);
     });
     profile_step();
 }
@@ -4828,15 +4876,15 @@ static const real *host_block(Model *m, enum Block which, real *room) {
 static void put_block(Model *m, const real *host, enum Block which) {
     GpuModel *g = gpu_of(m);
     float *to = model_block(g, which);
-    if (which == PARAMS || !in_pieces(g, which) || !g->buckets.sharded)
+    buckets_await(g, 0, g->buckets.count - 1);
+    if (which == PARAMS || !in_pieces(g, which))
         CHECK(cudaMemcpyAsync(to, host, m->table.total * sizeof(real), cudaMemcpyHostToDevice, stream));
     else
-        for (int k = 0; k < g->buckets.count; k++) {
-            size_t begin, end;
-            piece_of(g, k, &begin, &end);
-            if (begin < end)
-                CHECK(cudaMemcpyAsync(to + piece_at(&g->buckets, k), host + begin,
-                                      (end - begin) * sizeof(real), cudaMemcpyHostToDevice, stream));
+        for (int i = 0; i < g->buckets.piece_count; i++) {
+            const Piece *p = &g->buckets.pieces[i];
+            if (p->owner == ranks.rank)
+                CHECK(cudaMemcpyAsync(to + p->at, host + p->begin, (p->end - p->begin) * sizeof(real),
+                                      cudaMemcpyHostToDevice, stream));
         }
     CHECK(cudaStreamSynchronize(stream));
     g->weights_of = GRADS;   // neither: they are rounded again before their next use
@@ -5092,7 +5140,9 @@ static Model *model_create(const Config *c, int max_batch, uint64_t seed) {
     free(m->table.tensors);
     m->table = params_table(&g->w, c, g->params);
     free(params_table(&g->dw, c, g->grads).tensors);
-    g->ema_whole = g->buckets.sharded ? g->grads : g->ema;
+    CHECK(cudaMemcpy(g->pieces, g->buckets.pieces, (size_t)g->buckets.piece_count * sizeof(Piece),
+                     cudaMemcpyHostToDevice));
+    g->ema_whole = ranks.size > 1 ? g->grads : g->ema;
     free(params_table(&g->w_ema, c, g->ema_whole).tensors);
     g->w_ema.pos_embed = g->w.pos_embed, g->w_ema.rope_cos = g->w.rope_cos, g->w_ema.rope_sin = g->w.rope_sin;
     start_values(g, seed);

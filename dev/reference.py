@@ -677,7 +677,7 @@ def random_case(seed):
     pick, between = lambda *xs: xs[rs.randint(len(xs))], lambda low, high: int(rs.randint(low, high + 1))
     f, g, h, H = between(1, 3), between(0, 3), between(1, 3), between(1, 4)
     p, low = pick(1, 1, 2, 2, 4), pick(0.0, 0.1, 0.3)
-    return dict(
+    case = dict(
         seed=seed, batch=between(1, 5), depth=f + g + h, num_f=f, num_h=h, num_heads=H,
         hidden_size=4 * H * between(1, 4), patch_size=p, input_size=p * between(1, 4),
         in_channels=between(1, 8), num_classes=between(1, 12), z_dim=between(4, 40),
@@ -692,6 +692,9 @@ def random_case(seed):
         switch_off=",".join(s for s in SWITCHES if rs.rand() < 0.08), sample_cfg_scale=pick(1.0, 1.4, 2.5),
         sample_cls_cfg_scale=pick(0.0, 1.0, 1.8), sample_guidance_low=low,
         sample_guidance_high=low + pick(0.3, 0.7), sample_path_drop=between(0, 1), **later_of(rs, f + g + h))
+    if "align" in case["switch_off"].split(","):
+        case.pop("align_depths", None)   # nothing is aligned, at whatever depth
+    return case
 
 def later_of(rs, depth):
     """Of every third file what came after the paper, in part"""

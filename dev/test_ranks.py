@@ -280,11 +280,33 @@ def gone_on(begun, folder, size, args, **more):
 
 @test
 def muon():
-    """Matrices that have an owner each; saved by 3 ranks, gone on with by 2"""
-    out = one("one-muon", ["--optimizer", "muon", "--steps", "3"])
-    if train(3, "three-muon", ["--optimizer", "muon", "--steps", "2"]) and \
-            gone_on("three-muon", "two-muon", 2, ["--steps", "3"]):
-        agree(out, "two-muon")
+    """Matrices that have an owner each; saved by 3 ranks, gone on with by 2, by 1, and by 4 with late streams"""
+    muon = ["--optimizer", "muon"]
+    out = one("one-muon", muon + ["--steps", "3"])
+    if train(3, "three-muon", muon + ["--steps", "2"]):
+        for size in 2, 1, 4:
+            more = {"env": {"CUDA_CPU_ASYNC": "1"}} if size == 4 else {}
+            if gone_on("three-muon", "muon%d" % size, size, ["--steps", "3"], **more):
+                agree(out, "muon%d" % size)
+    more = muon + ["--muon", "srdit13", "--num-h", "0", "--align-depths", "1,2", "--mlp-widths", "4,8"]
+    if train(2, "all-muon", more + ["--steps", "3"]):
+        # adaLN's gradient of 12 samples has rank 12 of 16: in the other directions there is rounding alone, which the
+        # polynomial multiplies by up to 485
+        agree(one("one-all-muon", more + ["--steps", "3"]), "all-muon", 5e-4, 5e-4)
+
+@test
+def dealt_out():
+    """Moments and average are: what one rank keeps of them is smaller by the number of ranks, however they step"""
+    for optimizer in "adamw", "muon":
+        gigabytes = {}
+        for size in 1, 4:
+            ranks = Ranks(size, TINY + ["--hidden-size", "256", "--batch", "4", "--steps", "1", "--optimizer", optimizer,
+                                        "--out", "dealt-%s-%d" % (optimizer, size)])
+            words = ranks.wait()[0][1].split("gradients, moments, average ")
+            gigabytes[size] = float(words[1].split()[0]) if len(words) == 2 else 0
+        # of float32 weights, gradients, two moments and the average 2 of 5 stay whole
+        share = gigabytes[4] / gigabytes[1] if gigabytes[1] else 9
+        check("%s: 4 ranks keep (2 + 3 / 4) / 5 each" % optimizer, abs(share - 2.75 / 5) < 0.06, gigabytes)
 
 @test
 def bf16():

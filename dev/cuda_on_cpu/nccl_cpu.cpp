@@ -5,7 +5,9 @@
 // Processes meet in a file in /dev/shm named by the handle that ncclGetUniqueId makes up; rank 0 makes it,
 // and removes it when all are there.
 // As with the real one, whoever has been left alone waits for ever: a deadline is the program's business.
-// Communicators are non-blocking: as long as a process is missing, ncclCommGetAsyncError says ncclInProgress.
+// Communicators are non-blocking: as long as a process is missing, ncclCommGetAsyncError says ncclInProgress. So do,
+// once, a collective outside of a group and the end of a group, as from NCCL 2.23 on; inside they say ncclSuccess. A
+// call before one is known to have ended, and a group without any (which ends NCCL 2.23 to 2.25), are errors here.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #include <nccl.h>
@@ -33,7 +35,7 @@ struct ncclComm {
     std::string name;
     Meeting *meeting = nullptr;
     size_t bytes = 0;
-    bool gone = false;
+    bool gone = false, busy = false;
     char *slot(int rank) const { return (char *)meeting + 4096 + (size_t)rank * SLOT; }
 };
 
@@ -89,14 +91,21 @@ static void add(ncclComm *c, void *out, size_t from, size_t n, ncclDataType_t t)
     else if (t == ncclDouble) add(c, (double *)out, from, n);
     else add(c, (__nv_bfloat16 *)out, from, n);   // rounded after each rank, as on a ring
 }
-static ncclResult_t queue(cudaStream_t s, std::function<void()> work) {
+static int depth, grouped;           // of open groups; calls in this one
+static ncclComm *group_comm;
+static ncclResult_t queue(ncclComm *c, cudaStream_t s, std::function<void()> work) {
+    if (c->busy) return ncclInvalidUsage;
     auto *f = new std::function<void()>(std::move(work));
     cudaHostFn_t run = [](void *p) {
         auto *g = (std::function<void()> *)p;
         (*g)();
         delete g;
     };
-    return cudaLaunchHostFunc(s, run, f) == cudaSuccess ? ncclSuccess : ncclUnhandledCudaError;
+    if (cudaLaunchHostFunc(s, run, f) != cudaSuccess) return ncclUnhandledCudaError;
+    grouped++, group_comm = c;
+    if (depth) return ncclSuccess;
+    c->busy = true;
+    return ncclInProgress;
 }
 
 extern "C" {
@@ -117,7 +126,8 @@ ncclResult_t ncclCommInitRankConfig(ncclComm_t *comm, int size, ncclUniqueId id,
     return attach(c) ? ncclSuccess : ncclInProgress;
 }
 ncclResult_t ncclCommGetAsyncError(ncclComm_t c, ncclResult_t *result) {
-    *result = c->meeting && c->gone ? ncclSuccess : attach(c) ? ncclSuccess : ncclInProgress;
+    *result = c->busy ? ncclInProgress : c->meeting && c->gone ? ncclSuccess : attach(c) ? ncclSuccess : ncclInProgress;
+    c->busy = false;
     return ncclSuccess;
 }
 ncclResult_t ncclCommFinalize(ncclComm_t) { return ncclSuccess; }
@@ -135,7 +145,7 @@ ncclResult_t ncclAllReduce(const void *from, void *to, size_t n, ncclDataType_t 
                            cudaStream_t s) {
     size_t bytes = bytes_of(type), most = SLOT / (bytes ? bytes : 1);
     if (op != ncclSum || !bytes) return ncclInvalidArgument;
-    return queue(s, [=] {
+    return queue(c, s, [=] {
         for (size_t at = 0, some; at < n; at += some) {
             some = n - at < most ? n - at : most;
             memcpy(c->slot(c->rank), (const char *)from + at * bytes, some * bytes);
@@ -145,12 +155,27 @@ ncclResult_t ncclAllReduce(const void *from, void *to, size_t n, ncclDataType_t 
         }
     });
 }
+// to: the root's
+ncclResult_t ncclReduce(const void *from, void *to, size_t n, ncclDataType_t type, ncclRedOp_t op, int root,
+                        ncclComm_t c, cudaStream_t s) {
+    size_t bytes = bytes_of(type), most = SLOT / (bytes ? bytes : 1);
+    if (op != ncclSum || !bytes || root < 0 || root >= c->size) return ncclInvalidArgument;
+    return queue(c, s, [=] {
+        for (size_t at = 0, some; at < n; at += some) {
+            some = n - at < most ? n - at : most;
+            memcpy(c->slot(c->rank), (const char *)from + at * bytes, some * bytes);
+            barrier(c);
+            if (c->rank == root) add(c, (char *)to + at * bytes, 0, some, type);
+            barrier(c);
+        }
+    });
+}
 // from[size][n], to[n]
 ncclResult_t ncclReduceScatter(const void *from, void *to, size_t n, ncclDataType_t type, ncclRedOp_t op,
                                ncclComm_t c, cudaStream_t s) {
     size_t bytes = bytes_of(type), most = SLOT / (bytes ? bytes : 1) / (size_t)c->size;
     if (op != ncclSum || !bytes) return ncclInvalidArgument;
-    return queue(s, [=] {
+    return queue(c, s, [=] {
         for (size_t at = 0, some; at < n; at += some) {
             some = n - at < most ? n - at : most;
             for (int r = 0; r < c->size; r++)
@@ -166,7 +191,7 @@ ncclResult_t ncclReduceScatter(const void *from, void *to, size_t n, ncclDataTyp
 ncclResult_t ncclAllGather(const void *from, void *to, size_t n, ncclDataType_t type, ncclComm_t c, cudaStream_t s) {
     size_t bytes = bytes_of(type), most = SLOT / (bytes ? bytes : 1);
     if (!bytes) return ncclInvalidArgument;
-    return queue(s, [=] {
+    return queue(c, s, [=] {
         for (size_t at = 0, some; at < n; at += some) {
             some = n - at < most ? n - at : most;
             memcpy(c->slot(c->rank), (const char *)from + at * bytes, some * bytes);
@@ -181,7 +206,7 @@ ncclResult_t ncclBroadcast(const void *from, void *to, size_t n, ncclDataType_t 
                            cudaStream_t s) {
     size_t bytes = bytes_of(type), most = SLOT / (bytes ? bytes : 1);
     if (!bytes || root < 0 || root >= c->size) return ncclInvalidArgument;
-    return queue(s, [=] {
+    return queue(c, s, [=] {
         for (size_t at = 0, some; at < n; at += some) {
             some = n - at < most ? n - at : most;
             if (c->rank == root) memcpy(c->slot(root), (const char *)from + at * bytes, some * bytes);
@@ -192,6 +217,14 @@ ncclResult_t ncclBroadcast(const void *from, void *to, size_t n, ncclDataType_t 
     });
 }
 // Calls of a group go one by one here.
-ncclResult_t ncclGroupStart() { return ncclSuccess; }
-ncclResult_t ncclGroupEnd() { return ncclSuccess; }
+ncclResult_t ncclGroupStart() {
+    if (!depth++) grouped = 0;
+    return ncclSuccess;
+}
+ncclResult_t ncclGroupEnd() {
+    if (--depth) return ncclSuccess;
+    if (!grouped) return ncclInvalidUsage;
+    group_comm->busy = true;
+    return ncclInProgress;
+}
 }

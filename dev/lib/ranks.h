@@ -169,6 +169,12 @@ __attribute__((noreturn)) static void ranks_end(const char *words, int from) {
     _exit(1);
 }
 
+// Before an error that another rank's end may have caused: the listening thread hears of that meanwhile,
+// and its sentence, which names the rank, ends this process first.
+static void ranks_hear_first(void) {
+    if (ranks.size > 1) sleep(3);
+}
+
 static void ranks_handle(int from, const Frame *f) {
     pthread_mutex_lock(&ranks.lock);
     ranks.heard[from] = now_seconds();
@@ -254,16 +260,17 @@ static void ranks_await(double end) {
         die("port %d, where the ranks meet, cannot be had: %s; is another training running? Another "
             "MASTER_PORT helps",
             port, strerror(errno));
-    while (missing) {
+    for (double beat = 0; missing;) {
         struct pollfd one = {all, POLLIN, 0};
         double left = end - now_seconds();
+        if (now_seconds() - beat > 1) ranks_send_all(BEAT, 0, NULL, 0), beat = now_seconds();
         if (left <= 0) {
             int first = 1;
             while (ranks.fd[first] > 0) first++;
             die("rank %d has not come within %.0f s%s", first, ranks.deadline,
                 missing > 1 ? ", and others have not" : "");
         }
-        if (poll(&one, 1, (int)(left * 1000) + 1) <= 0) continue;
+        if (poll(&one, 1, left < 1 ? (int)(left * 1000) + 1 : 1000) <= 0) continue;
         int fd = accept4(all, NULL, NULL, SOCK_CLOEXEC);
         Frame f;
         if (fd < 0) continue;
@@ -306,9 +313,10 @@ static void ranks_call(double end) {
             int fd = socket(a->ai_family, a->ai_socktype | SOCK_CLOEXEC, a->ai_protocol);
             if (fd < 0) continue;
             double left = end + 3 - now_seconds();
-            ranks_timeout(fd, left > 1 ? left : 1);
+            ranks_timeout(fd, left > 3 ? left : 3);
             if (!connect(fd, a->ai_addr, a->ai_addrlen) &&
                 ranks_send(fd, HELLO, ranks.size, name, sizeof(name)) && ranks_receive(fd, &f)) {
+                while (f.kind == BEAT && ranks_receive(fd, &f)) {}   // rank 0 is there, and waits for others
                 if (f.kind == LAST_WORDS) ranks.over = 1, ranks_end(f.body, 0);
                 if (f.kind == WELCOME) {
                     ranks_hear(0, fd, &f);
@@ -366,6 +374,15 @@ static int ranks_first(int own) {
     static int all[MAX_RANKS];
     ranks_exchange(all, &own, sizeof(own));
     return all[0];
+}
+
+// Rank 0's text, on every rank; what has no room is cut off
+static void ranks_first_text(char *text, size_t room) {
+    static char all[MAX_RANKS][RECORD_BYTES];
+    char own[RECORD_BYTES] = "";
+    memcpy(own, text, strnlen(text, sizeof(own) - 1));
+    ranks_exchange(all, own, sizeof(own));
+    if (ranks.rank) snprintf(text, room, "%s", all[0]);
 }
 
 // 1: the training ends before step `step` (from 0), since some rank was interrupted. Ranks notice a signal at

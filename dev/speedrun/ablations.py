@@ -88,9 +88,10 @@ def clear(folder):
         os.remove(os.path.join(folder, name))
 
 
-def rate_of(rows, name, metric):
-    """The learning rate, as its text, at which this side's trial scored best; "" where there were no trials"""
-    trials = [(float(row[metric]), row["technique"].split(" lr ")[1]) for row in rows
+def rate_of(rows, name):
+    """The learning rate, as its text, at which this side's trial was best by the track's metric, of which less is
+    better; "" where there were no trials"""
+    trials = [(float(row[verify.rule_of(row["track"])["metric"]]), row["technique"].split(" lr ")[1]) for row in rows
               if row["technique"].startswith(name + " lr ")]
     return min(trials)[1] if trials else ""
 
@@ -111,7 +112,7 @@ def report(rows, metric, beyond):
           ("on" if beyond else "off", metric))
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for name in [all_on] + list(sides):
-        x, rate = groups.get(name, {}), rate_of(rows, name, metric)
+        x, rate = groups.get(name, {}), rate_of(rows, name)
         without, with_, why = sides.get(name, (None, None, ""))
         author = "%.3f, %.3f (%+.3f)" % (without, with_, without - with_) if without else ""
         score = ("%.4g ± %.2g" %
@@ -197,7 +198,7 @@ def main(argv):
             print("%s, seed %d: its trials are not all there yet; the same command goes on" % (name, seed))
             continue
         if not os.path.exists(log):  # else its row was not written any more
-            rate = rate_of(known, name, options.metric) if rate is None else rate
+            rate = rate_of(known, name) if rate is None else rate
             command = [program, "--track", options.track, "--seed", str(seed), "--out", out] + words
             clear(out)
             off = " off" if name != all_on and not options.beyond else ""
