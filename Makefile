@@ -52,7 +52,7 @@ test: found test_srdit train_srdit
 
 # The same programs with the address and undefined-behaviour sanitizers, in build/debug/
 SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
-DEBUGFLAGS = $(filter-out -O3 -g,$(CFLAGS)) $(SANITIZE)
+DEBUGFLAGS = $(filter-out -O3 -g,$(CFLAGS)) $(SANITIZE) -DENTRIES=1
 debug: found
 	@mkdir -p build/debug
 	$(CC) $(DEBUGFLAGS) -DUSE_DOUBLE -c test_srdit.c -o build/debug/test_double.o

@@ -517,6 +517,9 @@ static Losses loss_of(Model *m, const Batch *b) {
     return backend->read_losses(m);
 }
 
+#ifndef ENTRIES
+#define ENTRIES 4   // of each tensor, below (make debug: 1, which shows sanitizers as much)
+#endif
 // Gradients against finite differences of the total loss: entries of every parameter tensor, in double.
 // (8 (f(h) - f(-h)) - (f(2h) - f(-2h))) / 12h is off by O(h^4) and by rounding over h: some 1e-11 at h =
 // 1e-3. Returns the largest difference as a share of what is allowed: 1e-9 where gradients are of the order
@@ -533,7 +536,7 @@ static double finite_differences(Config c, int path_drop, char worst[64], int *c
     for (int i = 0; i < m->table.count; i++) {
         const Tensor *t = &m->table.tensors[i];
         if (!t->trained) continue;
-        for (uint32_t k = 0; k < 4 && k < t->size; k++) {
+        for (uint32_t k = 0; k < ENTRIES && k < t->size; k++) {
             size_t at = t->offset + (t->size <= 4 ? k : draw4(7, 106, (uint32_t)i, k, 0).v[0] % t->size);
             real x = m->params[at];
             double f[5];
@@ -555,7 +558,7 @@ static void test_finite_differences(void) {
     int count, threads = omp_get_max_threads();
     omp_set_num_threads(1);   // these models are too small to share out
     double share = finite_differences(small_config(), 0, worst, &count);
-    result(share <= 1, "finite differences", "%d entries of every tensor; worst %s at %.3f of 1e-9", count,
+    result(share <= 1, "finite differences", "%d entries, of every tensor; worst %s at %.3f of 1e-9", count,
            worst, share);
     share = finite_differences(small_config(), 1, worst, &count);
     result(share <= 1, "finite differences, drop", "path dropped; worst %s at %.3f of 1e-9", worst, share);

@@ -3474,13 +3474,13 @@ static void pieces_of_tensors(GpuModel *g, size_t *own) {
     const Table *table = &g->base.table;
     const Buckets *b = &g->buckets;
     double work[MAX_RANKS] = {0};
-    int k = 0, owner;
+    int k = 0;
     for (int i = 0, next; i < table->count && table->tensors[i].trained; i = next) {
         const Tensor *t = &table->tensors[i], *end = t + 1;
         if (k + 1 < b->count && t->offset == b->begin[k + 1]) k++;
         while (!t->muon_parts && end->trained && !end->muon_parts && end->offset != b->begin[k + 1]) end++;
         next = i + (int)(end - t);
-        owner = 0;
+        int owner = 0;
         for (int r = 1; r < ranks.size; r++)
             if (t->muon_parts ? work[r] < work[owner] : own[r] < own[owner]) owner = r;
         if (t->muon_parts)

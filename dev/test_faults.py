@@ -18,6 +18,8 @@ data, links, and files in the way. The exit status tells.
 import argparse, concurrent.futures, errno, os, resource, shutil, signal, struct, subprocess, sys, tempfile
 import time, zipfile
 
+signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell's background job would ignore it, and so its children
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--sample", default=os.path.join(ROOT, "sample"))

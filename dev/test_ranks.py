@@ -14,6 +14,8 @@ differs by more than 1e-5 of its tensor's largest: float's sums in another order
 import argparse, json, os, random, resource, shutil, signal, socket, subprocess, sys, tempfile, time
 import numpy as np
 
+signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell's background job would ignore it, and so its children
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--train", default=os.path.join(ROOT, "train_srdit_emu"))

@@ -12,6 +12,8 @@ import argparse, base64, json, os, pty, re, select, shutil, signal, struct, subp
 import zipfile, zlib
 import numpy as np
 
+signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell's background job would ignore it, and so its children
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--sample", default=os.path.join(ROOT, "sample"))
