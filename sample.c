@@ -1051,8 +1051,8 @@ static void outputs_check(const SampleRun *r, const Source *s, const Layout *l, 
     if (r->latents) check_output(r->latents, "--latents");
     if (same_output(r->out, r->npz) || same_output(r->out, r->latents) || same_output(r->npz, r->latents))
         die("--out, --npz and --latents need a file each");
-    const char *const inputs[] = {r->checkpoint, r->decoder};
-    for (int i = 0; i < 2; i++) {
+    const char *const inputs[] = {r->checkpoint, r->decoder, r->score, r->judge};
+    for (int i = 0; i < 4; i++) {
         refuse_input("--out", r->out, inputs[i]);
         refuse_input("--npz", r->npz, inputs[i]);
         refuse_input("--latents", r->latents, inputs[i]);
@@ -1403,6 +1403,7 @@ static void print_times(const Outputs *o, const Sampling *s, double seconds) {
 static Scoring *scoring_for(const SampleRun *r, const Source *s, const Classes *k) {
     if (s->decoder || s->H != s->c.input_size)
         die("--score is for pixels; pictures of ImageNet are scored from an .npz");
+    if (k->num <= NEIGHBOURS) die("--score: %d pictures are too few to be scored", k->num);
     Scoring *scoring = scoring_open(r->score, r->judge);
     const Data *d = scoring->data;
     if (d->C != s->c.in_channels || d->S != s->c.input_size || d->scale != s->scale || d->offset != s->offset)
@@ -1450,6 +1451,7 @@ static int sample_main(int argc, char **argv, const Painter *painter) {
     catch_interrupts(0);
     double seconds = painter->draw_all(&outputs, backend, m, &sampling, batch);
     outputs_close(&outputs);
+    release_interrupts();   // all is written; scores can be had again
     print_times(&outputs, &sampling, seconds);
     if (scoring) outputs_score(&outputs, scoring);
     outputs_show(&outputs);

@@ -1170,6 +1170,14 @@ static void test_runs(void) {
                       in_folder("c/checkpoint.safetensors"), in_folder("c"), in_folder("export.safetensors"));
     result(stopped == 130 && !on, "Ctrl-C",
            "the step is finished, the checkpoint written and good to resume and export");
+    stopped =
+        run_self(1500, NANO "--recipe srdit13 --steps 1000000 --sample-steps 2 --out %s", in_folder("d"));
+    size_t n;
+    char *text = file_text(in_folder("out"), &n), *again = strstr(text, "to go on:  ");
+    again = again ? strchr(again + 11, ' ') : NULL;   // behind the program's name
+    on = again ? run_self(1500, "%s", again) : -1;
+    result(stopped == 130 && on == 130, "the command after Ctrl-C", "goes on");
+    free(text);
     SafeFile *f = safe_open(in_folder("export.safetensors"));
     Config c = config_default();
     static const char *const none[] = {NULL};

@@ -7,7 +7,7 @@
 // product, random numbers, safetensors, data shards, pictures, command line. What this file refuses to
 // become: a framework. There is no tape and no graph: each backward is written by hand beside its forward.
 //
-//   make && ./train_srdit            train the nano model on the bundled digits (about a minute on two cores)
+//   make && ./train_srdit            train the nano model on the bundled digits (one or two minutes)
 //   ./train_srdit --help             every flag with its default
 //
 // The language is the one that C and C++ share, so that nvcc can compile it too. It needs libc and libm;
@@ -25,7 +25,9 @@
 //   I, O inputs and outputs of a linear layer        W = 256 features of the time
 //   x^ a normalized x, r what it was multiplied by   v1 block 0's values        u a uniform draw
 //   ld... the length of a row in memory, where rows are parts of longer ones
-// In signatures outputs come first, then inputs, then sizes; dX is the gradient of the loss by X.
+// "first ... end" and the like: from first on, without end. Where a function has matrices or a struct of
+// the same letter (Muon's X, R, P; BlockActs *k), it says so. In signatures outputs come first, then
+// inputs, then sizes; dX is the gradient of the loss by X.
 #include "dev/lib/cli.h"
 #include "dev/lib/curve.h"
 #include "dev/lib/folder.h"
@@ -63,11 +65,11 @@ enum { SPLIT, SRDIT13 };   // and muon: which tensors, and how
 // it. LATER: not in the paper; written to files only where it is not at its default, so that files of the
 // paper's recipe stay what they were.
 enum { FREE = 0, FIXED = 1, LATER = 2 };
-#define SETTING(name, kind, initial, low, high, fixed, help)                                                 \
-    { #name, kind, offsetof(Config, name), low, high, fixed, help, initial, NULL }
-#define CHOOSE(name, words, last, fixed, help)                                                               \
-    { #name, CHOICE, offsetof(Config, name), 0, last, fixed, help, 0, words }
-#define ON_OFF(name, fixed, help) SETTING(name, TECHNIQUE, 1, 0, 1, fixed, help)
+#define SETTING(name, kind, initial, low, high, flags, help)                                                 \
+    { #name, kind, offsetof(Config, name), low, high, flags, help, initial, NULL }
+#define CHOOSE(name, words, last, flags, help)                                                               \
+    { #name, CHOICE, offsetof(Config, name), 0, last, flags, help, 0, words }
+#define ON_OFF(name, flags, help) SETTING(name, TECHNIQUE, 1, 0, 1, flags, help)
 static const Option config_options[] = {
     SETTING(depth, WHOLE, 12, 1, MAX_DEPTH, FIXED, "blocks, L"),
     SETTING(hidden_size, WHOLE, 768, 4, 65536, FIXED, "width, D"),
@@ -132,7 +134,7 @@ static OptionTable config_table(Config *c) {
 // 1: files do not say it, since it came after the paper and is at its default
 static int unsaid(const OptionTable *t, int i) {
     const Option *o = &t->options[i];
-    if (!(o->fixed & LATER)) return 0;
+    if (!(o->flags & LATER)) return 0;
     if (o->kind == SERIES) return !((const Series *)option_field(t, i))->count;
     return option_get(t, i) == o->initial;
 }
@@ -163,7 +165,8 @@ static int model_preset(Config *c, const char *name) {
         if (!small) return 1;
         c->projector_dim = 128;
         c->shift_base = sizes[i].side * sizes[i].side;   // s = 1, no shift
-        c->lr = 0.128 / c->hidden_size;   // Adam's steps shrink as sums grow longer: 2e-3 for nano
+        // a step of Adam moves each weight by about lr, and so a sum of D terms by up to D lr: 2e-3 for nano
+        c->lr = 0.128 / c->hidden_size;
         c->ema_decay = 0.999;
         c->ema_warmup = 1;
         return 1;
@@ -175,7 +178,7 @@ static int model_preset(Config *c, const char *name) {
 static int grid_of(const Config *c) { return c->input_size / c->patch_size; }
 static int patches_of(const Config *c) { return grid_of(c) * grid_of(c); }
 static int tokens_of(const Config *c) { return patches_of(c) + c->cls; }
-static int kept_of(const Config *c) {   // Tk = max(1, (int)(T (1 - r))), in doubles
+static int kept_of(const Config *c) {   // Tk = max(1, (int)(T (1 - drop_ratio))), in doubles
     return c->routing ? imax(1, (int)(tokens_of(c) * (1.0 - c->drop_ratio))) : tokens_of(c);
 }
 static int hidden_of(const Config *c, int block) {   // of the block's MLP
@@ -503,8 +506,9 @@ static size_t token_of(const int *ids, size_t b, size_t t, size_t Tb) {
 }
 
 // RoPE (RoFormer, arXiv 2104.09864) in two dimensions, in place on the queries and keys of rows of 3D: pairs
-// of neighbours turn by angles of the token's original place, (a, b) -> (a cos - b sin, b cos + a sin).
-// cosines, sines [P,Dh] hold each value twice. CLS (token 0, if cls) is not turned. direction -1: back.
+// of neighbours turn by angles of the token's original place, (a, b) -> (a cos - b sin, b cos + a sin), so
+// that q.k depends on the difference of two places alone. cosines, sines [P,Dh] hold each value twice. CLS
+// (token 0, if cls) is not turned. direction -1: back.
 static void rope_turn(real *x, real direction, const real *cosines, const real *sines, const int *ids,
                       int cls, size_t B, size_t Tb, size_t H, size_t Dh) {
 #pragma omp parallel for
@@ -710,7 +714,7 @@ typedef struct {
     char name[64];
     enum Start start;
     int trained;      // 0: a fixed table
-    int muon_parts;   // matrices, one below the other, that Muon takes it for; 0: it is AdamW's
+    int muon_parts;   // how many matrices, one below the other, it is to Muon; 0: it is AdamW's
     int block;        // which block it belongs to, -1: none
     int ndim, shape[4];
     size_t size, offset;
@@ -719,7 +723,7 @@ typedef struct {
 typedef struct {
     Tensor *tensors;
     int count, room, block;
-    int all_muon;   // of tensors of two or more dimensions 1: all are Muon's, 0: by their column, -1: none
+    int all_muon;   // of tensors of two or more dimensions 1: all are Muon's, 0: as declare is told, -1: none
     size_t trained, total;
     real *base;
 } Table;
@@ -738,7 +742,7 @@ typedef struct {
 
 // Which optimizer a tensor has under --optimizer muon: AdamW, or Muon for one matrix or for three
 enum { OF_ADAMW = 0, OF_MUON = 1, OF_MUON_QKV = 3 };
-// Appends a tensor to the table and returns its place in the block at t->base (NULL: only the table is
+// Appends a tensor to the table and returns its place in the array at t->base (NULL: only the table is
 // wanted). Trailing sizes of 0 are no dimensions. Each tensor starts at a multiple of 64 elements; the pads
 // stay zero.
 static real *declare(Table *t, enum Start start, int muon_parts, int a, int b, int c, int d,
@@ -863,7 +867,8 @@ static real position_of(size_t i, const Config *c) {
     double angle = place * pow(10000, -(double)(k % (D / 4)) / (D / 4));
     return patch < 0 ? 0 : (real)(float)(k / (D / 4) % 2 ? cos(angle) : sin(angle));
 }
-// Angle i of RoPE's fixed tables [P,Dh]: the first half by row, the second by column
+// Angle i of RoPE's fixed tables [P,Dh]: the first half by row, the second by column; pair j of a half
+// turns by place * 10000^(-2j / (Dh/2)).
 static double rope_angle(size_t i, const Config *c) {
     int Dh = c->hidden_size / c->num_heads, G = grid_of(c), half = Dh / 2;
     int k = (int)(i % (size_t)Dh), patch = (int)(i / (size_t)Dh);
@@ -909,7 +914,7 @@ typedef struct {
     int B, first, whole, path_drop;
     int on_device;   // 1: noises and ids are left to a GPU, which draws them from (seed, step) itself
     uint64_t seed;
-    int step;
+    int step;                // from 0: the steps before it
     real *x, *noise;         // [B,C,S,S]
     real *v_before;          // [C,S,S] v of the sample before the first; before sample 0 comes the last
     real *cls, *noise_cls;   // [B,Z]
@@ -926,12 +931,12 @@ typedef struct {
     double scale, offset;            // x = stored scale + offset
     void *x_stored, *feats_stored;   // [1+B,C,S,S] from the sample before the first on, [B,T,Z]
     int slot;   // 1, 2: the batch lies in that input buffer of a GPU; 0: in memory of its own
-    int last;   // 1: of several ranks: with its gradients the step's are whole, so that they may be summed up
+    int last;   // 1: with its gradients the step's are whole, so that several ranks may sum them up
 } Batch;
 
 // The total, and its parts before their coefficients, summed over the steps since they were last read; the
 // last step's gradient norm; the first step that was not finite (0: none), after which updates change
-// nothing, and what of it was not
+// nothing, and which part of it was not finite
 enum LossPart { NO_PART, DENOISE, CLS, ALIGN, CFM, GRADIENT };
 typedef struct {
     double total, denoise, cls, align, cfm, grad_norm;
@@ -948,13 +953,14 @@ HOST_DEVICE static inline enum LossPart bad_part_of(double denoise, double cls, 
 
 // Activations of a block that its backward needs
 typedef struct {
-    const real *in;            // [B,Tb,D] the block before's output
-    real *mod;                 // [B,6D] shift1, scale1, gate1, shift2, scale2, gate2
-    real *h1, *r1, *qkv;       // [B,Tb,D], [B,Tb], [B,Tb,3D]
-    real *r_qk;                // [B,Tb,2H]
-    real *mix, *att;           // [B,Tb,3D] q and k normed and turned, v mixed; [B,H,Tb,R]
-    real *a, *proj;            // [B,Tb,D] twice
-    real *mid, *h2, *r2;       // [B,Tb,D] after the first residual; [B,Tb,D]; [B,Tb]
+    const real *in;        // [B,Tb,D] the block before's output (in evaluation, within g, `out` itself: what
+                           // `in` held is not needed any more when `out` is written)
+    real *mod;             // [B,6D] shift1, scale1, gate1, shift2, scale2, gate2
+    real *h1, *r1, *qkv;   // [B,Tb,D], [B,Tb], [B,Tb,3D]
+    real *r_qk;            // [B,Tb,2H]
+    real *mix, *att;       // [B,Tb,3D] q and k normed and turned, v mixed; [B,H,Tb,R]
+    real *a, *proj;        // [B,Tb,D] twice
+    real *mid, *h2, *r2;   // [B,Tb,D] after the first residual; [B,Tb,D]; [B,Tb]
     real *gelu, *gelu_slope;   // [B,Tb,F] twice
     real *fc2, *out;           // [B,Tb,D] twice
 } BlockActs;
@@ -995,7 +1001,7 @@ typedef struct Model {
     int max_batch, threads;
     Losses losses;
     size_t activation_bytes, parameter_bytes;
-    real *params, *grads, *m, *v, *ema;   // one block each, in table order
+    real *params, *grads, *m, *v, *ema;   // an array of all tensors each, in table order
     Params w, dw, w_ema;                  // the same, by name
     Acts a;
     real *memory;
@@ -1124,7 +1130,7 @@ static int by_all_threads(const Tensor *t) {
 }
 
 // Memory for the parameters and the activations of max_batch samples. trained: the model is to be trained
-// and has all five blocks; else one, its EMA's or its weights', and m->grads, m->m, m->v are NULL.
+// and has all five arrays; else one, its EMA's or its weights', and m->grads, m->m, m->v are NULL.
 static Model *model_allocate(const Config *c, int max_batch, int trained) {
     if ((double)max_batch * tokens_of(c) > 1 << 30)
         die("%d samples of %d tokens are too many at once; use a larger --accum", max_batch, tokens_of(c));
@@ -1456,11 +1462,12 @@ static void network_backward(Model *model, const int *y, const int *ids, int pat
 // The loss, over the outputs of the network and the batch:
 //
 //   L = mean (out - v)^2 + cls_coeff mean (cls_out - v_cls)^2 + align_coeff L_align + cfm_coeff L_cfm
-//   v = noise - x,   L_cfm = - mean (out - v[b-1])^2,   L_align = - mean_{b,t} cos(feats, zs)
+//   v = noise - x,   L_cfm = - mean (out - v[b-1])^2,   L_align = - mean_depths mean_{b,t} cos(feats, zs)
 //
-// Means run over the whole batch. Each function adds up its sample's terms in `sum`, without dividing, and
-// writes the gradients; `share` is what one term counts in the mean, 1 / (whole * numbers of a sample),
-// whole the samples of the whole batch.
+// Means run over the whole batch, and t over the tokens of the aligned block. Each function adds up its
+// sample's terms in `sum`, without dividing, and writes the gradients; `share` is what one term counts in
+// the mean: 1 / (whole * numbers of a sample), whole the samples of the whole batch, and in L_align 1 /
+// (whole Tb depths).
 
 // dout = 2 (out - v) share - cfm_coeff 2 (out - v_before) share; v, v_before [C,S,S] of the sample and of the
 // one before it in the whole batch
@@ -1484,8 +1491,7 @@ static void cls_loss(Losses *sum, real *dout, const real *out, const real *cls, 
 }
 // dz = - align_coeff share (f^ - cos z^) / |z|, f^ and z^ unit vectors, |z| = max(norm, 1e-12), since z^'s
 // own derivative is (1 - z^ z^T) / |z|. z, dz [Tb,Z]; the features [T,Z] are those of the tokens ids (NULL:
-// all). Of `depths` aligned depths, whose means are averaged, this is one: a term counts T / (Tb depths) as
-// much as where there is but one depth, with all T tokens, for which sums are divided later.
+// all). The sum is divided by whole T later, so that a term is added T / (Tb depths) times.
 static void align_loss(Losses *sum, real *dz, const real *z, const real *feats, const int *ids, double coeff,
                        double whole, size_t depths, size_t Tb, size_t T, size_t Z) {
     double weight = (double)T / (double)(Tb * depths);
@@ -1501,6 +1507,7 @@ static void align_loss(Losses *sum, real *dz, const real *z, const real *feats, 
     }
 }
 
+// The losses, and their gradients by the network's outputs: d_out, d_cls_out and each aligned depth's d_zs
 static void loss_and_gradients(Model *model, const Batch *batch) {
     const Config *c = &model->c;
     Acts *a = &model->a;
@@ -1534,9 +1541,11 @@ static void loss_and_gradients(Model *model, const Batch *batch) {
     sum->total = sum->denoise + c->cls_coeff * sum->cls + c->align_coeff * sum->align + cfm * sum->cfm;
 }
 
-// Gradients are added to; call zero_gradients before the first micro-batch of a step.
+// Before the first part of a step
 static void zero_gradients(Model *m) { memset(m->grads, 0, m->table.total * sizeof(real)); }
 
+// One part of a step's batch: noised, forward, losses, and backward. Gradients and losses are added to
+// those of the parts before.
 static void forward_backward(Model *model, const Batch *batch) {
     const Config *c = &model->c;
     Acts *a = &model->a;
@@ -1606,7 +1615,9 @@ static double gradient_norm(Model *model) {
     return sqrt(sum);
 }
 
-// AdamW and the moving average for the trained numbers begin ... end
+// AdamW and the moving average for the trained numbers begin ... end, g being the gradient after clipping:
+//   m = b1 m + (1 - b1) g,   m^ = m / (1 - b1^step),   v = b2 v + (1 - b2) g^2,   v^ = v / (1 - b2^step),
+//   p = (1 - lr weight_decay) p - lr m^ / (sqrt(v^) + eps),   ema = e ema + (1 - e) p
 static void adamw_update(Model *model, const AdamW *o, real scale, size_t begin, size_t end) {
     real b1 = (real)o->b1, b2 = (real)o->b2, one1 = (real)(1 - o->b1), one2 = (real)(1 - o->b2);
     real rate = (real)o->rate, root = (real)o->root, eps = (real)o->eps, decay = (real)o->decay;
@@ -1626,17 +1637,18 @@ static void adamw_update(Model *model, const AdamW *o, real scale, size_t begin,
 // singular values alone, since with X = U S V^T
 //   a X + b (X X^T) X + c (X X^T)^2 X = U (a S + b S^3 + c S^5) V^T,
 // and where s -> a s + b s^3 + c s^5 has a slope a > 1 at 0 and carries a band around 1 into itself, a small
-// s grows nearly a-fold each time until it is in the band: five times do for all that are not very small
+// s grows nearly a-fold each time until it is in the band: five times do for all above 1 / a^5, some 0.002
 // (Newton-Schulz; dev/pictures/muon.png). Divided by its Frobenius norm, G has no s above 1.
-static const double muon_classic[3] = {3.4445, -4.7750, 2.0315};   // the band is 0.7 ... 1.2
+static const double muon_classic[3] = {3.4445, -4.7750, 2.0315};   // the band is 0.68 ... 1.21
 
-// X[m,n] <- its polynomial, five times, m <= n; work [m n + 4 m m]. Where n is well above m most products are
-// made small, by way of R = X X^T alone (the Gram form): as everything is a polynomial of R, and so commutes,
-// X <- P X makes R <- P R P, and several steps are one product with Q, that of all their P: 4 m^2 n + 34 m^3
-// FLOP in place of 20 m^2 n + 10 m^3, fewer from n = 1.5 m on. But R has the squares of the singular values,
-// and small ones are lost in its rounding. In float that is no more than the plain form loses. In bf16 (the
-// GPU's) X and R have to be made anew before the third and the fourth step (dev/README.md):
-// 12 m^2 n + 22 m^3.
+// X[m,n] <- its polynomial, five times, m <= n (a tall matrix comes transposed: the polynomial's transpose
+// is that of X^T); work [m n + 4 m m]. X, R, P, Q, T, Y are matrices here. Where n is well above m most
+// products are made small, by way of R = X X^T alone (the Gram form): P is symmetric, as R is, so X <- P X
+// makes R <- P R P, and several steps are one product Q X, Q being that of all their P: 4 m^2 n + 34 m^3
+// FLOP in place of 20 m^2 n + 10 m^3, fewer from n = 1.5 m on. But R has the squares of the singular
+// values, and small ones are lost in its rounding. In float that is no more than the plain form loses. In
+// bf16 (on the GPU, in its float build, too) X and R have to be made anew before the third and the fourth
+// step (dev/README.md): 12 m^2 n + 22 m^3.
 enum { ANEW_IN_FLOAT = 1 << 0, ANEW_IN_BF16 = 1 << 0 | 1 << 2 | 1 << 3 };   // bits: the steps
 static int gram_begins(size_t m, size_t n, int anew, int step) { return 2 * n <= 3 * m || anew >> step & 1; }
 static int gram_ends(size_t m, size_t n, int anew, int step) {
@@ -1750,7 +1762,7 @@ static Losses read_losses(Model *model) {
 // What a trainer offers to the sampler, the training loop and the tests. train_srdit.cu offers the same on a
 // GPU; its model begins with a Model, whose configuration and table are read here.
 
-enum Block { PARAMS, GRADS, ADAM_M, ADAM_V, EMA };
+enum Block { PARAMS, GRADS, ADAM_M, ADAM_V, EMA };   // a model's arrays, each of all tensors
 typedef struct {
     const char *name;
     Model *(*create)(const Config *, int max_batch, uint64_t seed);
@@ -1921,10 +1933,11 @@ static void draw_kept(int *ids, size_t k, size_t T, uint64_t *scratch, uint64_t 
         if (route_key(i, seed, step, sample) <= last) *ids++ = (int)i;
 }
 
-// The noise of a sample: standard normals at its address. Immiscible noise (arXiv 2406.12303): of so many
-// candidates, each at an address of its own, the nearest to the latent x [latent] in L2, so that paths of
-// different samples cross less. The first candidate is what would be the noise without. No candidate is
-// kept: the nearest is drawn again.
+// The noise of a sample: standard normals at its address. Immiscible noise (the idea: arXiv 2406.12303, which
+// assigns a batch's noises; this choice for each sample: 2505.18521): of so many candidates, each at an
+// address of its own, the nearest to the latent x [latent] in L2, so that paths of different samples cross
+// less. The first candidate is what would be the noise without. No candidate is kept: the nearest is drawn
+// again.
 HOST_DEVICE static uint32_t noise_stream(int candidate) {
     return candidate ? (uint32_t)STREAM_CANDIDATE + (uint32_t)candidate - 1 : (uint32_t)STREAM_NOISE;
 }
@@ -1971,12 +1984,13 @@ static void sample_load(Batch *batch, size_t b, const Data *d, size_t at, uint32
         for (size_t i = 0; i < T; i++) batch->ids[b * T + i] = (int)i;
 }
 
-// Where in the n samples of the data that of a step lies: every pass over the data has an order of its own
+// Which of the n samples of the data is sample first + b of a step (from 0): every pass over the data has
+// an order of its own
 static size_t sample_at(int b, int first, int whole, int step, uint32_t n, uint64_t seed) {
     uint64_t position = (uint64_t)step * (uint64_t)whole + (uint64_t)((first + b + whole) % whole);
     return permuted((uint32_t)(position % n), n, seed, STREAM_ORDER, (uint32_t)(position / n));
 }
-// The data and the draws of samples first ... first+B of a step whose batch has `whole` samples
+// The data and the draws of samples first ... first+B of a step (from 0) whose batch has `whole` samples
 static void batch_load(Batch *batch, const Data *d, const Config *c, uint64_t seed, int step, int first,
                        int whole) {
     size_t latent = latent_of(c);
@@ -2013,7 +2027,7 @@ typedef struct {
     uint64_t seed;
     int parts, whole, threads;   // parts a step (of this rank); samples a step; of OpenMP, 0: its choice
     Batch *batch[2];             // [1] NULL: nothing is read ahead
-    long first, last;            // parts, counted through all steps: the next that loader_next gives, the end
+    long next, end;              // parts, counted through all steps: the next that loader_next gives, the end
     long asked, ready;           // ends of what may be read, and of what has been: under the lock
     int stop, started;
     pthread_t thread;
@@ -2047,15 +2061,15 @@ static void *loader_thread(void *loader) {
 }
 // From now on the next part may be read: the buffer that it goes to is free.
 static void loader_ask(Loader *l) {
-    if (!l->started || l->asked == l->last) return;
+    if (!l->started || l->asked == l->end) return;
     pthread_mutex_lock(&l->lock);
     l->asked++;
     pthread_cond_signal(&l->changed);
     pthread_mutex_unlock(&l->lock);
 }
-// Of parts first ... last
-static void loader_start(Loader *l, long first, long last) {
-    l->first = l->asked = l->ready = first, l->last = last;
+// Begins to read ahead, of the parts first ... end
+static void loader_start(Loader *l, long first, long end) {
+    l->next = l->asked = l->ready = first, l->end = end;
     if (!l->batch[1] || first == last) return;
     pthread_mutex_init(&l->lock, NULL), pthread_cond_init(&l->changed, NULL);
     if (pthread_create(&l->thread, NULL, loader_thread, l))
@@ -2065,7 +2079,7 @@ static void loader_start(Loader *l, long first, long last) {
 }
 // The next part, waited for; it stays until loader_ask has been called twice more.
 static Batch *loader_next(Loader *l) {
-    long part = l->first++;
+    long part = l->next++;
     if (!l->started) loader_read(l, part);
     else {
         pthread_mutex_lock(&l->lock);
@@ -2089,7 +2103,7 @@ static void loader_stop(Loader *l) {
 // Sampler: from noise at t = 1 to data at t = 0. State in double.
 
 typedef struct {
-    int steps;             // network evaluations, N
+    int steps;             // N; network evaluations: N, by Heun 2N - 1, where guided up to twice as many
     double cfg, cls_cfg;   // guidance scales, w; cfg <= 1: none; cls_cfg <= 0: CLS unguided
     double low, high;      // guidance only for t in [low, high]
     int path_drop;         // the unconditional branch drops the sparse path
@@ -2165,8 +2179,11 @@ static void sampler_noise(double *x, double *cls, const Config *c, const Samplin
     free(z);
 }
 
-// x_t = (1 - t) x_0 + t noise and v = noise - x_0 give noise = x_t + (1 - t) v, and the score is -noise / t.
-// Time runs backwards in dx = (v - t score) dt + sqrt(2t) dW, whose marginals are those of dx = v dt:
+// x_t = (1 - t) x_0 + t noise and v = noise - x_0 give noise = x_t + (1 - t) v. The network knows its mean
+// given x_t; and since x_t given x_0 is normal with deviation t, the gradient of log p_t, the score, is
+// minus that mean / t. By Fokker-Planck noise of variance g^2 dt widens p_t as a drift of -(g^2 / 2) score
+// would; time runs backwards, so that -(g^2 / 2) score in the drift undoes it: with the reference's g^2 =
+// 2t the marginals of dx = (v - t score) dt + sqrt(2t) dW are those of dx = v dt.
 //   x += (v - t score) dt + sqrt(2t) sqrt(|dt|) eps;  eps NULL: no noise
 static void euler_maruyama_step(double *x, const real *v, const double *eps, size_t n, double t, double dt) {
     for (size_t i = 0; i < n; i++) {
@@ -2313,7 +2330,7 @@ static const Option run_options[] = {
            "steps between lines; a line shows the mean since the last"),
     OPTION("save_every", save_every, WHOLE, 500, 1, 1e9, "steps between checkpoints"),
     OPTION("sample_every", sample_every, WHOLE, 0, 0, 1e9, "steps between pictures; 0: one at the end"),
-    OPTION("sample_steps", sample_steps, WHOLE, 50, 1, 1e6, "network evaluations a picture"),
+    OPTION("sample_steps", sample_steps, WHOLE, 50, 1, 1e6, "steps from noise to a picture"),
     OPTION("threads", threads, WHOLE, 0, 0, 4096, "CPU threads; 0: what OpenMP chooses"),
     OPTION("no_graph", no_graph, SWITCH, 0, 0, 1,
            "GPU: launch every kernel, instead of replaying a recorded step"),
@@ -2323,7 +2340,7 @@ static const Option run_options[] = {
 };
 enum { RUN_OPTIONS = sizeof(run_options) / sizeof(run_options[0]) };
 
-// What the table of log.csv is summed up in between two lines, and the clocks that the step line shows
+// Sums since the last line of log.csv, and the clocks that the step line shows
 typedef struct {
     Losses sum;
     int steps, lines;              // since the last line; lines printed
@@ -2382,8 +2399,8 @@ static int run_pairs(SafePair pairs[MAX_PAIRS], const char *format, Training *t)
 
 static const enum Block saved_blocks[] = {PARAMS, EMA, ADAM_M, ADAM_V};
 static const char *const block_prefix[] = {"model.", "", "adam.m.", "adam.v.", "ema."};   // by enum Block
-// That of a tensor in the block whose others have `prefix`; NULL: it is not written. What Muon takes has a
-// momentum, and no second moment.
+// What the tensor's name begins with in the array whose others have `prefix`; NULL: it is not written. What
+// Muon takes has a momentum, and no second moment.
 static const char *prefix_of(const Tensor *t, const char *prefix) {
     if (t->muon_parts && !strcmp(prefix, block_prefix[ADAM_M])) return "muon.";
     return t->muon_parts && !strcmp(prefix, block_prefix[ADAM_V]) ? NULL : prefix;
@@ -2573,7 +2590,7 @@ static SafeFile *start_resumed(Config *c, Run *run, int *step) {
         const char *key = config.options[i].name;
         if (safe_metadata(f, key) || (!strcmp(key, "align_coeff") && safe_metadata(f, "proj_coeff")))
             continue;
-        if (config.options[i].fixed & LATER) continue;   // left out where it is not used
+        if (config.options[i].flags & LATER) continue;   // left out where it is not used
         printf("%s%s", missing++ ? ", " : "the checkpoint does not say, so the defaults stand: ", key);
     }
     if (missing) printf("\n");
@@ -2598,7 +2615,7 @@ static void check_resumed(const SafeFile *f, const OptionTable *config, const Co
     for (int i = 0; i < config->count; i++) {
         char was[TEXT_OF_OPTION], is[TEXT_OF_OPTION];
         option_text(was, &then, i), option_text(is, config, i);
-        if (config->options[i].fixed & FIXED && strcmp(was, is))
+        if (config->options[i].flags & FIXED && strcmp(was, is))
             die("%s: its %s is %s; it cannot be changed to %s", f->path, config->options[i].name,
                 *was ? was : "the default", is);
     }
@@ -2680,7 +2697,7 @@ static void print_start(const Training *t) {
     char later[TEXT_OF_OPTION];
     int said = 0;
     for (int i = 0; i < config.count; i++) {
-        if (unsaid(&config, i) || !(config.options[i].fixed & LATER)) continue;
+        if (unsaid(&config, i) || !(config.options[i].flags & LATER)) continue;
         option_text(later, &config, i);
         printf("%s%s %s", said++ ? ", " : "  later      ", config.options[i].name, later);
     }
@@ -2774,7 +2791,8 @@ static void log_begin(Training *t) {
                            fresh ? 0 : t->first);
 }
 
-// The dashboard: a line in the terminal and in log.csv, of means over the steps since the last one
+// The dashboard: a line in the terminal and in log.csv, of means over the steps since the last one; the
+// norm is the last step's, before clipping
 static void log_line(Training *t) {
     Log *log = &t->log;
     const Run *run = &t->run;
@@ -2829,7 +2847,7 @@ static void forward_backward_step(Training *t) {
     for (int k = 0; k < t->run.accum; k++) {
         t->backend->forward_backward(t->model, loader_next(l));
         if (!l->started) continue;
-        t->backend->batch_wait(t->model, (int)(l->first % 2));
+        t->backend->batch_wait(t->model, (int)(l->next % 2));
         loader_ask(l);
     }
 }
@@ -2883,7 +2901,11 @@ static void train(Training *t) {
         if (!last && run->sample_every && t->step % run->sample_every == 0) write_samples(t);
         log_pause(log, pause);
     }
-    if (t->step > t->first && t->saved != t->step) checkpoint_write(t);
+    if (t->step > t->first && t->saved != t->step) {   // interrupted while a picture was drawn
+        Losses now = t->backend->read_losses(t->model);
+        if (now.bad_step) report_not_finite(t, now.bad_step, now.bad_part);
+        checkpoint_write(t);
+    }
     if (t->backend->end) t->backend->end(t->model);
 }
 
@@ -2891,8 +2913,9 @@ static void train(Training *t) {
 static void print_again(const Run *run, const char *checkpoint) {
     for (int i = 0; i < run->word_count; i++) {
         const char *word = run->words[i];
-        if (!strcmp(word, "--resume")) i++;
-        else if (strcmp(word, "--overwrite")) {
+        if (!strcmp(word, "--resume") || !strcmp(word, "--recipe")) i++;   // the checkpoint has its recipe
+        else if (strcmp(word, "--overwrite") && strncmp(word, "--resume=", 9) &&
+                 strncmp(word, "--recipe=", 9)) {
             if (i) putchar(' ');
             print_word(word);
         }
@@ -2929,8 +2952,9 @@ static int report_end(Training *t) {
     if (cut_short && t->step == t->first)
         printf("\ninterrupted before the first step; nothing was written to %s\n", t->folder.name);
     else if (cut_short) {
-        printf("\ninterrupted after step %d; to go on:  ", t->step);
-        print_again(&t->run, t->folder.checkpoint);
+        printf("\ninterrupted after step %d%s", t->step, t->run.track ? "\n" : "; to go on:  ");
+        if (!t->run.track)
+            print_again(&t->run, t->folder.checkpoint);   // a run of the race is not gone on with
     } else if (t->step > t->first) {
         printf("\n%s: written after step %d, %.1f s\n", t->folder.checkpoint, t->step,
                now_seconds() - t->log.begin);
@@ -3120,7 +3144,7 @@ static int train_main(int argc, char **argv, const Backend *backend) {
         die("--reduce-bf16: it is for several GPUs (torchrun --nproc-per-node 8 --no-python "
             "./train_srdit_cu)");
     ranks.bf16 = run.reduce_bf16;
-    use_threads(run.threads);
+    run.threads = use_threads(run.threads);
 
     Data *d = data_open(run.data.items, run.data.count);
     if (resume) check_resumed(resume, &config, &before, d, run.data.items[0]);

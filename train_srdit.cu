@@ -28,6 +28,7 @@
 //                                        looked up (Residual.y_rows)
 //   unpatchify                           only for the sampler: the losses read and write patches
 //   clipping, AdamW, EMA                 fused, with the rounding to bf16: adamw_kernel
+//   muon_matrix, newton_schulz           matrices of one shape at once, as batches (muon_update)
 //   a block's adaLN layer                moved: all blocks' at once (adaln_forward), since B rows are few
 //   gate_backward of a block's output    moved to the norm that read it (`before` in block_backward)
 //   projector_backward                   moved: first, while wide2 still holds what the loss left there; d_E
@@ -4481,7 +4482,7 @@ static void velocity(Model *model, real *v, real *v_cls, const real *x, const re
 }
 
 // ----------------------------------------------------------------------------------------------------------
-// Optimizer: clipping to a global norm, AdamW, the moving average and the rounded weights in one pass
+// Optimizer: clipping to a global norm; AdamW, the moving average and the rounded weights in one pass; Muon
 
 // What this thread of a grid adds to the sum of g^2
 __device__ __forceinline__ float squares_of(const float *grads, size_t n) {

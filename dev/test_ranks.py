@@ -134,8 +134,9 @@ def distance(a, b, prefix=""):
     a, b = checkpoint(a), checkpoint(b)
     if a.keys() != b.keys():
         return float("inf"), "other tensors"
-    return max((float(np.abs(a[k] - b[k]).max() / max(np.abs(a[k]).max(), 1e-30)), k)
-               for k in a if a[k].size and k.startswith(prefix))
+    far = ((float(np.abs(a[k] - b[k]).max() / max(np.abs(a[k]).max(), 1e-30)), k)
+           for k in a if a[k].size and k.startswith(prefix))
+    return max((d if d == d else float("inf"), k) for d, k in far)   # max() would pass over a NaN
 
 def same_bits(a, b):
     a, b = checkpoint(a), checkpoint(b)

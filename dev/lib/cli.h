@@ -42,7 +42,7 @@ typedef struct {
     enum Kind kind;
     size_t offset;      // of the field in its struct
     double low, high;   // range of a number
-    int fixed;          // 1: decides the shape of a tensor, so it cannot change when a run goes on
+    int flags;   // bit 0: decides a tensor's shape, and cannot change when a run goes on; others: its user's
     const char *help;
     double initial;      // what options_reset sets a number to
     const char *words;   // of a choice: "adamw muon"
@@ -284,6 +284,12 @@ static void catch_interrupts(int one_of_several) {
     signal(SIGPIPE, SIG_IGN);
 }
 
+// From here on a Ctrl-C ends the program at once.
+static void release_interrupts(void) {
+    struct sigaction now;
+    if (!sigaction(SIGINT, NULL, &now) && now.sa_handler == on_interrupt) signal(SIGINT, SIG_DFL);
+}
+
 // A standard stream that was closed would be given, as its number, to the next file that is opened, and text
 // would go into that. A file that grows past `ulimit -f` is an error to be told of, not a death by signal.
 static void guard_streams(void) {
@@ -311,11 +317,13 @@ static void print_word(const char *word) {
     putchar('\'');
 }
 
-// threads: 0 for what OpenMP chooses. More than a few for each processor only wait for each other.
-static void use_threads(int threads) {
+// threads: 0 for what OpenMP chooses. More than a few for each processor only wait for each other. Returns
+// how many it will be, or 0.
+static int use_threads(int threads) {
     int most = 4 * omp_get_num_procs();
     if (threads > most) printf("--threads %d: %d, which is four for each processor here\n", threads, most);
     if (threads) omp_set_num_threads(imin(threads, most));
+    return imin(threads, most);
 }
 
 // OpenMP's threads wait for each other by spinning for long, which on a machine that has anything else to do

@@ -73,9 +73,9 @@ static void ranks_environment(Ranks *r) {
     while (by < 3 && !getenv(names[by][0])) by++;
     if (by == 3) return;
     r->size = environment_number(names[by][0], 1, MAX_RANKS);
+    if (r->size == 1) return;
     r->rank = environment_number(names[by][1], 0, r->size - 1);
     r->local = environment_number(names[by][2], 0, r->size - 1);
-    if (r->size == 1) return;
     const char *address = getenv("MASTER_ADDR"), *list = getenv("SLURM_STEP_NODELIST");
     const char *here = getenv("OMPI_COMM_WORLD_LOCAL_SIZE"), *job = getenv("PMIX_NAMESPACE");
     if (address) snprintf(r->host, sizeof(r->host), "%s", address);
@@ -118,12 +118,15 @@ static int ranks_send(int fd, enum Message kind, int number, const void *body, s
     pthread_mutex_unlock(&ranks.send_lock);
     return done == sizeof(f);
 }
-// 1 if a whole frame of ours came
+// 1 if a whole frame of ours came, within 10 s of its first byte
 static int ranks_receive(int fd, Frame *f) {
     size_t done = 0;
-    for (ssize_t n = 1; done < sizeof(*f) && n > 0; done += n > 0 ? (size_t)n : 0) do
-            n = recv(fd, (char *)f + done, sizeof(*f) - done, 0);
+    double end = INFINITY;
+    for (ssize_t n = 1; done < sizeof(*f) && n > 0 && now_seconds() < end; done += n > 0 ? (size_t)n : 0) {
+        do n = recv(fd, (char *)f + done, sizeof(*f) - done, 0);
         while (n < 0 && errno == EINTR);
+        if (!done) end = now_seconds() + 10;
+    }
     if (done < sizeof(*f)) return 0;
     f->body[sizeof(f->body) - 1] = 0;
     int text = f->kind == HELLO || f->kind == WELCOME || f->kind == LAST_WORDS;   // for the terminal

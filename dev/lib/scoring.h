@@ -124,6 +124,8 @@ static Scoring *scoring_open(const char *shard, const char *judge) {
     s->real_ones = judged_open(s, "the held-out pictures", shard_pictures(s, s->train, s->held, y), s->held);
     s->held_right = label_accuracy(s->real_ones.logits, y, s->held, g->classes);
     s->held_nearest = nearest_training(s, s->real_ones.pixels);
+    if (!(score_quantile(s->held_nearest, s->held, 0.5) > 0))
+        die("%s: half of its held-out pictures are training pictures: what is a copy cannot be said", shard);
     free(y);
     return s;
 }

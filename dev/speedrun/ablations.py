@@ -69,11 +69,10 @@ def read_rows(path):
 
 
 def append(path, row):
-    fresh = not os.path.exists(path) or not os.path.getsize(path)
     with open(path, "a", newline="", encoding="utf-8") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         writer = csv.DictWriter(f, FIELDS)
-        if fresh:
+        if f.seek(0, os.SEEK_END) == 0:
             writer.writeheader()
         writer.writerow(row)
         f.flush()
@@ -176,6 +175,11 @@ def main(argv):
         return flags + (["--lr", rate] if rate else []) + muon
 
     names = [all_on] + (options.only or list(sides))
+    there = {row["technique"] for row in rows}
+    for name in names:
+        late = [rate for rate in options.tune if name in there and "%s lr %s" % (name, rate) not in there]
+        need(not late, "--tune", "%s has runs already, at a rate chosen without a trial of %s; name another --csv" %
+             (name, " ".join(late)))
     runs = [(name + " lr " + rate, TUNING_SEED, name, rate) for rate in options.tune for name in names]
     runs += [(name, seed, name, None) for seed in range(1, options.seeds + 1) for name in names]
     for title, seed, name, rate in runs:
