@@ -2070,7 +2070,7 @@ static void loader_ask(Loader *l) {
 // Begins to read ahead, of the parts first ... end
 static void loader_start(Loader *l, long first, long end) {
     l->next = l->asked = l->ready = first, l->end = end;
-    if (!l->batch[1] || first == last) return;
+    if (!l->batch[1] || first == end) return;
     pthread_mutex_init(&l->lock, NULL), pthread_cond_init(&l->changed, NULL);
     if (pthread_create(&l->thread, NULL, loader_thread, l))
         die("the thread that reads data cannot be started");
