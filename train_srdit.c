@@ -7,7 +7,7 @@
 // product, random numbers, safetensors, data shards, pictures, command line. What this file refuses to
 // become: a framework. There is no tape and no graph: each backward is written by hand beside its forward.
 //
-//   make && ./train_srdit            train the nano model on the bundled digits (one or two minutes)
+//   make && ./train_srdit            train the nano model on the bundled digits (one to three minutes)
 //   ./train_srdit --help             every flag with its default
 //
 // The language is the one that C and C++ share, so that nvcc can compile it too. It needs libc and libm;

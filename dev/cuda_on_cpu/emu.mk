@@ -164,11 +164,13 @@ test_srdit_on_cpu:
 	$(call trainer_run,asan and ubsan,,asan,bf16,"two$(COMMA) path drop")
 	$(call trainer_run,asan and ubsan$(COMMA) aligned twice,,asan,bf16,"65 tokens$(COMMA) aligned at 1 and 4")
 	$(call trainer_run,asan and ubsan$(COMMA) recipe,,asan,bf16,"srdit13$(COMMA) path")
+	$(call trainer_run,asan and ubsan$(COMMA) no decoder,,asan,bf16,"no decoder block")
 	$(call trainer_run,asan and ubsan$(COMMA) one token kept,,asan,bf16,"one token")
 	$(call trainer_run,asan and ubsan$(COMMA) late streams,CUDA_CPU_ASYNC=1,asan,bf16,"batch 1")
 	$(call trainer_run,tsan,,tsan,bf16,"two$(COMMA) path drop")
 	$(call trainer_run,tsan$(COMMA) aligned twice,,tsan,bf16,"65 tokens$(COMMA) aligned at 1 and 4")
 	$(call trainer_run,tsan$(COMMA) recipe,,tsan,bf16,"srdit13$(COMMA) path")
+	$(call trainer_run,tsan$(COMMA) no decoder,,tsan,bf16,"no decoder block")
 	$(call trainer_run,tsan$(COMMA) batch 1,,tsan,bf16,"batch 1")
 	$(call trainer_run,tsan$(COMMA) as sm_86,CUDA_CPU_SM=86,tsan,bf16,"197 tokens")
 	@if command -v clang++ >/dev/null; then $(call EMU_TEST,msan,bf16) && printf '%-38s ' 'msan' && \
